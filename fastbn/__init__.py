@@ -1,0 +1,41 @@
+"""fastbn: batch normalization on the CPU, as fast as memory allows and right on any data."""
+
+from fastbn.config import (
+    get_backend,
+    get_config,
+    get_num_threads,
+    set_backend,
+    set_num_threads,
+    show_config,
+    use_backend,
+    use_num_threads,
+)
+from fastbn.errors import BackendError
+from fastbn.functional import (
+    batch_norm,
+    batch_norm_backward,
+    moments,
+    normalize,
+    normalize_backward,
+)
+from fastbn.results import BatchNormResult, Gradients, Statistics
+
+__all__ = [
+    "BackendError",
+    "BatchNormResult",
+    "Gradients",
+    "Statistics",
+    "batch_norm",
+    "batch_norm_backward",
+    "get_backend",
+    "get_config",
+    "get_num_threads",
+    "moments",
+    "normalize",
+    "normalize_backward",
+    "set_backend",
+    "set_num_threads",
+    "show_config",
+    "use_backend",
+    "use_num_threads",
+]

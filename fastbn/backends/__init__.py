@@ -1,0 +1,105 @@
+"""The backends by name: which exist, which can run here, and loading one when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from fastbn.backends.base import Backend
+from fastbn.errors import BackendError
+
+
+class _Entry(NamedTuple):
+    """Where a backend lives, what must be importable for it, and how to get that."""
+
+    module: str
+    needs: str
+    remedy: str
+
+
+BACKENDS = {
+    "cython": _Entry(
+        "fastbn.backends.native",
+        "fastbn._ext.entry",
+        "its compiled kernels were never built; in a checkout run: python -m pip install -e .",
+    ),
+    "numba": _Entry(
+        "fastbn.backends.jit",
+        "numba",
+        "numba is not installed; run: python -m pip install 'fastbn[numba]'",
+    ),
+    "numpy": _Entry("fastbn.backends.reference", "numpy", ""),
+}
+"""The backends in the order in which "auto" tries them."""
+
+_loaded: dict[str, Backend] = {}
+
+
+class NativeFacts(NamedTuple):
+    """What `get_config` tells about the compiled kernels; None where they are not built."""
+
+    isa: str | None
+    isa_source: str | None
+    isas: tuple[str, ...]
+    openmp: bool | None
+
+
+def is_built(name: str) -> bool:
+    """Whether what the backend needs is there, without importing it."""
+    return find_spec(BACKENDS[name].needs) is not None
+
+
+def usable() -> tuple[str, ...]:
+    """The names of the backends that are there."""
+    return tuple(name for name in BACKENDS if is_built(name))
+
+
+def get(name: Any) -> Backend:
+    """The backend called `name`, or the first usable one for "auto"."""
+    if not isinstance(name, str) or name not in ("auto", *BACKENDS):
+        known = ", ".join(repr(known) for known in ("auto", *BACKENDS))
+        kind = ValueError if isinstance(name, str) else TypeError
+        raise kind(f"backend is {name!r}, expected one of {known}; usable here: {_listed()}")
+    if name == "auto":
+        name = usable()[0]
+    if name not in _loaded:
+        _loaded[name] = _load(name)
+    return _loaded[name]
+
+
+def native_facts() -> NativeFacts:
+    """The compiled kernels' instruction sets and OpenMP, whichever backend is in force."""
+    asked = os.environ.get("FASTBN_ISA", "")
+    if not is_built("cython"):
+        if asked not in ("", "auto"):
+            raise BackendError(
+                f"environment variable FASTBN_ISA is {asked!r}, expected it unset or 'auto': "
+                f"there is no instruction set to choose, for {BACKENDS['cython'].remedy}"
+            )
+        return NativeFacts(None, None, (), None)
+    native = importlib.import_module(BACKENDS["cython"].module)
+    facts: NativeFacts = native.facts()
+    return facts
+
+
+def _load(name: str) -> Backend:
+    entry = BACKENDS[name]
+    if not is_built(name):
+        raise BackendError(
+            f"backend {name!r} cannot run here: {entry.remedy}; usable here: {_listed()}"
+        )
+    try:
+        module = importlib.import_module(entry.module)
+    except ImportError as error:
+        raise BackendError(
+            f"backend {name!r} is there but fails to import ({error}); reinstall what it needs "
+            f"({entry.needs}), or choose another with FASTBN_BACKEND or fastbn.set_backend"
+        ) from error
+    backend: Backend = module.load()
+    return backend
+
+
+def _listed() -> str:
+    return ", ".join(usable())

@@ -1,0 +1,141 @@
+"""What a backend is: four passes over memory and two trips, on (G, N, C, S) views.
+
+1. Arrays come as views made by `fastbn.layouts`: native, aligned, not empty, all of one shape and
+   element type, and of one of two kinds: channels outside (S contiguous) or channels inside
+   (S = 1, C contiguous). N and G may have any strides.
+2. Statistics, parameters and sums are (G, C) float64 tables with any strides, so that a vector
+   shared by all runs is the same table with a stride of 0.
+3. Passes write into arrays that the caller made, in place too: then `out` is the same view as one
+   of the inputs.
+4. Between the two passes of a trip stands one small float64 step, from sums to coefficients; it
+   is `inverse_deviation` and `gradient_coefficients` below.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Table = NDArray[np.float64]
+
+
+class Affine(NamedTuple):
+    """Tables of y = (x - mean) * scale + beta."""
+
+    mean: Table
+    scale: Table
+    beta: Table
+
+
+class GradientCoefficients(NamedTuple):
+    """Tables of dx = a * (dy - dy_mean) + b * xhat, xhat = (x - mean) * rstd."""
+
+    a: Table
+    b: Table
+    dy_mean: Table
+    mean: Table
+    rstd: Table
+
+
+def inverse_deviation(var: Table, eps: float) -> Table:
+    """rstd = 1 / sqrt(var + eps), and 0 where var + eps is 0: such a channel gives y = beta."""
+    total = np.asarray(var + eps)
+    rstd = np.zeros_like(total)
+    np.divide(1.0, np.sqrt(total), out=rstd, where=total != 0)
+    return rstd
+
+
+def gradient_coefficients(
+    sum_dy: Table, sum_dy_xhat: Table, count: int, mean: Table, rstd: Table, gamma: Table
+) -> GradientCoefficients:
+    """dx = gamma * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)).
+
+    Ioffe & Szegedy (2015), section 3, with the gradients through the batch's own mean and
+    variance collected.
+    """
+    a = gamma * rstd
+    return GradientCoefficients(a, -a * (sum_dy_xhat / count), sum_dy / count, mean, rstd)
+
+
+def _never_plain(*arguments: Any) -> None:
+    """For a backend without plain entries no arguments are plain."""
+
+
+class Backend(ABC):
+    """The six functions, with the trips as their two passes; faster backends override them.
+
+    A backend may have plain entries as well: the whole public call for plain arguments. Each takes
+    the verb's arguments in order (`plain_backward` one more, `frozen`, before `out`) and the
+    number of threads. None means "not plain": nothing was touched, and the caller checks, arranges
+    and calls the six functions instead.
+    """
+
+    name: str
+    plain_batch_norm: Callable[..., tuple[Array, Table, Table] | None] = staticmethod(_never_plain)
+    plain_normalize: Callable[..., Array | None] = staticmethod(_never_plain)
+    plain_backward: Callable[..., tuple[Array, Array | None, Array | None] | None] = staticmethod(
+        _never_plain
+    )
+
+    @abstractmethod
+    def moments(self, x: Array, threads: int) -> tuple[Table, Table]:
+        """Mean and biased variance over N and S."""
+
+    @abstractmethod
+    def normalize(self, x: Array, affine: Affine, out: Array, threads: int) -> None:
+        """out = (x - mean) * scale + beta."""
+
+    @abstractmethod
+    def gradient_moments(
+        self, dy: Array, x: Array, mean: Table, threads: int
+    ) -> tuple[Table, Table]:
+        """Sums over N and S of dy and of dy * (x - mean)."""
+
+    @abstractmethod
+    def input_gradient(
+        self,
+        dy: Array,
+        x: Array | None,
+        coefficients: GradientCoefficients,
+        out: Array,
+        threads: int,
+    ) -> None:
+        """out = a * (dy - dy_mean) + b * xhat; without x, out = a * dy."""
+
+    def forward(
+        self, x: Array, gamma: Table, beta: Table, eps: float, out: Array, threads: int
+    ) -> tuple[Table, Table]:
+        """The forward trip: moments, then normalize; gives mean and variance."""
+        mean, var = self.moments(x, threads)
+        scale = gamma * inverse_deviation(var, eps)
+        self.normalize(x, Affine(mean, scale, beta), out, threads)
+        return mean, var
+
+    def backward(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Table,
+        var: Table,
+        gamma: Table,
+        eps: float,
+        frozen: bool,
+        out: Array,
+        threads: int,
+    ) -> tuple[Table, Table]:
+        """The backward trip: gradient moments, then the gradient of the input.
+
+        `frozen` statistics let no gradient through: dx = gamma * rstd * dy. Gives dgamma, dbeta.
+        """
+        rstd = inverse_deviation(var, eps)
+        sum_dy, sum_dy_centred = self.gradient_moments(dy, x, mean, threads)
+        dgamma = sum_dy_centred * rstd
+        count = x.shape[1] * x.shape[3]
+        coefficients = gradient_coefficients(sum_dy, dgamma, count, mean, rstd, gamma)
+        self.input_gradient(dy, None if frozen else x, coefficients, out, threads)
+        return dgamma, sum_dy

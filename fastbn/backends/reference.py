@@ -1,0 +1,104 @@
+"""The NumPy backend: the specification, written to be read first.
+
+1. Everything is float64, whatever the arrays hold; a result is rounded once, when it is stored.
+2. Statistics take two passes. Each channel is first shifted by its own first value, so that a
+   constant channel gives a variance of exactly 0 and a large mean costs no digits; the variance
+   is then taken about the mean, and corrected for what rounding left of it (Chan, Golub & LeVeque
+   1983, equation 1.7).
+3. A channel is looked at a time: the temporaries are one channel's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from fastbn.backends.base import Affine, Array, Backend, GradientCoefficients, Table
+
+
+def _quiet() -> np.errstate:
+    """NaN and infinities are data here: they stay in their channel, without a warning."""
+    return np.errstate(invalid="ignore", over="ignore", under="ignore")
+
+
+class ReferenceBackend(Backend):
+    """Plain NumPy in float64."""
+
+    name = "numpy"
+
+    def moments(self, x: Array, threads: int) -> tuple[Table, Table]:
+        mean, var = _table(x), _table(x)
+        with _quiet():
+            for channel in _channels(x):
+                values = _doubles(x, channel)
+                shift = values.flat[0]
+                centred = values - shift
+                offset = centred.mean()
+                centred -= offset
+                residue = centred.mean()
+                mean[channel] = shift + (offset + residue)
+                var[channel] = max(np.square(centred).mean() - residue * residue, 0.0)
+        return mean, var
+
+    def normalize(self, x: Array, affine: Affine, out: Array, threads: int) -> None:
+        mean, scale, beta = affine
+        with _quiet():
+            for channel in _channels(x):
+                centred = _doubles(x, channel) - mean[channel]
+                _plane(out, channel)[...] = centred * scale[channel] + beta[channel]
+
+    def gradient_moments(
+        self, dy: Array, x: Array, mean: Table, threads: int
+    ) -> tuple[Table, Table]:
+        sum_dy, sum_dy_centred = _table(x), _table(x)
+        with _quiet():
+            for channel in _channels(x):
+                dy_values = _doubles(dy, channel)
+                sum_dy[channel] = dy_values.sum()
+                sum_dy_centred[channel] = (dy_values * (_doubles(x, channel) - mean[channel])).sum()
+        return sum_dy, sum_dy_centred
+
+    def input_gradient(
+        self,
+        dy: Array,
+        x: Array | None,
+        coefficients: GradientCoefficients,
+        out: Array,
+        threads: int,
+    ) -> None:
+        a, b, dy_mean, mean, rstd = coefficients
+        with _quiet():
+            for channel in _channels(dy):
+                dx = _doubles(dy, channel)
+                if x is not None:
+                    dx -= dy_mean[channel]
+                dx *= a[channel]
+                if x is not None:
+                    dx += b[channel] * ((_doubles(x, channel) - mean[channel]) * rstd[channel])
+                _plane(out, channel)[...] = dx
+
+
+def load() -> Backend:
+    """The backend object."""
+    return ReferenceBackend()
+
+
+def _channels(x: Array) -> Iterator[tuple[int, int]]:
+    """The (run, channel) pairs of a (G, N, C, S) array."""
+    return np.ndindex(x.shape[0], x.shape[2])
+
+
+def _plane(x: Array, channel: tuple[int, int]) -> Array:
+    """The (N, S) values of one channel of one run."""
+    run, c = channel
+    return x[run, :, c, :]
+
+
+def _doubles(x: Array, channel: tuple[int, int]) -> Table:
+    # In one order whatever the strides, so that sums have the same bits.
+    return _plane(x, channel).astype(np.float64, order="C")
+
+
+def _table(x: Array) -> Table:
+    return np.empty((x.shape[0], x.shape[2]))

@@ -1,0 +1,275 @@
+"""The arguments of the public functions: what is accepted, and every message about what is not.
+
+Each function looks at one argument and returns it in the form that the backends take, or raises
+before anything has been written. A message names the argument, what came, what was expected and
+what to do.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn.layouts import LAYOUTS, channel_axis
+
+ELEMENTS = (np.dtype(np.float32), np.dtype(np.float64))
+"""The element types, native; checks accept either byte order."""
+
+_FLOATS = "float32 or float64"
+MAX_THREADS = 1024
+
+
+def layout(value: Any) -> str:
+    """One of the names in `LAYOUTS`."""
+    if isinstance(value, str) and value in LAYOUTS:
+        return value
+    raise _wrong_type_or_value(
+        value,
+        str,
+        f"layout is {value!r}, expected 'NCHW' (channels on axis 1) or 'NHWC' (channels last); "
+        "it names where the channels are, for arrays of any rank from 2 up",
+    )
+
+
+def array(name: str, value: Any) -> NDArray[Any]:
+    """An ndarray of float32 or float64, either byte order."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a numpy.ma.MaskedArray, expected a plain numpy.ndarray of {_FLOATS}: "
+            f"a mask would be ignored; pass {name}.filled(value), or {name}.data to ignore it"
+        )
+    if not isinstance(value, np.ndarray):
+        raise TypeError(
+            f"{name} is {_described(value)}, expected a numpy.ndarray of {_FLOATS}; "
+            f"convert it with numpy.asarray({name}, dtype=numpy.float32)"
+        )
+    if value.dtype.newbyteorder("=") not in ELEMENTS:
+        raise TypeError(
+            f"{name} has dtype {value.dtype}, expected {_FLOATS}; "
+            f"convert it with {name}.astype(numpy.float32)"
+        )
+    return value
+
+
+def batch(name: str, value: Any) -> NDArray[Any]:
+    """The array that is normalized (or its gradient, where no x is needed): rank 2 or more."""
+    a = array(name, value)
+    if a.ndim < 2:
+        raise ValueError(
+            f"{name} has rank {a.ndim} (shape {a.shape}), expected rank 2 or more: samples and "
+            f"channels, then any spatial axes; add the missing axis with {name}[:, None] (values "
+            f"of one channel) or {name}[None, :] (one sample)"
+        )
+    return a
+
+
+def gradient(dy: Any, x: NDArray[Any]) -> NDArray[Any]:
+    """dy, of x's shape and dtype (byte order apart)."""
+    a = array("dy", dy)
+    if a.shape != x.shape:
+        raise ValueError(
+            f"dy has shape {a.shape}, expected {x.shape}, the shape of x; "
+            "pass the gradient with respect to y, which has x's shape"
+        )
+    if a.dtype.newbyteorder("=") != x.dtype.newbyteorder("="):
+        raise TypeError(
+            f"dy has dtype {a.dtype}, expected {x.dtype}, the dtype of x; "
+            f"convert it with dy.astype(numpy.{x.dtype.newbyteorder('=')})"
+        )
+    return a
+
+
+def may_lack_x(x: Any, *, frozen: bool, params: bool) -> bool:
+    """Whether x is None where the gradient does not need it."""
+    if x is None and frozen and params:
+        raise TypeError(
+            "x is None, expected the array given to normalize: dgamma is a sum over dy and x; "
+            "pass x, or params=False to have dx alone"
+        )
+    return x is None and frozen
+
+
+def per_channel(name: str, value: Any, x_name: str, x: NDArray[Any], layout: str) -> NDArray[Any]:
+    """A (C,) array of float32 or float64 that fits the channels of `x`."""
+    a = array(name, value)
+    axis = channel_axis(layout, x.ndim)
+    channels = x.shape[axis]
+    if a.shape == (channels,):
+        return a
+    message = (
+        f"{name} has shape {a.shape} but {x_name} has {channels} channels "
+        f"(axis {axis} of shape {x.shape}, layout {layout!r})"
+    )
+    other = next(known for known in LAYOUTS if known != layout)
+    if a.ndim != 1:
+        message += f"; expected shape ({channels},): pass {name}.reshape(-1) if its order is right"
+    elif a.shape == (x.shape[channel_axis(other, x.ndim)],):
+        kind = "channels-last" if other == "NHWC" else "channels-first"
+        message += f"; for {kind} data pass layout={other!r}"
+    else:
+        message += f"; expected shape ({channels},), one value a channel"
+    raise ValueError(message)
+
+
+def parameter(
+    name: str, value: Any, x_name: str, x: NDArray[Any], layout: str
+) -> NDArray[Any] | None:
+    """gamma or beta: None, or one value a channel."""
+    return None if value is None else per_channel(name, value, x_name, x, layout)
+
+
+def statistic(
+    name: str,
+    value: Any,
+    x_name: str,
+    x: NDArray[Any],
+    layout: str,
+    *,
+    single: bool = True,
+) -> NDArray[Any]:
+    """mean or var of each channel; float32 only where `single` says so."""
+    a = per_channel(name, value, x_name, x, layout)
+    if not single and a.dtype.itemsize < 8:
+        raise TypeError(
+            f"{name} has dtype {a.dtype}, expected float64: the gradient through the batch's own "
+            f"statistics needs the digits that batch_norm returned; keep its float64 {name}, or "
+            f"pass {name}.astype(numpy.float64) if float32 is all there is"
+        )
+    return a
+
+
+def variance(value: NDArray[Any], *, nan: bool) -> NDArray[Any]:
+    """A variance of each channel: not negative, and NaN only where `nan` allows it."""
+    bad = value < 0 if nan else ~(value >= 0)
+    if bad.any():
+        channel = int(bad.argmax())
+        expected = "zero or more" if nan else "zero or more, and no NaN"
+        kind = "not a number" if math.isnan(value[channel]) else "a variance cannot be negative"
+        raise ValueError(
+            f"var[{channel}] is {value[channel]}: {kind}; expected {expected}; "
+            f"look at how channel {channel}'s statistics were made"
+        )
+    return value
+
+
+def epsilon(value: Any) -> float:
+    """eps: a finite number, zero or more."""
+    if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
+        raise TypeError(
+            f"eps is {_described(value)}, expected a number, zero or more; pass a float, as 1e-5"
+        )
+    try:
+        eps = float(value)
+    except OverflowError:
+        eps = math.inf
+    if not (eps >= 0 and math.isfinite(eps)):
+        raise ValueError(
+            f"eps is {eps}, expected a finite number, zero or more; it is added to the variance "
+            "before the square root, 1e-5 is usual"
+        )
+    return eps
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, and not something that merely counts as one."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise TypeError(f"{name} is {_described(value)}, expected True or False; pass one of them")
+
+
+def threads(name: str, value: Any) -> int:
+    """A number of threads: a whole number from 1 to `MAX_THREADS`."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(
+            f"{name} is {_described(value)}, expected a whole number of threads; pass an int, "
+            "1 for serial work"
+        )
+    n = int(value)
+    if not 1 <= n <= MAX_THREADS:
+        raise ValueError(
+            f"{name} is {n}, expected a number of threads from 1 to {MAX_THREADS}; "
+            "pass 1 for serial work"
+        )
+    return n
+
+
+def output(
+    value: Any,
+    x: NDArray[Any],
+    *,
+    in_place: dict[str, NDArray[Any] | None],
+    apart: dict[str, NDArray[Any] | None],
+) -> NDArray[Any]:
+    """`out`: like `x`, writeable, free of overlap but for being one of `in_place` itself."""
+    dtype = x.dtype.newbyteorder("=")
+    wanted = f"shape {x.shape} and dtype {dtype}"
+    make = f"make it with numpy.empty({x.shape}, numpy.{dtype})"
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"out is {_described(value)}, expected a numpy.ndarray of {wanted}, or None; {make}"
+        )
+    if value.dtype != dtype:
+        raise TypeError(f"out has dtype {value.dtype}, expected {dtype} in native order; {make}")
+    if value.shape != x.shape:
+        raise ValueError(f"out has shape {value.shape}, expected {x.shape}; {make}")
+    if not value.flags.writeable:
+        raise ValueError(f"out is read-only, expected a writeable array of {wanted}; {make}")
+    if _overlaps_itself(value):
+        raise ValueError(
+            f"out overlaps itself (shape {value.shape}, strides {value.strides}), expected an "
+            f"array with a place of its own for every value; {make}"
+        )
+    for name, other in in_place.items():
+        if other is not None and not _same_place(value, other) and _share(value, other):
+            raise ValueError(
+                f"out overlaps {name} without being {name}: expected either {name} itself (same "
+                f"place, strides and dtype: works in place) or memory apart from it; {make}"
+            )
+    for name, other in apart.items():
+        if other is not None and _share(value, other):
+            raise ValueError(f"out overlaps {name}, expected memory apart from it; {make}")
+    return value
+
+
+def _share(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    """Whether two arrays share memory; where that is hard to tell, that they do."""
+    try:
+        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]  # any int is one
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _same_place(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    """Whether two arrays of one shape are the same elements in the same order."""
+    return (
+        a.ctypes.data == b.ctypes.data
+        and a.dtype == b.dtype
+        and all(s == t or n == 1 for n, s, t in zip(a.shape, a.strides, b.strides, strict=True))
+    )
+
+
+def _overlaps_itself(a: NDArray[Any]) -> bool:
+    """Whether no walk from the innermost stride outwards keeps the elements apart."""
+    reach = a.itemsize
+    for stride, n in sorted((abs(s), n) for n, s in zip(a.shape, a.strides, strict=True) if n > 1):
+        if stride < reach:
+            return a.size > 0
+        reach += stride * (n - 1)
+    return False
+
+
+def _described(value: Any) -> str:
+    """A value's type, with the value where it is short."""
+    text = repr(value)
+    kind = type(value).__name__
+    article = "an" if kind[0].lower() in "aeiou" or kind == "ndarray" else "a"
+    return f"{article} {kind}" + (f" ({text})" if len(text) <= 40 and kind not in text else "")
+
+
+def _wrong_type_or_value(value: Any, expected: type, message: str) -> TypeError | ValueError:
+    """The message as a ValueError where the type was right, else as a TypeError."""
+    return ValueError(message) if isinstance(value, expected) else TypeError(message)

@@ -1,0 +1,410 @@
+"""The verbs: batch normalization and its gradient, in training and with fixed statistics.
+
+Each verb first offers its arguments to the backend's plain entry, which does the whole call for
+contiguous arrays that fit, and otherwise answers None having touched nothing. Only then are they
+checked, explained, and arranged as (G, N, C, S) views for the six functions of a backend.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn import checks
+from fastbn.backends.base import Affine, Backend, GradientCoefficients, Table, inverse_deviation
+from fastbn.config import current_backend, current_threads
+from fastbn.layouts import Arrangement, channel_axis
+from fastbn.results import BatchNormResult, Gradients, Statistics
+
+Array = NDArray[Any]
+
+
+def batch_norm(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    layout: str = "NCHW",
+    out: Array | None = None,
+) -> BatchNormResult:
+    """Normalize each channel of a batch by the batch's own statistics: the training transform.
+
+    ``y = gamma * (x - mean) / sqrt(var + eps) + beta``, with mean and (biased) variance taken
+    over every axis but the channels': Ioffe & Szegedy (2015), Algorithm 1.
+
+    Parameters
+    ----------
+    x : ndarray of float32 or float64
+        The batch, of any rank from 2 up, with any strides and either byte order:
+        (N, C, ...) for layout "NCHW", (N, ..., C) for "NHWC".
+    gamma, beta : ndarray of float32 or float64, shape (C,), optional
+        Scale and shift of each channel; 1 and 0 where not given.
+    eps : float
+        Added to the variance, zero or more. Where var + eps is 0, y = beta.
+    layout : {"NCHW", "NHWC"}
+        Where the channels are: axis 1, or the last axis.
+    out : ndarray, optional
+        Where y goes: native, of x's shape and dtype, any strides; `x` itself works in place.
+        A fresh large array costs more than the normalization: pass `out` in a loop.
+
+    Returns
+    -------
+    y : ndarray
+        x's shape and dtype, in native byte order and, where fresh, x's memory order.
+    mean, var : ndarray of float64, shape (C,)
+        The statistics used; var is divided by the count. An empty batch gives zeros.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has a wrong type, shape or value; nothing has been written.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> x = np.random.default_rng(0).normal(5.0, 3.0, (32, 4, 8, 8)).astype(np.float32)
+    >>> y, mean, var = fastbn.batch_norm(x)
+    >>> bool(abs(y.mean()) < 1e-6), round(float(y.std()), 4)
+    (True, 1.0)
+    >>> bool((abs(mean - 5.0) < 0.5).all()), y.dtype, mean.dtype
+    (True, dtype('float32'), dtype('float64'))
+    """
+    backend, threads = current_backend(), current_threads()
+    plain = backend.plain_batch_norm(x, gamma, beta, eps, layout, out, threads)
+    if plain is not None:
+        return BatchNormResult(*plain)
+    call = _Call(x, "x", layout, gamma=gamma, beta=beta)
+    eps = checks.epsilon(eps)
+    y = call.output(out, {"x": call.array})
+    if call.is_empty:
+        return BatchNormResult(y, call.zeros(np.float64), call.zeros(np.float64))
+    target = call.arrangement.target(y)
+    mean, var = backend.forward(
+        call.view(x), call.table("gamma", 1.0), call.table("beta", 0.0), eps, target, threads
+    )
+    call.arrangement.deliver(target, y)
+    return BatchNormResult(y, mean[0], var[0])
+
+
+def normalize(
+    x: Array,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    layout: str = "NCHW",
+    out: Array | None = None,
+) -> Array:
+    """Normalize each channel by given statistics: the inference transform, "frozen" batch norm.
+
+    ``y = gamma * (x - mean) / sqrt(var + eps) + beta``: Ioffe & Szegedy (2015), Algorithm 2.
+    It is computed from ``x - mean``, not as one multiply-add of x, which would lose the digits
+    that a large mean takes.
+
+    Parameters
+    ----------
+    x, gamma, beta, eps, layout, out
+        As in `batch_norm`.
+    mean, var : ndarray of float32 or float64, shape (C,)
+        Statistics of each channel; no variance may be negative or NaN.
+
+    Returns
+    -------
+    y : ndarray
+        x's shape and dtype, in native byte order and, where fresh, x's memory order.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has a wrong type, shape or value; nothing has been written.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> x = np.float32([[1, 10], [3, 30]])
+    >>> fastbn.normalize(x, np.float64([2, 20]), np.float64([1, 100]), eps=0.0)
+    array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    """
+    backend, threads = current_backend(), current_threads()
+    plain = backend.plain_normalize(x, mean, var, gamma, beta, eps, layout, out, threads)
+    if plain is not None:
+        return plain
+    call = _Call(x, "x", layout, gamma=gamma, beta=beta, mean=mean, var=var)
+    checks.variance(var, nan=False)
+    eps = checks.epsilon(eps)
+    y = call.output(out, {"x": call.array})
+    if call.is_empty:
+        return y
+    rstd = inverse_deviation(call.table("var", 1.0), eps)
+    affine = Affine(
+        call.table("mean", 0.0), call.table("gamma", 1.0) * rstd, call.table("beta", 0.0)
+    )
+    target = call.arrangement.target(y)
+    backend.normalize(call.view(x), affine, target, threads)
+    call.arrangement.deliver(target, y)
+    return y
+
+
+def batch_norm_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    layout: str = "NCHW",
+    params: bool = True,
+    out: Array | None = None,
+) -> Gradients:
+    """Gradient of `batch_norm`, through the batch's own statistics.
+
+    With ``xhat = (x - mean) / sqrt(var + eps)``: ``dbeta = sum(dy)``,
+    ``dgamma = sum(dy * xhat)`` and ``dx = gamma / sqrt(var + eps) * (dy - mean(dy) -
+    xhat * mean(dy * xhat))``: Ioffe & Szegedy (2015), section 3, collected.
+
+    Parameters
+    ----------
+    dy : ndarray
+        Gradient with respect to y, of x's shape and dtype.
+    x, gamma, eps, layout
+        As given to `batch_norm`.
+    mean, var : ndarray of float64, shape (C,)
+        As `batch_norm` returned them. No variance may be negative; a NaN stays in its channel.
+    params : bool
+        Whether dgamma and dbeta are wanted; None stands in their place otherwise.
+    out : ndarray, optional
+        Where dx goes: native, of x's shape and dtype, any strides; `dy` or `x` works in place.
+
+    Returns
+    -------
+    dx : ndarray
+        x's shape and dtype.
+    dgamma, dbeta : ndarray, shape (C,), or None
+        In gamma's dtype, or x's where gamma is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has a wrong type, shape or value; nothing has been written.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> rng = np.random.default_rng(0)
+    >>> x, dy = rng.normal(size=(2, 16, 3, 5, 5))
+    >>> y, mean, var = fastbn.batch_norm(x)
+    >>> dx, dgamma, dbeta = fastbn.batch_norm_backward(dy, x, mean, var)
+    >>> bool(np.allclose(dbeta, dy.sum((0, 2, 3)))), bool(abs(dx.sum()) < 1e-9)
+    (True, True)
+    """
+    return _gradients(dy, x, mean, var, gamma, eps, layout, params, out, frozen=False)
+
+
+def normalize_backward(
+    dy: Array,
+    x: Array | None,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    layout: str = "NCHW",
+    params: bool = True,
+    out: Array | None = None,
+) -> Gradients:
+    """Gradient of `normalize`: the statistics are constants and let none through.
+
+    ``dx = gamma / sqrt(var + eps) * dy``; dgamma and dbeta as in `batch_norm_backward`.
+
+    Parameters
+    ----------
+    dy, gamma, eps, layout, out
+        As in `batch_norm_backward`.
+    x : ndarray or None
+        As given to `normalize`; with ``params=False`` it is not read and may be None.
+    mean, var : ndarray of float32 or float64, shape (C,)
+        As given to `normalize`; no variance may be negative or NaN.
+    params : bool
+        Whether dgamma and dbeta are wanted; None stands in their place otherwise.
+
+    Returns
+    -------
+    dx, dgamma, dbeta
+        As in `batch_norm_backward`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has a wrong type, shape or value; nothing has been written.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> dy = np.float32([[1, 2], [3, 4]])
+    >>> mean, var = np.zeros(2), np.float64([4, 16])
+    >>> fastbn.normalize_backward(dy, None, mean, var, eps=0.0, params=False).dx
+    array([[0.5, 0.5],
+           [1.5, 1. ]], dtype=float32)
+    """
+    return _gradients(dy, x, mean, var, gamma, eps, layout, params, out, frozen=True)
+
+
+def moments(x: Array, *, layout: str = "NCHW") -> Statistics:
+    """Mean and biased variance of each channel, in float64.
+
+    ``mean = sum(x) / n`` and ``var = sum((x - mean)**2) / n`` over the n values of a channel.
+
+    Parameters
+    ----------
+    x, layout
+        As in `batch_norm`.
+
+    Returns
+    -------
+    mean, var : ndarray of float64, shape (C,)
+        Zeros for an empty batch; var is exactly 0 on a constant channel.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has a wrong type, shape or value.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> fastbn.moments(np.float32([[1, 7], [3, 7]]))
+    Statistics(mean=array([2., 7.]), var=array([1., 0.]))
+    """
+    call = _Call(x, "x", layout)
+    if call.is_empty:
+        return Statistics(call.zeros(np.float64), call.zeros(np.float64))
+    mean, var = current_backend().moments(call.view(x), current_threads())
+    return Statistics(mean[0], var[0])
+
+
+def _gradients(
+    dy: Any,
+    x: Any,
+    mean: Any,
+    var: Any,
+    gamma: Any,
+    eps: Any,
+    layout: Any,
+    params: Any,
+    out: Any,
+    *,
+    frozen: bool,
+) -> Gradients:
+    """Both backward functions; `frozen` is what tells them apart."""
+    backend, threads = current_backend(), current_threads()
+    plain = backend.plain_backward(
+        dy, x, mean, var, gamma, eps, layout, params, frozen, out, threads
+    )
+    if plain is not None:
+        return Gradients(*plain)
+    params = checks.flag("params", params)
+    lone = checks.may_lack_x(x, frozen=frozen, params=params)
+    call = _Call(
+        dy if lone else x,
+        "dy" if lone else "x",
+        layout,
+        single=frozen,
+        gamma=gamma,
+        mean=mean,
+        var=var,
+    )
+    dy = checks.gradient(dy, call.array)
+    checks.variance(var, nan=not frozen)
+    eps = checks.epsilon(eps)
+    dx = call.output(out, {"dy": dy, "x": x})
+    dtype = call.array.dtype.newbyteorder("=") if gamma is None else gamma.dtype
+    dtype = dtype.newbyteorder("=")
+    if call.is_empty:
+        zeros = (call.zeros(dtype), call.zeros(dtype)) if params else (None, None)
+        return Gradients(dx, *zeros)
+    target = call.arrangement.target(dx)
+    sums = _run_backward(backend, call, dy, eps, params, frozen, target, threads)
+    call.arrangement.deliver(target, dx)
+    if sums is None:
+        return Gradients(dx, None, None)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return Gradients(dx, sums[0][0].astype(dtype), sums[1][0].astype(dtype))
+
+
+def _run_backward(
+    backend: Backend,
+    call: _Call,
+    dy: Array,
+    eps: float,
+    params: bool,
+    frozen: bool,
+    target: Array,
+    threads: int,
+) -> tuple[Table, Table] | None:
+    """The backward trip, or the one pass that frozen statistics need for dx alone."""
+    mean, var, gamma = call.table("mean", 0.0), call.table("var", 1.0), call.table("gamma", 1.0)
+    dy_view = call.view(dy)
+    if frozen and not params:
+        rstd = inverse_deviation(var, eps)
+        zero = np.zeros_like(rstd)
+        coefficients = GradientCoefficients(gamma * rstd, zero, zero, mean, rstd)
+        backend.input_gradient(dy_view, None, coefficients, target, threads)
+        return None
+    x = call.view(call.array)
+    sums = backend.backward(dy_view, x, mean, var, gamma, eps, frozen, target, threads)
+    return sums if params else None
+
+
+class _Call:
+    """One call's checked array and per-channel vectors, and how its memory is arranged."""
+
+    def __init__(
+        self, x: Any, name: str, layout: Any, *, single: bool = True, **vectors: Any
+    ) -> None:
+        self.array = checks.batch(name, x)
+        self.layout = checks.layout(layout)
+        self.channels = x.shape[channel_axis(layout, x.ndim)]
+        self.vectors: dict[str, Array | None] = {}
+        for key, value in vectors.items():
+            if key in ("mean", "var"):
+                self.vectors[key] = checks.statistic(key, value, name, x, layout, single=single)
+            else:
+                self.vectors[key] = checks.parameter(key, value, name, x, layout)
+        self.is_empty = prod(x.shape) == 0
+        if not self.is_empty:
+            self.arrangement = Arrangement.of(x, layout)
+
+    def output(
+        self,
+        out: Any,
+        in_place: dict[str, Array | None],
+    ) -> Array:
+        """The checked `out`, or a fresh array in x's memory order."""
+        x = self.array
+        if out is not None:
+            return checks.output(out, x, in_place=in_place, apart=self.vectors)
+        dtype = x.dtype.newbyteorder("=")
+        return np.empty(x.shape, dtype) if self.is_empty else self.arrangement.fresh(x.shape, dtype)
+
+    def view(self, a: Array) -> Array:
+        """`a`, of x's shape, as a (G, N, C, S) view."""
+        return self.arrangement.view(a)
+
+    def table(self, name: str, default: float) -> Table:
+        """A per-channel vector, or its default, as a (G, C) table."""
+        vector = self.vectors[name]
+        if vector is None:
+            return np.full((1, self.channels), default)
+        return vector.astype(np.float64)[None]
+
+    def zeros(self, dtype: Any) -> Array:
+        """A vector of zeros, one a channel."""
+        return np.zeros(self.channels, dtype)

@@ -1,0 +1,93 @@
+"""An array and a layout -> the (G, N, C, S) view that every backend computes on.
+
+1. Batch normalization does not care in which order the values of a channel come, so every layout
+   is one view (G, N, C, S): G runs with statistics of their own (1 here), N samples, C channels,
+   S values a channel and sample.
+2. The view follows the *memory*, not the layout's name. Sort the axes by stride: those outside
+   the channel axis become N, those inside it S. NCHW memory gives (1, N, C, H*W), channels-last
+   memory (1, N*H*W, C, 1), whichever name it was handed over with.
+3. Backends accept two kinds of view: *channels outside* (S contiguous) and *channels inside*
+   (S = 1, C contiguous). An array whose axes do not collapse into one of them is copied once,
+   densely and in its own order: the order of summation, so every bit, is that of a dense array.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+LAYOUTS = {"NCHW": 1, "NHWC": -1}
+"""The layouts' names, and the axis that holds the channels."""
+
+
+def channel_axis(layout: str, ndim: int) -> int:
+    """Axis of the channels in an array of rank `ndim`, counted from the front."""
+    return LAYOUTS[layout] % ndim
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How arrays of one shape are seen as (G, N, C, S), and how to come back."""
+
+    axes: tuple[int, ...]
+    """The axes in memory order, outermost first."""
+    view_shape: tuple[int, int, int, int]
+
+    @staticmethod
+    def of(x: NDArray[Any], layout: str) -> Arrangement:
+        """Arrange by the memory order of `x`, which is not empty."""
+        channel = channel_axis(layout, x.ndim)
+        axes = _memory_order(x, channel)
+        at = axes.index(channel)
+        n = prod(x.shape[axis] for axis in axes[:at])
+        s = prod(x.shape[axis] for axis in axes[at + 1 :])
+        if x.shape[channel] == 1 and s == 1:
+            # A single column: its samples are the contiguous values of one channel.
+            n, s = 1, n
+        return Arrangement(axes, (1, n, x.shape[channel], s))
+
+    def view(self, a: NDArray[Any]) -> NDArray[Any]:
+        """`a` as a native, aligned (G, N, C, S) array: where it lies, or else one dense copy."""
+        a = np.asarray(a, dtype=a.dtype.newbyteorder("="))
+        v = a.transpose(self.axes).reshape(self.view_shape)
+        return v if _is_walkable(v) else np.ascontiguousarray(v)
+
+    def target(self, out: NDArray[Any]) -> NDArray[Any]:
+        """A (G, N, C, S) array to write: `out` itself if it can be walked, else a fresh one."""
+        v = out.transpose(self.axes).reshape(self.view_shape)
+        if _is_walkable(v) and np.may_share_memory(v, out):
+            return v
+        return np.empty(self.view_shape, out.dtype)
+
+    def deliver(self, result: NDArray[Any], out: NDArray[Any]) -> None:
+        """Bring `result`, what `target(out)` gave, home into `out`."""
+        if not np.may_share_memory(result, out):
+            dense = tuple(out.shape[axis] for axis in self.axes)
+            out.transpose(self.axes)[...] = result.reshape(dense)
+
+    def fresh(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """A new array of `shape`, dense in this arrangement's memory order."""
+        dense = np.empty(tuple(shape[axis] for axis in self.axes), dtype)
+        return dense.transpose(np.argsort(self.axes))
+
+
+def _memory_order(x: NDArray[Any], channel: int) -> tuple[int, ...]:
+    """The axes by falling stride; axes without one (size 1) stay where the layout has them."""
+    axes = range(x.ndim)
+    if any(x.strides[axis] == 0 and x.shape[axis] > 1 for axis in axes):
+        return tuple(axes)  # a broadcast array: no memory order to follow
+    real = [axis for axis in axes if x.shape[axis] > 1]
+    by_stride = iter(sorted(real, key=lambda axis: -abs(x.strides[axis])))
+    return tuple(next(by_stride) if axis in real else axis for axis in axes)
+
+
+def _is_walkable(v: NDArray[Any]) -> bool:
+    """Whether a (G, N, C, S) view is of one of the two kinds that backends accept."""
+    _, _, c, s = v.shape
+    inner, size = (2, c) if s == 1 else (3, s)
+    dense = size == 1 or v.strides[inner] == v.itemsize
+    return dense and bool(v.flags.aligned) and v.dtype.isnative

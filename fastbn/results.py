@@ -1,0 +1,31 @@
+"""The named tuples that the verbs return."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class BatchNormResult(NamedTuple):
+    """What `fastbn.batch_norm` returns: y, and the float64 mean and biased variance it used."""
+
+    y: NDArray[Any]
+    mean: NDArray[np.float64]
+    var: NDArray[np.float64]
+
+
+class Statistics(NamedTuple):
+    """What `fastbn.moments` returns: float64 mean and biased variance of each channel."""
+
+    mean: NDArray[np.float64]
+    var: NDArray[np.float64]
+
+
+class Gradients(NamedTuple):
+    """What the backward functions return; dgamma and dbeta are None with ``params=False``."""
+
+    dx: NDArray[Any]
+    dgamma: NDArray[Any] | None
+    dbeta: NDArray[Any] | None
