@@ -1,0 +1,48 @@
+from typing import Any
+
+from numpy.typing import NDArray
+
+from fastbn.backends.base import Affine, GradientCoefficients, Table
+
+Array = NDArray[Any]
+
+def tune(**thresholds: int) -> dict[str, int]: ...
+def walks(a: Array) -> bool: ...
+
+class Engine:
+    isa: str
+    def __init__(self, isa: str, kernels_f32: object, kernels_f64: object) -> None: ...
+    def calls(self) -> int: ...
+    def moments(self, x: Array, threads: int) -> tuple[Table, Table]: ...
+    def normalize(self, x: Array, affine: Affine, out: Array, threads: int) -> None: ...
+    def gradient_moments(
+        self, dy: Array, x: Array, mean: Table, threads: int
+    ) -> tuple[Table, Table]: ...
+    def input_gradient(
+        self,
+        dy: Array,
+        x: Array | None,
+        coefficients: GradientCoefficients,
+        out: Array,
+        threads: int,
+    ) -> None: ...
+    def forward(
+        self, x: Array, gamma: Table, beta: Table, eps: float, out: Array, threads: int
+    ) -> tuple[Table, Table]: ...
+    def backward(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Table,
+        var: Table,
+        gamma: Table,
+        eps: float,
+        frozen: bool,
+        out: Array,
+        threads: int,
+    ) -> tuple[Table, Table]: ...
+    def plain_batch_norm(self, *arguments: Any) -> tuple[Array, Table, Table] | None: ...
+    def plain_normalize(self, *arguments: Any) -> Array | None: ...
+    def plain_backward(
+        self, *arguments: Any
+    ) -> tuple[Array, Array | None, Array | None] | None: ...

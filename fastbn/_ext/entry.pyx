@@ -1,0 +1,567 @@
+"""Between Python and the kernels: fills in Tasks, decides the order of work, runs them.
+
+1. `Engine` holds the kernels of one instruction set. Its six functions take what `base.Backend`
+   says; its plain entries do a whole public call for contiguous arrays that fit, reading arrays by
+   NumPy's C interface (a few nanoseconds each), and answer None, having touched nothing, for
+   everything else: only then Python checks and explains.
+2. `set_chunks` cuts the samples into chunks. It sees shape alone, for it decides roundings.
+3. `schedule` decides what no bit depends on: blocks, streaming stores, threads. Its thresholds are
+   the module's `tuning`, a dictionary that experiments may change.
+"""
+
+import os
+
+cimport numpy as cnp
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.math cimport isfinite
+from libc.string cimport memset
+
+from fastbn._ext.task cimport (
+    AFFINE, GRADIENT_MOMENTS, INPUT_GRADIENT, MOMENTS, NO_MAP, NO_REDUCE, PACKED, Map, Operand,
+    Reduce, Run, Table, Task,
+)
+
+cnp.import_array()
+
+cdef extern from *:
+    """
+    /* libgomp's threads do not exist in a forked child, which would wait for them for ever. So the
+     * pool is given up before a fork and made anew by whoever computes next. Runtimes that cannot
+     * do that leave the child on one thread. */
+    static int uses_threads = 0, is_serial = 0;
+    #ifdef _OPENMP
+    #include <omp.h>
+    #include <pthread.h>
+    static int pause_all(int) __attribute__((weakref("omp_pause_resource_all")));
+    static int is_paused = 0;
+    static void before_fork(void) {
+        enum { OMP_PAUSE_SOFT = 1 };
+        is_paused = !uses_threads
+            || (!omp_in_parallel() && pause_all && pause_all(OMP_PAUSE_SOFT) == 0);
+    }
+    static void in_child(void) { is_serial |= !is_paused; }
+    static int guard_forks(void) { return pthread_atfork(before_fork, NULL, in_child); }
+    #else
+    static int guard_forks(void) { return 0; }
+    #endif
+    """
+    int uses_threads
+    int is_serial
+    int guard_forks() nogil
+
+if guard_forks() != 0:
+    raise MemoryError("fastbn: no memory for the handlers that make fork safe")
+
+
+
+cdef enum:
+    LINE = 64
+    FOLD_BELOW = 64         # columns; rows narrower than this are taken several at a time
+    CHUNK = 16384           # values of a channel in a chunk: the lanes' sums stay short
+    FEWEST_ROWS = 64        # samples in a chunk, channels inside
+    MOST_ROWS = 512
+
+
+def _cache_size(level, default):
+    """Bytes of the processor's data cache at `level`, as the operating system tells it."""
+    folder = "/sys/devices/system/cpu/cpu0/cache"
+    try:
+        for index in sorted(os.listdir(folder)):
+            with open(f"{folder}/{index}/level") as file:
+                found = file.read().strip()
+            if found != str(level):
+                continue
+            with open(f"{folder}/{index}/size") as file:
+                size = file.read().strip()
+            return int(size.removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        pass
+    return default
+
+
+# The thresholds by which work is ordered, in bytes; `tune` overrides them in experiments.
+cdef struct Tuning:
+    Py_ssize_t l2           # a core's own cache: a trip's block should stay in it
+    Py_ssize_t serial_below # operands this small: a second thread costs more than it brings
+    Py_ssize_t stream_from  # operands this large: results go past the caches
+
+cdef Tuning tuning
+tuning.l2 = _cache_size(2, 1 << 20)
+tuning.serial_below = 128 << 10
+tuning.stream_from = 48 << 20
+
+
+def tune(**thresholds):
+    """Override thresholds by name and return all that are in force; for experiments alone."""
+    global tuning
+    in_force = dict(tuning)
+    in_force.update(thresholds)
+    if len(in_force) != len(dict(tuning)):
+        raise ValueError(f"thresholds are {sorted(dict(tuning))}, got {sorted(thresholds)}")
+    tuning = in_force
+    return in_force
+
+
+# ---- The task ----
+
+cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return (a + b - 1) // b
+
+
+cdef void set_shape(Task* t, Py_ssize_t G, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
+                    bint inside) noexcept nogil:
+    """The shape, with narrow rows folded: k samples of C channels as one row of k*C columns."""
+    cdef Py_ssize_t k = 1
+    t.G, t.N, t.C, t.S, t.channels, t.fold, t.tail, t.inside = G, N, C, S, C, 1, 0, inside
+    t.count = <double> N * S
+    if inside and C < FOLD_BELOW:
+        while k * C % 16 != 0:
+            k *= 2
+        t.fold, t.C, t.N, t.tail = k, k * C, N // k, N % k * C
+    t.pitch = ceil_div(t.C, 16) * 16 + 16
+
+
+cdef void set_chunks(Task* t) noexcept nogil:
+    t.pieces, t.piece = 1, t.S
+    if t.inside:
+        t.rows = min(max(ceil_div(ceil_div(t.N, 32), 8) * 8, FEWEST_ROWS), MOST_ROWS)
+        t.chunks = max(1, ceil_div(t.N, t.rows))
+    elif t.S > CHUNK:
+        t.rows = 1
+        t.piece = ceil_div(ceil_div(t.S, ceil_div(t.S, CHUNK)), 64) * 64
+        t.pieces = ceil_div(t.S, t.piece)
+        t.chunks = t.N * t.pieces
+    else:
+        t.rows = max(1, CHUNK // t.S)
+        t.chunks = ceil_div(t.N, t.rows)
+
+
+cdef Py_ssize_t bytes_of(Task* t, Py_ssize_t itemsize) noexcept nogil:
+    """What the call reads and writes, once each."""
+    cdef int operands = (t.x.data != NULL) + (t.dy.data != NULL) + (t.out.data != NULL)
+    return t.G * (t.N * t.C + t.tail) * t.S * itemsize * operands
+
+
+cdef void schedule(Task* t, int threads, Py_ssize_t itemsize) noexcept nogil:
+    """The order of work: blocks of channels through the whole trip, or chunks shared by all."""
+    cdef Py_ssize_t total = bytes_of(t, itemsize)
+    cdef Py_ssize_t inputs = (t.x.data != NULL) + (t.dy.data != NULL)
+    cdef Py_ssize_t column = max((t.N + (t.tail > 0)) * t.S * itemsize * inputs, 1)
+    cdef Py_ssize_t channels = t.G * t.C, block
+    cdef Py_ssize_t row = (t.C if t.inside else t.S) * itemsize
+    # Past the caches go whole lines only; rows of a few lines would mostly be ends.
+    t.stream = t.map != NO_MAP and total >= tuning.stream_from and (row % LINE == 0 or row >= 1024)
+    t.threads = min(<Py_ssize_t> threads, max(1, 2 * total // tuning.serial_below - 1))
+    if t.reduce == NO_REDUCE:
+        # Elementwise: in the order of memory, which is whole rows, or planes side by side.
+        t.split = True
+        block = t.C
+    elif t.inside:
+        # Whole rows are walked fastest; columns alone pay only where they stay in the cache.
+        block = tuning.l2 * 3 // 4 // column
+        t.split = t.fold > 1 or block < 64 or total >= tuning.stream_from
+        if t.split:
+            block = 1024
+    else:
+        t.split = 10 * channels < 9 * ceil_div(channels, t.threads) * t.threads
+        block = 1 if t.split else tuning.l2 // 4 // column
+        # While one channel is written the next one is fetched, where the cache holds both.
+        t.lookahead = not t.split and t.map != NO_MAP and 2 * column <= tuning.l2 * 9 // 10
+    if is_serial:
+        t.threads = 1
+    while block > 16 and t.threads * 4 > t.G * ceil_div(t.C, block) * (t.chunks if t.split else 1):
+        block //= 2
+    if t.inside:
+        block = max(block // 16, 1) * 16
+    t.block = t.C if t.fold > 1 else min(max(block, 1), t.C)
+
+
+cdef char* take(char** free, Py_ssize_t size) noexcept nogil:
+    cdef char* taken = free[0]
+    free[0] += ceil_div(size, LINE) * LINE
+    return taken
+
+
+cdef int set_scratch(Task* t, Py_ssize_t itemsize, char** memory) except -1 nogil:
+    """The tables between the passes: a few vectors of C, and two for each chunk."""
+    cdef Py_ssize_t table = t.G * t.pitch * sizeof(double)
+    cdef Py_ssize_t packed = t.G * t.pitch * PACKED * itemsize
+    cdef Py_ssize_t reducing = 0 if t.reduce == NO_REDUCE else 1
+    cdef char* free
+    memory[0] = <char*> PyMem_RawMalloc(
+        reducing * (4 + 2 * t.chunks) * table + packed + 8 * LINE)
+    if memory[0] == NULL:
+        raise MemoryError("fastbn: no memory for the tables of sums")
+    free = memory[0] + (-<Py_ssize_t> memory[0]) % LINE
+    t.shift = <double*> take(&free, reducing * table)
+    t.unit = <double*> take(&free, reducing * table)
+    t.total = <double*> take(&free, reducing * 2 * table)
+    t.partial = <double*> take(&free, reducing * 2 * t.chunks * table)
+    t.packed = take(&free, packed)
+    return 0
+
+
+# ---- Arrays ----
+
+cdef Operand operand(Task* t, cnp.ndarray a) noexcept:
+    """A (G, N, C, S) array of the task's shape; folded rows are dense, one after the other."""
+    cdef Operand o
+    cdef Py_ssize_t itemsize = cnp.PyArray_ITEMSIZE(a)
+    o.data = <char*> cnp.PyArray_DATA(a)
+    o.g = cnp.PyArray_STRIDE(a, 0) // itemsize
+    o.n = t.C if t.fold > 1 else cnp.PyArray_STRIDE(a, 1) // itemsize
+    o.c = cnp.PyArray_STRIDE(a, 2) // itemsize
+    return o
+
+
+cdef Operand dense(Task* t, cnp.ndarray a) noexcept:
+    """A contiguous array of one run."""
+    cdef Operand o
+    o.data = <char*> cnp.PyArray_DATA(a)
+    o.g = 0
+    o.n = t.C * t.S
+    o.c = t.S
+    return o
+
+
+cdef Table table(cnp.ndarray a) noexcept:
+    """A (G, C) float64 array, or a vector (C,) of either type for all runs."""
+    cdef Table result
+    cdef int last = cnp.PyArray_NDIM(a) - 1
+    result.data = <char*> cnp.PyArray_DATA(a)
+    result.g = cnp.PyArray_STRIDE(a, 0) if last == 1 else 0
+    result.c = cnp.PyArray_STRIDE(a, last)
+    result.single = cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32
+    return result
+
+
+cdef cnp.ndarray new_vector(Py_ssize_t C, int element):
+    cdef cnp.npy_intp length = C
+    return cnp.PyArray_EMPTY(1, &length, element, 0)
+
+
+cdef cnp.ndarray new_table(Task* t):
+    cdef cnp.npy_intp[2] shape
+    shape[0], shape[1] = t.G, t.channels
+    return cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
+
+
+cdef cnp.ndarray in_dtype(cnp.ndarray sums, int element):
+    """A (C,) float64 vector in the wanted element type."""
+    cdef Py_ssize_t c, C = cnp.PyArray_DIM(sums, 0)
+    cdef const double* value = <const double*> cnp.PyArray_DATA(sums)
+    cdef cnp.ndarray result
+    cdef float* single
+    if element == cnp.NPY_FLOAT64:
+        return sums
+    result = new_vector(C, element)
+    single = <float*> cnp.PyArray_DATA(result)
+    for c in range(C):
+        single[c] = <float> value[c]
+    return result
+
+
+# ---- What is plain: None of these says why something is not; that is for checks.py ----
+
+cdef bint set_plain_shape(Task* t, object x, object layout):
+    """Whether x is a contiguous, native array that is not empty, of a known layout."""
+    cdef int ndim, i
+    cdef Py_ssize_t C, outer = 1, inner = 1
+    if not cnp.PyArray_CheckExact(x) or not cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> x):
+        return False
+    if cnp.PyArray_TYPE(x) != cnp.NPY_FLOAT32 and cnp.PyArray_TYPE(x) != cnp.NPY_FLOAT64:
+        return False
+    ndim = cnp.PyArray_NDIM(x)
+    if ndim < 2 or cnp.PyArray_SIZE(x) == 0:
+        return False
+    if layout == "NCHW":
+        C = cnp.PyArray_DIM(x, 1)
+        outer = cnp.PyArray_DIM(x, 0)
+        for i in range(2, ndim):
+            inner *= cnp.PyArray_DIM(x, i)
+    elif layout == "NHWC":
+        C = cnp.PyArray_DIM(x, ndim - 1)
+        for i in range(ndim - 1):
+            outer *= cnp.PyArray_DIM(x, i)
+    else:
+        return False
+    if C == 1 and inner == 1:
+        outer, inner = 1, outer
+    set_shape(t, 1, outer, C, inner, inner == 1)
+    return True
+
+
+cdef bint fits(Task* t, object v):
+    """Whether v is a native (C,) array of float32 or float64."""
+    return (cnp.PyArray_CheckExact(v) and cnp.PyArray_NDIM(v) == 1
+            and cnp.PyArray_DIM(v, 0) == t.channels and cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray> v)
+            and (cnp.PyArray_TYPE(v) == cnp.NPY_FLOAT32 or cnp.PyArray_TYPE(v) == cnp.NPY_FLOAT64))
+
+
+cdef bint is_like(object a, object x):
+    """Whether a is a contiguous native array of x's shape and type."""
+    return (cnp.PyArray_CheckExact(a) and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> a)
+            and cnp.PyArray_TYPE(a) == cnp.PyArray_TYPE(x) and cnp.PyArray_SAMESHAPE(a, x))
+
+
+cdef bint is_valid_variance(Task* t, bint nan):
+    """Whether no variance is negative or, unless allowed, NaN."""
+    cdef Py_ssize_t c
+    cdef char* at = t.var.data
+    cdef double v
+    cdef bint valid = True
+    for c in range(t.channels):
+        v = (<float*> at)[0] if t.var.single else (<double*> at)[0]
+        valid &= v >= 0 or (nan and v != v)
+        at += t.var.c
+    return valid
+
+
+cdef bint is_valid_eps(object eps):
+    return type(eps) is float and 0 <= <double> eps and isfinite(<double> eps)
+
+
+cdef bint apart(object out, object a):
+    """Whether the contiguous `out` and an array behind any strides lie apart."""
+    cdef char* first = <char*> cnp.PyArray_DATA(a)
+    cdef char* last = first
+    cdef Py_ssize_t step
+    cdef int i
+    for i in range(cnp.PyArray_NDIM(a)):
+        step = (cnp.PyArray_DIM(a, i) - 1) * cnp.PyArray_STRIDE(a, i)
+        if step < 0:
+            first += step
+        else:
+            last += step
+    return (last + cnp.PyArray_ITEMSIZE(a) <= <char*> cnp.PyArray_DATA(out)
+            or <char*> cnp.PyArray_DATA(out) + cnp.PyArray_NBYTES(out) <= first)
+
+
+cdef bint is_plain_out(object out, object x, object dy, object mean, object var, object gamma,
+                       object beta):
+    """Whether `out` is like x, writeable, and in place of x or dy or apart from everything."""
+    cdef object other
+    if not is_like(out, x) or not cnp.PyArray_ISCARRAY(<cnp.ndarray> out):
+        return False
+    for other in (x, dy):
+        if other is not None and cnp.PyArray_DATA(out) != cnp.PyArray_DATA(other) \
+                and not apart(out, other):
+            return False
+    for other in (mean, var, gamma, beta):
+        if other is not None and not apart(out, other):
+            return False
+    return True
+
+
+# ---- Running ----
+
+cdef class Engine:
+    """The kernels of one instruction set, for every element type."""
+
+    cdef readonly str isa
+    cdef Run run_f32
+    cdef Run run_f64
+    cdef object modules
+
+    def __init__(self, isa, kernels_f32, kernels_f64):
+        self.isa = isa
+        self.modules = (kernels_f32, kernels_f64)
+        self.run_f32 = <Run> PyCapsule_GetPointer(kernels_f32.api, "fastbn.run")
+        self.run_f64 = <Run> PyCapsule_GetPointer(kernels_f64.api, "fastbn.run")
+
+    def calls(self):
+        """How often kernels of this instruction set have run."""
+        return sum(module.calls() for module in self.modules)
+
+    cdef int go(self, Task* t, int element, int threads) except -1:
+        """Cut into chunks, schedule, run."""
+        cdef Py_ssize_t itemsize = 4 if element == cnp.NPY_FLOAT32 else 8
+        cdef Run run = self.run_f32 if element == cnp.NPY_FLOAT32 else self.run_f64
+        cdef char* memory = NULL
+        global uses_threads
+        with nogil:
+            set_chunks(t)
+            schedule(t, threads, itemsize)
+            set_scratch(t, itemsize, &memory)
+            if t.threads > 1:
+                uses_threads = 1
+            run(t)
+            PyMem_RawFree(memory)
+        return 0
+
+    cdef tuple with_tables(self, Task* t, int element, int threads):
+        """Run with fresh (G, C) tables for the results, and return them."""
+        cdef cnp.ndarray first = new_table(t), second = new_table(t)
+        t.first = <double*> cnp.PyArray_DATA(first)
+        t.second = <double*> cnp.PyArray_DATA(second)
+        self.go(t, element, threads)
+        return first, second
+
+    # The six functions of a backend
+
+    def moments(self, cnp.ndarray x, int threads):
+        cdef Task t = new_task(x, MOMENTS, NO_MAP)
+        t.x = operand(&t, x)
+        return self.with_tables(&t, cnp.PyArray_TYPE(x), threads)
+
+    def normalize(self, cnp.ndarray x, affine, cnp.ndarray out, int threads):
+        cdef Task t = new_task(x, NO_REDUCE, AFFINE)
+        t.x = t.source = operand(&t, x)
+        t.out = operand(&t, out)
+        t.mean, t.gamma, t.beta = table(affine.mean), table(affine.scale), table(affine.beta)
+        self.go(&t, cnp.PyArray_TYPE(x), threads)
+
+    def gradient_moments(self, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mean, int threads):
+        cdef Task t = new_task(x, GRADIENT_MOMENTS, NO_MAP)
+        t.x, t.dy = operand(&t, x), operand(&t, dy)
+        t.mean = table(mean)
+        sum_dy_centred, sum_dy = self.with_tables(&t, cnp.PyArray_TYPE(x), threads)
+        return sum_dy, sum_dy_centred
+
+    def input_gradient(self, cnp.ndarray dy, x, coefficients, cnp.ndarray out, int threads):
+        cdef Task t = new_task(dy, NO_REDUCE, AFFINE if x is None else INPUT_GRADIENT)
+        t.dy = t.source = operand(&t, dy)
+        t.out = operand(&t, out)
+        if x is None:
+            t.gamma = table(coefficients.a)
+        else:
+            t.x = t.source = operand(&t, x)
+            t.a, t.b = table(coefficients.a), table(coefficients.b)
+            t.dy_mean = table(coefficients.dy_mean)
+            t.mean, t.rstd = table(coefficients.mean), table(coefficients.rstd)
+        self.go(&t, cnp.PyArray_TYPE(dy), threads)
+
+    def forward(self, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, double eps,
+                cnp.ndarray out, int threads):
+        cdef Task t = new_task(x, MOMENTS, AFFINE)
+        t.x = t.source = operand(&t, x)
+        t.out = operand(&t, out)
+        t.gamma, t.beta, t.eps = table(gamma), table(beta), eps
+        return self.with_tables(&t, cnp.PyArray_TYPE(x), threads)
+
+    def backward(self, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mean, cnp.ndarray var,
+                 cnp.ndarray gamma, double eps, bint frozen, cnp.ndarray out, int threads):
+        cdef Task t = new_task(x, GRADIENT_MOMENTS, AFFINE if frozen else INPUT_GRADIENT)
+        t.x, t.dy, t.out = operand(&t, x), operand(&t, dy), operand(&t, out)
+        t.source = t.dy if frozen else t.x
+        t.mean, t.var, t.gamma, t.eps = table(mean), table(var), table(gamma), eps
+        return self.with_tables(&t, cnp.PyArray_TYPE(x), threads)
+
+    # The plain entries
+
+    def plain_batch_norm(self, x, gamma, beta, eps, layout, out, int threads):
+        cdef Task t
+        cdef cnp.ndarray mean, var
+        memset(&t, 0, sizeof(Task))
+        if not set_plain_shape(&t, x, layout) or not is_valid_eps(eps):
+            return None
+        if not (gamma is None or fits(&t, gamma)) or not (beta is None or fits(&t, beta)):
+            return None
+        if out is None:
+            out = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+        elif not is_plain_out(out, x, None, None, None, gamma, beta):
+            return None
+        t.reduce, t.map, t.eps = MOMENTS, AFFINE, eps
+        t.x = t.source = dense(&t, x)
+        t.out = dense(&t, out)
+        set_parameters(&t, gamma, beta)
+        mean = new_vector(t.channels, cnp.NPY_FLOAT64)
+        var = new_vector(t.channels, cnp.NPY_FLOAT64)
+        t.first, t.second = <double*> cnp.PyArray_DATA(mean), <double*> cnp.PyArray_DATA(var)
+        self.go(&t, cnp.PyArray_TYPE(x), threads)
+        return out, mean, var
+
+    def plain_normalize(self, x, mean, var, gamma, beta, eps, layout, out, int threads):
+        cdef Task t
+        memset(&t, 0, sizeof(Task))
+        if not set_plain_shape(&t, x, layout) or not is_valid_eps(eps):
+            return None
+        if not fits(&t, mean) or not fits(&t, var):
+            return None
+        if not (gamma is None or fits(&t, gamma)) or not (beta is None or fits(&t, beta)):
+            return None
+        t.mean, t.var = table(mean), table(var)
+        if not is_valid_variance(&t, False):
+            return None
+        if out is None:
+            out = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+        elif not is_plain_out(out, x, None, mean, var, gamma, beta):
+            return None
+        t.reduce, t.map, t.eps = NO_REDUCE, AFFINE, eps
+        t.x = t.source = dense(&t, x)
+        t.out = dense(&t, out)
+        set_parameters(&t, gamma, beta)
+        self.go(&t, cnp.PyArray_TYPE(x), threads)
+        return out
+
+    def plain_backward(self, dy, x, mean, var, gamma, eps, layout, params, bint frozen, out,
+                       int threads):
+        cdef Task t
+        cdef cnp.ndarray dgamma, dbeta
+        cdef int element
+        memset(&t, 0, sizeof(Task))
+        cdef bint lone = frozen and params is False
+        if not set_plain_shape(&t, dy, layout) or not is_valid_eps(eps):
+            return None
+        if not (lone and x is None) and not is_like(x, dy):
+            return None
+        if not (params is True or params is False) or not (gamma is None or fits(&t, gamma)):
+            return None
+        if not fits(&t, mean) or not fits(&t, var):
+            return None
+        t.mean, t.var = table(mean), table(var)
+        if not frozen and (t.mean.single or t.var.single) or not is_valid_variance(&t, not frozen):
+            return None
+        if out is None:
+            out = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(dy), cnp.PyArray_DIMS(dy),
+                                    cnp.PyArray_TYPE(dy), 0)
+        elif not is_plain_out(out, dy, x, mean, var, gamma, None):
+            return None
+        t.reduce = NO_REDUCE if lone else GRADIENT_MOMENTS
+        t.map = AFFINE if frozen else INPUT_GRADIENT
+        t.eps = eps
+        t.dy = t.source = dense(&t, dy)
+        t.out = dense(&t, out)
+        set_parameters(&t, gamma, None)
+        if lone:
+            memset(&t.mean, 0, sizeof(Table))   # dy is not centred
+        else:
+            t.x = dense(&t, x)
+            if not frozen:
+                t.source = t.x
+        dgamma = new_vector(t.channels, cnp.NPY_FLOAT64)
+        dbeta = new_vector(t.channels, cnp.NPY_FLOAT64)
+        t.first, t.second = <double*> cnp.PyArray_DATA(dgamma), <double*> cnp.PyArray_DATA(dbeta)
+        self.go(&t, cnp.PyArray_TYPE(dy), threads)
+        if params is False:
+            return out, None, None
+        element = cnp.PyArray_TYPE(dy if gamma is None else gamma)
+        return out, in_dtype(dgamma, element), in_dtype(dbeta, element)
+
+
+cdef Task new_task(cnp.ndarray x, int reduce, int map):
+    """A task on x's (G, N, C, S) shape."""
+    cdef Task t
+    memset(&t, 0, sizeof(Task))
+    set_shape(&t, cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2),
+              cnp.PyArray_DIM(x, 3), cnp.PyArray_DIM(x, 3) == 1)
+    t.reduce, t.map = <Reduce> reduce, <Map> map
+    return t
+
+
+cdef void set_parameters(Task* t, object gamma, object beta):
+    if gamma is not None:
+        t.gamma = table(gamma)
+    if beta is not None:
+        t.beta = table(beta)
+
+
+def walks(cnp.ndarray a):
+    """Whether a (G, N, C, S) view can be processed where it lies: folded rows must be dense."""
+    cdef Task t
+    memset(&t, 0, sizeof(Task))
+    set_shape(&t, cnp.PyArray_DIM(a, 0), cnp.PyArray_DIM(a, 1), cnp.PyArray_DIM(a, 2),
+              cnp.PyArray_DIM(a, 3), cnp.PyArray_DIM(a, 3) == 1)
+    return t.fold == 1 or cnp.PyArray_DIM(a, 1) == 1 \
+        or cnp.PyArray_STRIDE(a, 1) == t.channels * cnp.PyArray_ITEMSIZE(a)

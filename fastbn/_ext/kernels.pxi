@@ -1,0 +1,782 @@
+# The kernels: moments, normalization and their gradients, for one element type and one
+# instruction set. `setup.py` compiles this file once for each pair of them.
+#
+# 1. Data. A call is a `Task` on (G, N, C, S) views. With *channels outside* a row is one plane, S
+#    contiguous values of one channel; with *channels inside* it is one sample, C contiguous
+#    columns. A channel's values are cut into chunks that depend on shape and element type alone.
+#    A reduction gives two sums for each (chunk, channel), merged later in the order of chunks; a
+#    map is elementwise. So neither threads nor blocking nor the kind of store can change a bit.
+# 2. Lanes. Work goes 16 elements at a time (simd.h). Channels outside: lane l sums the values at
+#    l, l + 16, ... of a plane and goes on over the planes of the chunk; the lanes are added up
+#    once a chunk. Channels inside: each column has a lane of its own, and rows follow each other.
+# 3. Sums are float64, for float32 too. Moments are sums of d = x - shift and d*d with the channel's
+#    first value as the shift: mean = shift + m and var = sum(d*d)/n - m*m, m = sum(d)/n, lose
+#    1 + (m/s)**2 roundings, little unless that value is far out. Then (and where float64 squares
+#    overflow) the channel is summed again about the mean just found, which is right for any data.
+# 4. Elementwise work is done in the element type. The mean is a pair, mean = hi + lo: x - hi is
+#    exact near the mean, and lo goes into the last constant, so that y = (x - hi) * scale +
+#    (beta - lo * scale) keeps what one multiply-add of x would lose. Powers of two (`near`, `far`)
+#    bring extreme scales into the range of float32; they are 1 otherwise, and exact always.
+# 5. A trip runs both passes on one block of channels, the second walk in reverse, so that it starts
+#    on what the cache still holds. Where single blocks would leave threads idle (few channels),
+#    all threads share the chunks of all channels instead, and meet between the passes.
+
+from cython.parallel cimport parallel
+from cpython.pycapsule cimport PyCapsule_New
+from libc.math cimport fabs, frexp, isfinite, ldexp, sqrt
+from libc.stdint cimport uintptr_t
+from libc.string cimport memcpy, memset
+
+from fastbn._ext.task cimport (
+    AFFINE, GRADIENT_MOMENTS, INPUT_GRADIENT, MOMENTS, NO_MAP, NO_REDUCE, PACKED, Operand, Table,
+    Task,
+)
+
+cdef extern from "simd.h" nogil:
+    ctypedef float real     # or double: C knows; so mixed expressions are double here
+    ctypedef struct vec:
+        pass
+    ctypedef struct wide:
+        pass
+    vec vload(const real* p)
+    vec vload_part(const real* p, long n)
+    void vstore(real* p, vec v)
+    void vstore_part(real* p, vec v, long n)
+    void vstream(real* p, vec v)
+    vec vsplat(double a)
+    vec vadd(vec a, vec b)
+    vec vsub(vec a, vec b)
+    vec vmul(vec a, vec b)
+    wide wload(const real* p)
+    wide wload_part(const real* p, long n)
+    wide wload_table(const double* p)
+    void wstore_table(double* p, wide w)
+    wide wsplat(double a)
+    wide wadd(wide a, wide b)
+    wide wsub(wide a, wide b)
+    wide wmul(wide a, wide b)
+    wide wfirst(wide a, long n)
+    double wsum(wide a)
+    void stream_fence()
+    void prefetch(const real* p)
+    long fetch_add(long* counter, long by)
+    int thread_number()
+    int team_size()
+    void team_barrier()
+
+
+# ---- Where things are ----
+
+cdef inline const real* at(const Operand* a, Py_ssize_t g, Py_ssize_t n, Py_ssize_t c) noexcept nogil:
+    return <const real*> a.data + g * a.g + n * a.n + c * a.c
+
+
+cdef inline double entry(const Table* t, Py_ssize_t g, Py_ssize_t c, double default) noexcept nogil:
+    if t.data == NULL:
+        return default
+    if t.single:
+        return (<const float*> (t.data + g * t.g + c * t.c))[0]
+    return (<const double*> (t.data + g * t.g + c * t.c))[0]
+
+
+cdef inline double* sums(const Task* t, Py_ssize_t g, Py_ssize_t j) noexcept nogil:
+    """Chunk j's two rows of sums."""
+    return t.partial + (g * t.chunks + j) * 2 * t.pitch
+
+
+cdef inline real* packed(const Task* t, Py_ssize_t g) noexcept nogil:
+    """Run g's rows of coefficients."""
+    return <real*> t.packed + g * PACKED * t.pitch
+
+
+cdef struct Chunk:
+    Py_ssize_t n0, n1   # samples
+    Py_ssize_t s0, s1   # values of each
+
+
+cdef inline Chunk chunk(const Task* t, Py_ssize_t j) noexcept nogil:
+    cdef Chunk k
+    k.n0 = j // t.pieces * t.rows
+    k.n1 = min(k.n0 + t.rows, t.N)
+    k.s0 = j % t.pieces * t.piece
+    k.s1 = min(k.s0 + t.piece, t.S)
+    return k
+
+
+# ---- Reductions ----
+
+cdef inline void add_moments(wide d, wide unit, wide* first, wide* second) noexcept nogil:
+    if sizeof(real) == 8:
+        d = wmul(d, unit)   # float32 squares cannot overflow float64
+    first[0] = wadd(first[0], d)
+    second[0] = wadd(second[0], wmul(d, d))
+
+
+cdef inline void add_gradients(wide dy, wide d, wide* first, wide* second) noexcept nogil:
+    first[0] = wadd(first[0], wmul(dy, d))
+    second[0] = wadd(second[0], dy)
+
+
+cdef enum:
+    AHEAD = 4096    # elements from a value to the one fetched meanwhile: 16 or 32 KiB
+
+
+cdef inline Py_ssize_t later(const Task* t, const Operand* a, Py_ssize_t n) noexcept nogil:
+    """From a value of plane n to the one that comes about AHEAD values later: in the same plane,
+    a few planes on or, past the last, in the next channel."""
+    cdef Py_ssize_t planes = n + AHEAD // t.S + 1
+    if t.S > 4 * AHEAD:
+        return AHEAD
+    return (planes - n) * a.n if planes < t.N else (planes - n - t.N) * a.n + a.c
+
+
+cdef inline Py_ssize_t rows_at_once(Py_ssize_t columns) noexcept nogil:
+    """Rows that are summed together, so that a vector of sums is fetched once for all of them."""
+    return 8 if columns <= 512 else 4
+
+
+cdef inline Py_ssize_t rows_later(Py_ssize_t stride, Py_ssize_t columns) noexcept nogil:
+    """From a value to the one in its column AHEAD values or more later, in whole steps of rows."""
+    cdef Py_ssize_t rows = rows_at_once(columns)
+    return (AHEAD // (rows * columns) + 1) * rows * stride
+
+
+cdef void moments_outside(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t j) noexcept nogil:
+    """One channel's sums over chunk j, its planes S apart or further."""
+    cdef Chunk k = chunk(t, j)
+    cdef wide shift = wsplat(t.shift[g * t.pitch + c]), unit = wsplat(t.unit[g * t.pitch + c])
+    cdef wide first = wsplat(0), second = wsplat(0)
+    cdef Py_ssize_t n, s, whole = k.s0 + (k.s1 - k.s0) // 16 * 16
+    cdef const real* x
+    cdef const real* ahead
+    for n in range(k.n0, k.n1):
+        x = at(&t.x, g, n, c)
+        ahead = x + later(t, &t.x, n)
+        for s in range(k.s0, whole, 16):
+            prefetch(ahead + s)
+            add_moments(wsub(wload(x + s), shift), unit, &first, &second)
+        if whole < k.s1:
+            s = k.s1 - whole
+            add_moments(wfirst(wsub(wload_part(x + whole, s), shift), s), unit, &first, &second)
+    sums(t, g, j)[c] = wsum(first)
+    sums(t, g, j)[t.pitch + c] = wsum(second)
+
+
+cdef void gradients_outside(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t j) noexcept nogil:
+    """One channel's gradient sums over chunk j."""
+    cdef Chunk k = chunk(t, j)
+    cdef wide mean = wsplat(t.shift[g * t.pitch + c])
+    cdef wide first = wsplat(0), second = wsplat(0)
+    cdef Py_ssize_t n, s, whole = k.s0 + (k.s1 - k.s0) // 16 * 16
+    cdef const real* x
+    cdef const real* dy
+    cdef const real* ahead_x
+    cdef const real* ahead_dy
+    for n in range(k.n0, k.n1):
+        x = at(&t.x, g, n, c)
+        dy = at(&t.dy, g, n, c)
+        ahead_x = x + later(t, &t.x, n)
+        ahead_dy = dy + later(t, &t.dy, n)
+        for s in range(k.s0, whole, 16):
+            prefetch(ahead_x + s)
+            prefetch(ahead_dy + s)
+            add_gradients(wload(dy + s), wsub(wload(x + s), mean), &first, &second)
+        if whole < k.s1:
+            s = k.s1 - whole
+            add_gradients(wload_part(dy + whole, s), wfirst(wsub(wload_part(x + whole, s), mean), s),
+                          &first, &second)
+    sums(t, g, j)[c] = wsum(first)
+    sums(t, g, j)[t.pitch + c] = wsum(second)
+
+
+cdef void add_moments_rows(const real* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t width,
+                           const double* shift, const double* unit, double* first,
+                           double* second) noexcept nogil:
+    """Add a few rows to the sums of `width` columns, whose tables start at the first."""
+    cdef Py_ssize_t c, r, part = width % 16
+    cdef Py_ssize_t ahead = rows_later(stride, width)
+    cdef wide k, u, d, a, b
+    cdef const real* at
+    for c in range(0, width - part, 16):
+        at = x + c
+        k, u = wload_table(shift + c), wload_table(unit + c)
+        a, b = wload_table(first + c), wload_table(second + c)
+        for r in range(rows):
+            prefetch(at + ahead)
+            add_moments(wsub(wload(at), k), u, &a, &b)
+            at += stride
+        wstore_table(first + c, a)
+        wstore_table(second + c, b)
+    if part > 0:
+        c = width - part
+        k, u = wload_table(shift + c), wload_table(unit + c)
+        a, b = wload_table(first + c), wload_table(second + c)
+        for r in range(rows):
+            d = wfirst(wsub(wload_part(x + r * stride + c, part), k), part)
+            add_moments(d, u, &a, &b)
+        wstore_table(first + c, a)
+        wstore_table(second + c, b)
+
+
+cdef void add_gradients_rows(const real* dy, Py_ssize_t dy_stride, const real* x,
+                             Py_ssize_t x_stride, Py_ssize_t rows, Py_ssize_t width,
+                             const double* mean, double* first, double* second) noexcept nogil:
+    """Add a few rows to the gradient sums of `width` columns, whose tables start at the first."""
+    cdef Py_ssize_t c, r, part = width % 16
+    cdef wide k, d, a, b
+    cdef Py_ssize_t x_ahead = rows_later(x_stride, width)
+    cdef Py_ssize_t dy_ahead = rows_later(dy_stride, width)
+    for c in range(0, width - part, 16):
+        k, a, b = wload_table(mean + c), wload_table(first + c), wload_table(second + c)
+        for r in range(rows):
+            prefetch(dy + r * dy_stride + c + dy_ahead)
+            prefetch(x + r * x_stride + c + x_ahead)
+            add_gradients(wload(dy + r * dy_stride + c), wsub(wload(x + r * x_stride + c), k),
+                          &a, &b)
+        wstore_table(first + c, a)
+        wstore_table(second + c, b)
+    if part > 0:
+        c = width - part
+        k, a, b = wload_table(mean + c), wload_table(first + c), wload_table(second + c)
+        for r in range(rows):
+            d = wfirst(wsub(wload_part(x + r * x_stride + c, part), k), part)
+            add_gradients(wload_part(dy + r * dy_stride + c, part), d, &a, &b)
+        wstore_table(first + c, a)
+        wstore_table(second + c, b)
+
+
+cdef inline void add_rows(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t rows, Py_ssize_t c0,
+                          Py_ssize_t width, double* sum) noexcept nogil:
+    if t.reduce == MOMENTS:
+        add_moments_rows(at(&t.x, g, n, c0), t.x.n, rows, width, t.shift + g * t.pitch + c0,
+                         t.unit + g * t.pitch + c0, sum + c0, sum + t.pitch + c0)
+    else:
+        add_gradients_rows(at(&t.dy, g, n, c0), t.dy.n, at(&t.x, g, n, c0), t.x.n, rows, width,
+                           t.shift + g * t.pitch + c0, sum + c0, sum + t.pitch + c0)
+
+
+cdef void reduce_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
+                        Py_ssize_t j) noexcept nogil:
+    """The sums of columns [c0, c1) over chunk j; whole rows are walked, a few at a time."""
+    cdef Chunk k = chunk(t, j)
+    cdef double* sum = sums(t, g, j)
+    cdef Py_ssize_t n = k.n0, rows, padded = (c1 - c0 + 15) // 16 * 16
+    memset(sum + c0, 0, padded * sizeof(double))
+    memset(sum + t.pitch + c0, 0, padded * sizeof(double))
+    while n < k.n1:
+        rows = min(rows_at_once(c1 - c0), k.n1 - n)
+        add_rows(t, g, n, rows, c0, c1 - c0, sum)
+        n += rows
+    if k.n1 == t.N and c0 < t.tail:
+        add_rows(t, g, t.N, 1, c0, min(c1, t.tail) - c0, sum)
+
+
+cdef void reduce_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
+                       Py_ssize_t j) noexcept nogil:
+    cdef Py_ssize_t c
+    if t.inside:
+        reduce_inside(t, g, c0, c1, j)
+    elif t.reduce == MOMENTS:
+        for c in range(c0, c1):
+            moments_outside(t, g, c, j)
+    else:
+        for c in range(c0, c1):
+            gradients_outside(t, g, c, j)
+
+
+cdef void merge(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    """Add the chunks' sums up in order, carrying what rounding loses (Knuth's two-sum)."""
+    cdef double* total = t.total + g * 2 * t.pitch
+    cdef Py_ssize_t row, c, j, v
+    cdef wide s, lost, p, r, was
+    cdef double[16] lanes
+    for row in range(2):
+        for c in range(c0, c1, 16):
+            s = wload_table(sums(t, g, 0) + row * t.pitch + c)
+            lost = wsplat(0)
+            for j in range(1, t.chunks):
+                p = wload_table(sums(t, g, j) + row * t.pitch + c)
+                r = wadd(s, p)
+                was = wsub(r, s)
+                lost = wadd(lost, wadd(wsub(s, wsub(r, was)), wsub(p, was)))
+                s = r
+            wstore_table(lanes, wadd(s, lost))
+            # No more than the block's own channels: the next ones may be another thread's.
+            memcpy(total + row * t.pitch + c, lanes, min(16, c1 - c) * sizeof(double))
+        for c in range(t.channels if t.fold > 1 else 0):
+            for v in range(1, t.fold):
+                total[row * t.pitch + c] += total[row * t.pitch + v * t.channels + c]
+
+
+# ---- The small step: from sums to coefficients, in float64, for channels [c0, c1) of run g ----
+
+cdef void set_shift(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    """What is subtracted before summing: each channel's first value, or its given mean."""
+    cdef Py_ssize_t c
+    cdef double* shift = t.shift + g * t.pitch
+    cdef double* unit = t.unit + g * t.pitch
+    for c in range(c0, c1):
+        unit[c] = 1
+    for c in range(c0, min(c1, t.channels)):
+        if t.reduce == MOMENTS:
+            shift[c] = at(&t.x, g, 0, c)[0]
+        else:
+            shift[c] = entry(&t.mean, g, c, 0)
+    for c in range(t.channels, t.C if t.fold > 1 else 0):
+        shift[c] = shift[c - t.channels]
+
+
+cdef inline bint is_doubtful(const Task* t, Py_ssize_t g, Py_ssize_t c) noexcept nogil:
+    """Whether the shift was too far from the mean, or the squares too large, for the sums."""
+    cdef double m = t.total[g * 2 * t.pitch + c] / t.count
+    cdef double square = t.total[(g * 2 + 1) * t.pitch + c] / t.count
+    # The mean of d*d is (1 + (m/s)**2) variances: beyond 16 deviations digits go missing.
+    cdef bint fits = isfinite(square) and m * m <= 256 * (square - m * m)
+    return isfinite(m) and not fits
+
+
+cdef void sum_again(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    """Sum the doubtful channels about the mean just found; the others come out as they were."""
+    cdef Py_ssize_t c, v, j
+    cdef double m
+    cdef bint any_doubtful = False
+    for c in range(c0, min(c1, t.channels)):
+        if is_doubtful(t, g, c):
+            any_doubtful = True
+            m = t.total[g * 2 * t.pitch + c] / t.count
+            for v in range(t.fold):
+                t.shift[g * t.pitch + v * t.channels + c] += m
+                if not isfinite(t.total[(g * 2 + 1) * t.pitch + c]):
+                    t.unit[g * t.pitch + v * t.channels + c] = ldexp(1, -600)
+    if any_doubtful:
+        for j in range(t.chunks):
+            reduce_chunk(t, g, c0, c1, j)
+        merge(t, g, c0, c1)
+
+
+cdef void finish_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    """Sums -> mean and biased variance, into the results."""
+    cdef Py_ssize_t c
+    cdef double m, unit
+    sum_again(t, g, c0, c1)
+    for c in range(c0, min(c1, t.channels)):
+        unit = t.unit[g * t.pitch + c]
+        m = t.total[g * 2 * t.pitch + c] / t.count
+        t.first[g * t.channels + c] = t.shift[g * t.pitch + c] + m / unit
+        m = t.total[(g * 2 + 1) * t.pitch + c] / t.count - m * m
+        t.second[g * t.channels + c] = (0 if m < 0 else m) / unit / unit
+
+
+cdef inline double inverse_deviation(double var, double eps) noexcept nogil:
+    """1 / sqrt(var + eps), and 0 where that sum is 0: the channel is constant, y = beta."""
+    return 1 / sqrt(var + eps) if var + eps != 0 else 0
+
+
+cdef inline double given_deviation(const Task* t, Py_ssize_t g, Py_ssize_t c) noexcept nogil:
+    """The same for the given variance; 1 without one, when gamma already is the scale."""
+    return inverse_deviation(entry(&t.var, g, c, 0), t.eps) if t.var.data != NULL else 1
+
+
+cdef inline double power_of_two(double a, double share) noexcept nogil:
+    """1 where float32 takes |a| in its stride; else a power of two near |a|**share."""
+    cdef int exponent = 0
+    if 1e-18 < fabs(a) < 1e18 or a == 0 or not isfinite(a):
+        return 1
+    frexp(a, &exponent)
+    return ldexp(1, min(max(<int> (exponent * share), -146), 120))
+
+
+cdef void finish_affine(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    """mean, var, gamma, beta -> packed near, hi, scale, shift: y = (x*near - hi)*scale + shift."""
+    cdef real* near = packed(t, g)
+    cdef real* hi = near + t.pitch
+    cdef real* scale = hi + t.pitch
+    cdef real* shift = scale + t.pitch
+    cdef Py_ssize_t c
+    cdef double mean, factor, p
+    for c in range(c0, min(c1, t.channels)):
+        if t.reduce == MOMENTS:
+            mean = t.first[g * t.channels + c]
+            factor = inverse_deviation(t.second[g * t.channels + c], t.eps)
+        else:
+            mean = entry(&t.mean, g, c, 0)
+            factor = given_deviation(t, g, c)
+        factor *= entry(&t.gamma, g, c, 1)
+        p = power_of_two(factor, 0.5)
+        mean *= p
+        factor /= p
+        near[c] = p
+        hi[c] = mean
+        scale[c] = factor
+        shift[c] = entry(&t.beta, g, c, 0) - (mean - hi[c]) * factor
+    repeat(t, near, c0, 4)
+
+
+cdef void finish_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    """Sums -> results, and the packed coefficients of dx where a map follows.
+
+    dx = (dy*far - dhi)*a + (((x*near - hi) - lo)*b + c): mean(dy) is taken off where a value of dy
+    equal to it leaves 0, and all of x - mean is kept, in hi, lo and, in c, the rest.
+    Without gradients through the statistics it is the affine map of dy with scale a.
+    """
+    cdef real* row = packed(t, g)
+    cdef Py_ssize_t c
+    cdef double rstd, a, b, dgamma, dbeta, dy_mean, mean
+    for c in range(c0, min(c1, t.channels)):
+        mean = entry(&t.mean, g, c, 0)
+        if t.reduce == GRADIENT_MOMENTS:
+            rstd = given_deviation(t, g, c)
+            dgamma = t.total[g * 2 * t.pitch + c] * rstd
+            dbeta = t.total[(g * 2 + 1) * t.pitch + c]
+            t.first[g * t.channels + c] = dgamma
+            t.second[g * t.channels + c] = dbeta
+            a = entry(&t.gamma, g, c, 1) * rstd
+            b = -a * (dgamma / t.count)
+            dy_mean = dbeta / t.count
+        else:
+            rstd = entry(&t.rstd, g, c, 1)
+            a = entry(&t.a, g, c, 0)
+            b = entry(&t.b, g, c, 0)
+            dy_mean = entry(&t.dy_mean, g, c, 0)
+        if t.map == INPUT_GRADIENT:
+            pack_gradient(row + c, t.pitch, a, b, dy_mean, mean, rstd)
+        elif t.map == AFFINE:
+            row[c] = power_of_two(a, 0.5)
+            row[t.pitch + c] = 0
+            row[2 * t.pitch + c] = a / row[c]
+            row[3 * t.pitch + c] = 0
+    repeat(t, row, c0, PACKED if t.map == INPUT_GRADIENT else 4)
+
+
+cdef inline void pack_gradient(real* row, Py_ssize_t pitch, double a, double b, double dy_mean,
+                               double mean, double rstd) noexcept nogil:
+    """One channel's coefficients of dx = a*(dy - dy_mean) + b*xhat."""
+    # `near` a little beyond 1/s leaves b normal where dx hardly is.
+    cdef double far = power_of_two(a, 0.5), near = power_of_two(rstd, 1.15), rest
+    b *= rstd / near
+    mean *= near
+    dy_mean *= far
+    row[0] = far
+    row[pitch] = dy_mean
+    row[2 * pitch] = a / far
+    row[3 * pitch] = near
+    row[4 * pitch] = mean
+    rest = mean - row[4 * pitch]
+    row[5 * pitch] = rest
+    rest -= row[5 * pitch]
+    row[6 * pitch] = b
+    row[7 * pitch] = -(a / far) * (dy_mean - row[pitch]) - b * rest
+
+
+cdef void repeat(const Task* t, real* row, Py_ssize_t c0, int rows) noexcept nogil:
+    """The channels' coefficients once for each sample in a row of memory, and their beginning
+    once more behind the end, for vectors that reach into the next row."""
+    cdef Py_ssize_t i, c
+    for i in range(rows):
+        for c in range(t.channels, t.C if t.fold > 1 else 0):
+            row[i * t.pitch + c] = row[i * t.pitch + c - t.channels]
+        if c0 == 0 and t.inside:
+            for c in range(t.C, t.pitch):
+                row[i * t.pitch + c] = row[i * t.pitch + c - t.C]
+
+
+cdef void finish(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    """What stands between the passes."""
+    if t.reduce != NO_REDUCE:
+        merge(t, g, c0, c1)
+    if t.reduce == MOMENTS:
+        finish_moments(t, g, c0, c1)
+    if t.reduce == GRADIENT_MOMENTS or t.map == INPUT_GRADIENT:
+        finish_gradients(t, g, c0, c1)
+    elif t.map == AFFINE:
+        finish_affine(t, g, c0, c1)
+
+
+# ---- Maps ----
+
+cdef struct Coefficients:
+    vec k[PACKED]
+
+
+cdef inline vec affine(vec x, const Coefficients* k) noexcept nogil:
+    return vadd(vmul(vsub(vmul(x, k.k[0]), k.k[1]), k.k[2]), k.k[3])
+
+
+cdef inline vec gradient(vec dy, vec x, const Coefficients* k) noexcept nogil:
+    cdef vec d = vsub(vsub(vmul(x, k.k[3]), k.k[4]), k.k[5])
+    return vadd(vmul(vsub(vmul(dy, k.k[0]), k.k[1]), k.k[2]), vadd(vmul(d, k.k[6]), k.k[7]))
+
+
+cdef inline Py_ssize_t unaligned(const real* p, Py_ssize_t n) noexcept nogil:
+    """How many of the n elements from p on lie before the first whole 64-byte line."""
+    return min((-(<uintptr_t> p) & 63) // sizeof(real), <size_t> n)
+
+
+cdef inline void put(real* out, vec y, bint stream) noexcept nogil:
+    if stream:
+        vstream(out, y)
+    else:
+        vstore(out, y)
+
+
+cdef void affine_plane(const real* x, real* out, Py_ssize_t n, const real* row, Py_ssize_t pitch,
+                       bint stream, Py_ssize_t ahead) noexcept nogil:
+    """n contiguous values of one channel, whose coefficients stand `pitch` apart; meanwhile those
+    `ahead` of x are fetched."""
+    cdef Coefficients k
+    cdef Py_ssize_t i, s = unaligned(out, n) if stream else 0
+    for i in range(4):
+        k.k[i] = vsplat(row[i * pitch])
+    if s > 0:
+        vstore_part(out, affine(vload_part(x, s), &k), s)
+    while s + 16 <= n:
+        prefetch(x + s + ahead)
+        put(out + s, affine(vload(x + s), &k), stream)
+        s += 16
+    if s < n:
+        vstore_part(out + s, affine(vload_part(x + s, n - s), &k), n - s)
+
+
+cdef void gradient_plane(const real* dy, const real* x, real* out, Py_ssize_t n, const real* row,
+                         Py_ssize_t pitch, bint stream, Py_ssize_t dy_ahead,
+                         Py_ssize_t x_ahead) noexcept nogil:
+    """n contiguous values of one channel, whose coefficients stand `pitch` apart; meanwhile those
+    ahead of dy and x are fetched."""
+    cdef Coefficients k
+    cdef Py_ssize_t i, s = unaligned(out, n) if stream else 0
+    for i in range(PACKED):
+        k.k[i] = vsplat(row[i * pitch])
+    if s > 0:
+        vstore_part(out, gradient(vload_part(dy, s), vload_part(x, s), &k), s)
+    while s + 16 <= n:
+        prefetch(dy + s + dy_ahead)
+        prefetch(x + s + x_ahead)
+        put(out + s, gradient(vload(dy + s), vload(x + s), &k), stream)
+        s += 16
+    if s < n:
+        i = n - s
+        vstore_part(out + s, gradient(vload_part(dy + s, i), vload_part(x + s, i), &k), i)
+
+
+cdef void map_outside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t j,
+                      Py_ssize_t ahead) noexcept nogil:
+    """Chunk j of channels [c0, c1), while that of the channels `ahead` is fetched."""
+    cdef Chunk k = chunk(t, j)
+    cdef const real* row = packed(t, g)
+    cdef Py_ssize_t n, c
+    for n in range(k.n0, k.n1):
+        for c in range(c0, c1):
+            if t.map == AFFINE:
+                affine_plane(at(&t.source, g, n, c) + k.s0, <real*> at(&t.out, g, n, c) + k.s0,
+                             k.s1 - k.s0, row + c, t.pitch, t.stream, ahead * t.source.c)
+            else:
+                gradient_plane(at(&t.dy, g, n, c) + k.s0, at(&t.source, g, n, c) + k.s0,
+                               <real*> at(&t.out, g, n, c) + k.s0, k.s1 - k.s0, row + c, t.pitch,
+                               t.stream, ahead * t.dy.c, ahead * t.source.c)
+
+
+cdef inline void load_coefficients(Coefficients* k, const real* row, Py_ssize_t pitch,
+                                   Py_ssize_t count) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(count):
+        k.k[i] = vload(row + i * pitch)
+
+
+cdef void affine_rows(const real* x, Py_ssize_t x_stride, real* out, Py_ssize_t stride,
+                      Py_ssize_t rows, Py_ssize_t width, const real* row, Py_ssize_t pitch,
+                      bint stream) noexcept nogil:
+    """`width` columns of a few rows; the columns' coefficients stand in rows `pitch` apart."""
+    cdef Coefficients k
+    cdef Py_ssize_t c = 0, r, part = unaligned(out, width) if stream else 0
+    cdef const real* source
+    cdef real* target
+    while c < width:
+        load_coefficients(&k, row + c, pitch, 4)
+        source, target = x + c, out + c
+        part = part if c == 0 and part > 0 else min(16, width - c)
+        for r in range(rows):
+            if part < 16:
+                vstore_part(target, affine(vload_part(source, part), &k), part)
+            else:
+                prefetch(source + AHEAD // 2)
+                put(target, affine(vload(source), &k), stream)
+            source += x_stride
+            target += stride
+        c += part
+
+
+cdef void gradient_rows(const real* dy, Py_ssize_t dy_stride, const real* x, Py_ssize_t x_stride,
+                        real* out, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t width,
+                        const real* row, Py_ssize_t pitch, bint stream) noexcept nogil:
+    """`width` columns of a few rows; the columns' coefficients stand in rows `pitch` apart."""
+    cdef Coefficients k
+    cdef Py_ssize_t c = 0, r, part = unaligned(out, width) if stream else 0
+    cdef const real* source
+    cdef const real* slope
+    cdef real* target
+    while c < width:
+        load_coefficients(&k, row + c, pitch, PACKED)
+        source, slope, target = x + c, dy + c, out + c
+        part = part if c == 0 and part > 0 else min(16, width - c)
+        for r in range(rows):
+            if part < 16:
+                vstore_part(target, gradient(vload_part(slope, part), vload_part(source, part), &k),
+                            part)
+            else:
+                prefetch(source + AHEAD // 2)
+                prefetch(slope + AHEAD // 2)
+                put(target, gradient(vload(slope), vload(source), &k), stream)
+            source += x_stride
+            slope += dy_stride
+            target += stride
+        c += part
+
+
+cdef void map_rows(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t rows, Py_ssize_t c,
+                   Py_ssize_t width) noexcept nogil:
+    """`rows` rows from row n on, `width` columns from column c on."""
+    cdef const real* row = packed(t, g) + c
+    cdef real* out = <real*> at(&t.out, g, n, c)
+    if t.map == AFFINE:
+        affine_rows(at(&t.source, g, n, c), t.source.n, out, t.out.n, rows, width, row, t.pitch,
+                    t.stream)
+    else:
+        gradient_rows(at(&t.dy, g, n, c), t.dy.n, at(&t.source, g, n, c), t.source.n, out, t.out.n,
+                      rows, width, row, t.pitch, t.stream)
+
+
+cdef inline bint is_dense(const Task* t) noexcept nogil:
+    """Whether rows follow each other in memory without a gap, in every array."""
+    return t.out.n == t.C and t.source.n == t.C and (t.map == AFFINE or t.dy.n == t.C)
+
+
+cdef void map_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
+                     Py_ssize_t j) noexcept nogil:
+    """Chunk j of columns [c0, c1).
+
+    Streaming wants whole lines. Where lines begin at the same column in every row, the rows are
+    taken from that column on, each with the beginning of the next.
+    """
+    cdef Chunk k = chunk(t, j)
+    cdef bint whole_lines = t.stream and t.out.n * sizeof(real) % 64 == 0
+    cdef Py_ssize_t n = k.n0, c = c0, rows, together = 1
+    cdef Py_ssize_t n1 = k.n1
+    if whole_lines or not t.stream:
+        together = max(1, 240 // t.C)   # narrow rows share the fetching of coefficients
+    if whole_lines and c1 - c0 == t.C and is_dense(t) and n1 > n:
+        c = unaligned(at(&t.out, g, n, 0), t.C)
+        n1 -= 1
+        if c > 0:
+            map_rows(t, g, n, 1, 0, c)
+    while n < n1:
+        rows = min(together, n1 - n)
+        map_rows(t, g, n, rows, c, c1 - c0)
+        n += rows
+    if n1 < k.n1:
+        map_rows(t, g, n, 1, c, c1 - c)
+    if k.n1 == t.N and c0 < t.tail:
+        map_rows(t, g, t.N, 1, c0, min(c1, t.tail) - c0)
+
+
+cdef void map_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t j,
+                    Py_ssize_t ahead) noexcept nogil:
+    if t.inside:
+        map_inside(t, g, c0, c1, j)
+    else:
+        map_outside(t, g, c0, c1, j, ahead)
+
+
+# ---- Order of work ----
+
+cdef struct Block:
+    Py_ssize_t g, c0, c1    # channels [c0, c1) of run g
+
+
+cdef inline Block block(const Task* t, Py_ssize_t b) noexcept nogil:
+    cdef Py_ssize_t per_run = (t.C + t.block - 1) // t.block
+    cdef Block k
+    k.g = b // per_run
+    k.c0 = b % per_run * t.block
+    k.c1 = min(k.c0 + t.block, t.C)
+    return k
+
+
+cdef inline Py_ssize_t count_blocks(const Task* t) noexcept nogil:
+    return t.G * ((t.C + t.block - 1) // t.block)
+
+
+cdef void run_blocks(Task* t) noexcept nogil:
+    """Each thread takes a block of channels at a time through the whole trip; the second walk may
+    fetch the block that comes after it."""
+    cdef Block k
+    cdef Py_ssize_t b = fetch_add(&t.next_block, 1), later, ahead, j
+    while b < count_blocks(t):
+        k = block(t, b)
+        if t.reduce != NO_REDUCE:
+            set_shift(t, k.g, k.c0, k.c1)
+            for j in range(t.chunks):
+                reduce_chunk(t, k.g, k.c0, k.c1, j)
+        finish(t, k.g, k.c0, k.c1)
+        later = fetch_add(&t.next_block, 1)
+        ahead = (later - b) * t.block if t.lookahead and later < count_blocks(t) else 0
+        if t.map != NO_MAP:
+            for j in range(t.chunks - 1, -1, -1):
+                map_chunk(t, k.g, k.c0, k.c1, j, ahead)
+        b = later
+
+
+cdef void run_split(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
+    """All threads share the chunks of all channels, in the order in which memory has them: unit
+    u is chunk u // blocks of block u % blocks. Each thread walks its own units, then back."""
+    cdef Py_ssize_t blocks = count_blocks(t), units = blocks * t.chunks, u, b
+    cdef Py_ssize_t first = units * thread // team, last = units * (thread + 1) // team
+    cdef Py_ssize_t b0 = blocks * thread // team, b1 = blocks * (thread + 1) // team
+    cdef Block k
+    if t.reduce != NO_REDUCE:
+        for b in range(b0, b1):
+            k = block(t, b)
+            set_shift(t, k.g, k.c0, k.c1)
+        team_barrier()
+        for u in range(first, last):
+            k = block(t, u % blocks)
+            reduce_chunk(t, k.g, k.c0, k.c1, u // blocks)
+        team_barrier()
+    for b in range(b0, b1):
+        k = block(t, b)
+        finish(t, k.g, k.c0, k.c1)
+    if t.map != NO_MAP:
+        team_barrier()
+        for u in range(last - 1, first - 1, -1):
+            k = block(t, u % blocks)
+            map_chunk(t, k.g, k.c0, k.c1, u // blocks, 0)
+
+
+cdef void work(Task* t, int thread, int team) noexcept nogil:
+    if t.split:
+        run_split(t, thread, team)
+    else:
+        run_blocks(t)
+    if t.stream:
+        stream_fence()
+
+
+cdef long _calls = 0
+
+
+cdef void run(Task* t) noexcept nogil:
+    """Run the task on its team of threads."""
+    fetch_add(&_calls, 1)
+    if t.threads == 1:
+        work(t, 0, 1)
+    else:
+        with parallel(num_threads=t.threads):
+            work(t, thread_number(), team_size())
+
+
+def calls():
+    """How often these kernels have run: tests prove by it which variant did the work."""
+    return _calls
+
+
+api = PyCapsule_New(<void*> run, "fastbn.run", NULL)
+"""The entry point, for `fastbn._ext.entry`."""

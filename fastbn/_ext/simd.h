@@ -1,0 +1,288 @@
+/* Sixteen lanes of one element type, behind the same inline functions on every instruction set.
+ *
+ * 1. A kernel works on 16 elements at a time, whatever the machine: one 64-byte register, two of
+ *    32 bytes or four of 16. The number of lanes, and with it the order of every sum, is thus a
+ *    property of the source and not of the processor: all variants give the same bits.
+ * 2. Two types. `vec` holds 16 elements in the type that elementwise work is done in; `wide` holds
+ *    16 float64 accumulators, for sums. They are structs of native registers: a vector type wider
+ *    than the register would be spilled to memory by the compiler.
+ * 3. The arithmetic is the compiler's own on vector types. Intrinsics stand only where it has no
+ *    word for what is meant: loads and stores of part of a vector, and streaming stores.
+ * 4. The build defines FASTBN_WIDTH (bytes in a register), FASTBN_F32 or FASTBN_F64 (the element
+ *    type), and FASTBN_PORTABLE where no intrinsic may be used.
+ */
+#ifndef FASTBN_SIMD_H
+#define FASTBN_SIMD_H
+
+#include <stdint.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifndef FASTBN_PORTABLE
+#include <immintrin.h>
+#endif
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLLED _Pragma("GCC unroll 16") for
+
+enum { DOUBLES = FASTBN_WIDTH / 8, WIDE_REGISTERS = LANES / DOUBLES };
+
+typedef double f64_register __attribute__((vector_size(FASTBN_WIDTH)));
+typedef int64_t i64_register __attribute__((vector_size(FASTBN_WIDTH)));
+typedef struct { f64_register r[WIDE_REGISTERS]; } wide;
+
+#ifdef FASTBN_F32
+enum { FLOATS = FASTBN_WIDTH / 4, VEC_REGISTERS = LANES / FLOATS };
+typedef float real;
+typedef float f32_register __attribute__((vector_size(FASTBN_WIDTH)));
+typedef float f32_half __attribute__((vector_size(FASTBN_WIDTH / 2)));
+typedef f32_register vec_register;
+typedef struct { vec_register r[VEC_REGISTERS]; } vec;
+#else
+enum { VEC_REGISTERS = WIDE_REGISTERS };
+typedef double real;
+typedef f64_register vec_register;
+typedef wide vec;
+#endif
+enum { ELEMENTS = LANES / VEC_REGISTERS };
+
+/* ---- Parts of a vector: the first n of 16 lanes, n from 0 to 16. Absent lanes load as 0. ---- */
+
+/* Sixteen set lanes, then unset ones: a window that starts at 16 - n selects n lanes. */
+static const int64_t LANE_MASK64[2 * LANES] = {
+    -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+#if FASTBN_WIDTH == 32 && !defined(FASTBN_PORTABLE) && defined(FASTBN_F32)
+static const int32_t LANE_MASK32[2 * LANES] = {
+    -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+#endif
+
+#if FASTBN_WIDTH == 64 && !defined(FASTBN_PORTABLE)
+#define PART(n, i) ((uint32_t)((1u << (n)) - 1) >> ((i) * ELEMENTS))
+#ifdef FASTBN_F32
+INLINE vec_register load_part(const real *p, long n, int i) {
+    return _mm512_maskz_loadu_ps((__mmask16)PART(n, i), p);
+}
+INLINE void store_part(real *p, vec_register v, long n, int i) {
+    _mm512_mask_storeu_ps(p, (__mmask16)PART(n, i), v);
+}
+INLINE f64_register widen_part(const real *p, long n, int i) {
+    uint32_t part = ((1u << n) - 1) >> (i * DOUBLES);
+    return _mm512_cvtps_pd(_mm256_maskz_loadu_ps((__mmask8)part, p));
+}
+#else
+INLINE vec_register load_part(const real *p, long n, int i) {
+    return _mm512_maskz_loadu_pd((__mmask8)PART(n, i), p);
+}
+INLINE void store_part(real *p, vec_register v, long n, int i) {
+    _mm512_mask_storeu_pd(p, (__mmask8)PART(n, i), v);
+}
+#endif
+
+#elif FASTBN_WIDTH == 32 && !defined(FASTBN_PORTABLE)
+#ifdef FASTBN_F32
+INLINE __m256i part(long n, int i) {
+    return _mm256_loadu_si256((const __m256i *)(LANE_MASK32 + LANES - n + i * ELEMENTS));
+}
+INLINE vec_register load_part(const real *p, long n, int i) {
+    return _mm256_maskload_ps(p, part(n, i));
+}
+INLINE void store_part(real *p, vec_register v, long n, int i) {
+    _mm256_maskstore_ps(p, part(n, i), v);
+}
+INLINE f64_register widen_part(const real *p, long n, int i) {
+    const int32_t *mask = LANE_MASK32 + LANES - n + i * DOUBLES;
+    return _mm256_cvtps_pd(_mm_maskload_ps(p, _mm_loadu_si128((const __m128i *)mask)));
+}
+#else
+INLINE __m256i part(long n, int i) {
+    return _mm256_loadu_si256((const __m256i *)(LANE_MASK64 + LANES - n + i * ELEMENTS));
+}
+INLINE vec_register load_part(const real *p, long n, int i) {
+    return _mm256_maskload_pd(p, part(n, i));
+}
+INLINE void store_part(real *p, vec_register v, long n, int i) {
+    _mm256_maskstore_pd(p, part(n, i), v);
+}
+#endif
+
+#else /* no masked loads: element by element */
+INLINE long elements_in(long n, int i, int of) {
+    long left = n - (long)i * of;
+    return left < 0 ? 0 : left > of ? of : left;
+}
+INLINE vec_register load_part(const real *p, long n, int i) {
+    vec_register v = {0};
+    memcpy(&v, p, elements_in(n, i, ELEMENTS) * sizeof(real));
+    return v;
+}
+INLINE void store_part(real *p, vec_register v, long n, int i) {
+    memcpy(p, &v, elements_in(n, i, ELEMENTS) * sizeof(real));
+}
+#ifdef FASTBN_F32
+INLINE f64_register widen_part(const real *p, long n, int i) {
+    f32_half v = {0};
+    memcpy(&v, p, elements_in(n, i, DOUBLES) * sizeof(real));
+    return __builtin_convertvector(v, f64_register);
+}
+#endif
+#endif
+
+#ifdef FASTBN_F64
+INLINE f64_register widen_part(const real *p, long n, int i) { return load_part(p, n, i); }
+#endif
+
+/* ---- vec: elementwise work ---- */
+
+INLINE vec vload(const real *p) {
+    vec v;
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++)
+        memcpy(&v.r[i], p + i * ELEMENTS, sizeof v.r[i]);
+    return v;
+}
+INLINE vec vload_part(const real *p, long n) {
+    vec v;
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++)
+        v.r[i] = load_part(p + i * ELEMENTS, n, i);
+    return v;
+}
+INLINE void vstore(real *p, vec v) {
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++)
+        memcpy(p + i * ELEMENTS, &v.r[i], sizeof v.r[i]);
+}
+INLINE void vstore_part(real *p, vec v, long n) {
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++)
+        store_part(p + i * ELEMENTS, v.r[i], n, i);
+}
+/* To whole aligned lines, past the caches; stream_fence() before another thread may look. */
+INLINE void vstream(real *p, vec v) {
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++) {
+#ifdef FASTBN_PORTABLE
+        memcpy(p + i * ELEMENTS, &v.r[i], sizeof v.r[i]);
+#elif FASTBN_WIDTH == 64
+        _mm512_stream_si512((__m512i *)(p + i * ELEMENTS), (__m512i)v.r[i]);
+#elif FASTBN_WIDTH == 32
+        _mm256_stream_si256((__m256i *)(p + i * ELEMENTS), (__m256i)v.r[i]);
+#else
+        _mm_stream_si128((__m128i *)(p + i * ELEMENTS), (__m128i)v.r[i]);
+#endif
+    }
+}
+INLINE void stream_fence(void) {
+#ifndef FASTBN_PORTABLE
+    _mm_sfence();
+#endif
+}
+INLINE vec vsplat(real a) {
+    vec v;
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++)
+        v.r[i] = a - (vec_register){0};
+    return v;
+}
+INLINE vec vadd(vec a, vec b) {
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++) a.r[i] += b.r[i];
+    return a;
+}
+INLINE vec vsub(vec a, vec b) {
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++) a.r[i] -= b.r[i];
+    return a;
+}
+INLINE vec vmul(vec a, vec b) {
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++) a.r[i] *= b.r[i];
+    return a;
+}
+
+/* ---- wide: float64 sums ---- */
+
+INLINE f64_register widen(const real *p) {
+#ifdef FASTBN_F32
+    f32_half v;
+    memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, f64_register);
+#else
+    f64_register v;
+    memcpy(&v, p, sizeof v);
+    return v;
+#endif
+}
+INLINE wide wload(const real *p) {
+    wide w;
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) w.r[i] = widen(p + i * DOUBLES);
+    return w;
+}
+INLINE wide wload_part(const real *p, long n) {
+    wide w;
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) w.r[i] = widen_part(p + i * DOUBLES, n, i);
+    return w;
+}
+INLINE wide wload_table(const double *p) {
+    wide w;
+    memcpy(&w, p, sizeof w);
+    return w;
+}
+INLINE void wstore_table(double *p, wide w) { memcpy(p, &w, sizeof w); }
+INLINE wide wsplat(double a) {
+    wide w;
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) w.r[i] = a - (f64_register){0};
+    return w;
+}
+INLINE wide wadd(wide a, wide b) {
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) a.r[i] += b.r[i];
+    return a;
+}
+INLINE wide wsub(wide a, wide b) {
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) a.r[i] -= b.r[i];
+    return a;
+}
+INLINE wide wmul(wide a, wide b) {
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) a.r[i] *= b.r[i];
+    return a;
+}
+/* The first n lanes; the others become 0. */
+INLINE wide wfirst(wide a, long n) {
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) {
+        i64_register mask;
+        memcpy(&mask, LANE_MASK64 + LANES - n + i * DOUBLES, sizeof mask);
+        a.r[i] = (f64_register)((i64_register)a.r[i] & mask);
+    }
+    return a;
+}
+/* The sum of the lanes, halves onto halves: the same tree on every instruction set. */
+INLINE double wsum(wide a) {
+    double lane[LANES];
+    memcpy(lane, &a, sizeof lane);
+    UNROLLED (int half = LANES / 2; half > 0; half /= 2)
+        UNROLLED (int i = 0; i < half; i++) lane[i] += lane[i + half];
+    return lane[0];
+}
+
+/* ---- Machine ---- */
+
+INLINE void prefetch(const real *p) { __builtin_prefetch(p, 0, 2); }
+INLINE long fetch_add(long *counter, long by) {
+    return __atomic_fetch_add(counter, by, __ATOMIC_RELAXED);
+}
+INLINE int thread_number(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+INLINE int team_size(void) {
+#ifdef _OPENMP
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
+/* All threads of the team wait for each other; what they wrote is then visible to all. */
+INLINE void team_barrier(void) {
+#ifdef _OPENMP
+    _Pragma("omp barrier")
+#endif
+}
+
+#endif

@@ -1,0 +1,63 @@
+# One call, as the kernels see it: `entry` fills a Task in, the compiled variants run it.
+
+cdef struct Operand:
+    # A (G, N, C, S) array; strides count elements. S has stride 1 (channels outside), or S is 1
+    # and C has stride 1 (channels inside).
+    char* data
+    Py_ssize_t g, n, c
+
+cdef struct Table:
+    # A (G, C) table of float64 or, where `single`, float32; strides count bytes. NULL data stands
+    # for the default that its field names.
+    char* data
+    Py_ssize_t g, c
+    bint single
+
+cdef enum Reduce:
+    NO_REDUCE
+    MOMENTS             # sums of (x - shift) and of its square
+    GRADIENT_MOMENTS    # sums of dy and of dy * (x - mean)
+
+cdef enum Map:
+    NO_MAP
+    AFFINE              # out = (source - mean) * scale + beta
+    INPUT_GRADIENT      # out = a*(dy - dy_mean) + b*xhat
+
+cdef struct Task:
+    Reduce reduce
+    Map map
+    bint frozen         # in a backward trip: no gradient through the statistics
+    # Shape. C counts the columns of a row in memory: `fold` samples of `channels` each where
+    # channels inside are few, else fold = 1 and C = channels. Then `tail` columns make a last,
+    # shorter row after the N whole ones. count = values of a channel.
+    bint inside
+    Py_ssize_t G, N, C, S, channels, fold, tail
+    double count, eps
+    Operand x, dy, source, out
+    # What is given: var NULL means that gamma already is the scale; gamma NULL 1, beta NULL 0.
+    Table mean, var, gamma, beta
+    # Given coefficients of the input's gradient, instead of those that follow from sums.
+    Table a, b, dy_mean, rstd
+    # Results, (G, channels) each: mean and var, or the sums of dy * (x - mean) and of dy.
+    double* first
+    double* second
+    # Chunks: pieces of the samples, fixed by shape and element type alone. A chunk is `rows`
+    # samples or, of one sample that is longer, `piece` values.
+    Py_ssize_t chunks, rows, pieces, piece
+    # Order of work, kind of store, size of the team: decided by the machine; no bit depends on it.
+    bint split, stream, lookahead
+    Py_ssize_t block
+    int threads
+    long next_block
+    # Scratch, `pitch` (C rounded up to whole vectors) apart: (G, ...) tables.
+    Py_ssize_t pitch
+    double* shift       # (G, pitch): what is subtracted from x before summing
+    double* unit        # (G, pitch): a power of two that keeps float64 squares in range
+    double* partial     # (G, chunks, 2, pitch): each chunk's two sums
+    double* total       # (G, 2, pitch): the merged sums
+    char* packed        # (G, PACKED, pitch) elements: the coefficients of the map
+
+ctypedef void (*Run)(Task*) noexcept nogil
+
+cdef enum:
+    PACKED = 8          # the most coefficients that a map has

@@ -1,0 +1,135 @@
+"""The Cython backend: the compiled kernels of the instruction set that was picked at import."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import numpy as np
+
+from fastbn._ext import cpu, entry
+from fastbn.backends import NativeFacts
+from fastbn.backends.base import Affine, Array, Backend, GradientCoefficients, Table
+from fastbn.errors import BackendError
+
+
+class NativeBackend(Backend):
+    """Compiled passes, trips and plain entries, on one instruction set."""
+
+    name = "cython"
+
+    def __init__(self, isa: str) -> None:
+        self.isa = isa
+        kernels = (
+            importlib.import_module(f"fastbn._ext.kernels_{isa}_{element}")
+            for element in ("f32", "f64")
+        )
+        self._engine = entry.Engine(isa, *kernels)
+        self.plain_batch_norm = self._engine.plain_batch_norm
+        self.plain_normalize = self._engine.plain_normalize
+        self.plain_backward = self._engine.plain_backward
+
+    def calls(self) -> int:
+        """How often kernels of this instruction set have run in this process."""
+        return int(self._engine.calls())
+
+    def moments(self, x: Array, threads: int) -> tuple[Table, Table]:
+        return self._engine.moments(_walkable(x), threads)
+
+    def normalize(self, x: Array, affine: Affine, out: Array, threads: int) -> None:
+        target = _target(out)
+        self._engine.normalize(_walkable(x), affine, target, threads)
+        _deliver(target, out)
+
+    def gradient_moments(
+        self, dy: Array, x: Array, mean: Table, threads: int
+    ) -> tuple[Table, Table]:
+        return self._engine.gradient_moments(_walkable(dy), _walkable(x), mean, threads)
+
+    def input_gradient(
+        self,
+        dy: Array,
+        x: Array | None,
+        coefficients: GradientCoefficients,
+        out: Array,
+        threads: int,
+    ) -> None:
+        target = _target(out)
+        walkable = None if x is None else _walkable(x)
+        self._engine.input_gradient(_walkable(dy), walkable, coefficients, target, threads)
+        _deliver(target, out)
+
+    def forward(
+        self, x: Array, gamma: Table, beta: Table, eps: float, out: Array, threads: int
+    ) -> tuple[Table, Table]:
+        target = _target(out)
+        result = self._engine.forward(_walkable(x), gamma, beta, eps, target, threads)
+        _deliver(target, out)
+        return result
+
+    def backward(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Table,
+        var: Table,
+        gamma: Table,
+        eps: float,
+        frozen: bool,
+        out: Array,
+        threads: int,
+    ) -> tuple[Table, Table]:
+        target = _target(out)
+        result = self._engine.backward(
+            _walkable(dy), _walkable(x), mean, var, gamma, eps, frozen, target, threads
+        )
+        _deliver(target, out)
+        return result
+
+
+_variants: dict[str, NativeBackend] = {}
+
+
+def variant(isa: str) -> NativeBackend:
+    """The backend on the instruction set `isa`, one of `facts().isas`."""
+    if isa not in _variants:
+        _variants[isa] = NativeBackend(isa)
+    return _variants[isa]
+
+
+def _picked() -> tuple[str, str]:
+    """The instruction set that FASTBN_ISA asks for, or the best, and who decided."""
+    usable = cpu.instruction_sets()
+    asked = os.environ.get("FASTBN_ISA", "")
+    if not asked or asked == "auto":
+        return usable[0], "FASTBN_ISA" if asked else "best that runs here"
+    if asked not in usable:
+        raise BackendError(
+            f"environment variable FASTBN_ISA is {asked!r}, expected one of the instruction sets "
+            f"that can run here: auto, {', '.join(usable)}; set one of them, or unset it"
+        )
+    return asked, "FASTBN_ISA"
+
+
+def load() -> Backend:
+    """The backend on the instruction set that the environment asks for."""
+    return variant(_picked()[0])
+
+
+def facts() -> NativeFacts:
+    """What `fastbn.get_config` tells of the compiled kernels."""
+    return NativeFacts(*_picked(), cpu.instruction_sets(), cpu.has_openmp())
+
+
+def _walkable(a: Array) -> Array:
+    """`a`, or a dense copy where its narrow rows lie apart in memory."""
+    return a if entry.walks(a) else np.ascontiguousarray(a)
+
+
+def _target(out: Array) -> Array:
+    return out if entry.walks(out) else np.empty(out.shape, out.dtype)
+
+
+def _deliver(target: Array, out: Array) -> None:
+    if target is not out:
+        out[...] = target
