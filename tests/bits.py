@@ -1,0 +1,67 @@
+"""Every function's results on one problem, and comparing them bit by bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import fastbn
+
+Array = NDArray[Any]
+Results = dict[str, Array]
+
+
+def run_all(
+    x: Array,
+    dy: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    layout: str = "NCHW",
+    eps: float = 1e-5,
+) -> Results:
+    """What the five functions give for one problem, by name."""
+    y, mean, var = fastbn.batch_norm(x, gamma, beta, eps=eps, layout=layout)
+    statistics = fastbn.moments(x, layout=layout)
+    results: dict[str, Array | None] = {
+        "y": y,
+        "mean": mean,
+        "var": var,
+        "moments.mean": statistics.mean,
+        "moments.var": statistics.var,
+    }
+    # A NaN in var is for batch_norm_backward alone: normalize refuses it.
+    v = np.where(np.isnan(var), 1.0, var)
+    results["normalize"] = fastbn.normalize(x, mean, v, gamma, beta, eps=eps, layout=layout)
+    for params in (True, False):
+        got = fastbn.batch_norm_backward(
+            dy, x, mean, var, gamma, eps=eps, layout=layout, params=params
+        )
+        frozen = fastbn.normalize_backward(
+            dy, x if params else None, mean, v, gamma, eps=eps, layout=layout, params=params
+        )
+        for kind, gradients in (("batch_norm", got), ("normalize", frozen)):
+            for name, value in gradients._asdict().items():
+                results[f"{kind}_backward(params={params}).{name}"] = value
+    return {name: value for name, value in results.items() if value is not None}
+
+
+def assert_same_bits(actual: Results, expected: Results) -> None:
+    """Equal names, shapes, dtypes and bits; only a NaN's payload may differ."""
+    assert actual.keys() == expected.keys()
+    for name, a in actual.items():
+        b = expected[name]
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+        different = _integers(a) != _integers(b)
+        different &= ~(np.isnan(a) & np.isnan(b))
+        assert not different.any(), (
+            f"{name}: {int(different.sum())} of {a.size} values differ in their bits, "
+            f"as {a[different][0]!r} and {b[different][0]!r}"
+        )
+
+
+def _integers(a: Array) -> Array:
+    """The bits of each value as an unsigned integer."""
+    return np.ascontiguousarray(a).view(f"u{a.itemsize}").reshape(a.shape)

@@ -1,0 +1,339 @@
+"""What is right, and how far from it a result may be.
+
+1. Oracles: the formulas of Ioffe & Szegedy (2015) in `numpy.longdouble`, which has 64 bits of
+   significand or more where the library has 53. Every array is seen as rows, (C, n), one row a
+   channel.
+2. Bounds: the promises of docs/numerics.md as functions. They say how wrong a right library may
+   be; no tolerance in the tests was found by trying.
+3. Checks: one call of the library against its oracle.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+import fastbn
+
+Array = NDArray[Any]
+Wide = NDArray[np.longdouble]
+
+DTYPES = (np.float32, np.float64)
+LAYOUTS = ("NCHW", "NHWC")
+
+assert np.finfo(np.longdouble).eps < 2**-60, "these oracles need an extended long double"
+
+
+# --- arrays as rows -----------------------------------------------------------------------------
+
+
+def channel_axis(ndim: int, layout: str) -> int:
+    """The axis of the channels."""
+    return 1 if layout == "NCHW" else ndim - 1
+
+
+def channels_of(x: Array, layout: str) -> int:
+    """The number of channels."""
+    return int(x.shape[channel_axis(x.ndim, layout)])
+
+
+def rows(a: Array, layout: str) -> Array:
+    """The values as (C, n): a row is a channel."""
+    axis = channel_axis(a.ndim, layout)
+    return np.moveaxis(a, axis, 0).reshape(a.shape[axis], -1)
+
+
+def wide(a: Array, layout: str) -> Wide:
+    """The rows in extended precision."""
+    return rows(a, layout).astype(np.longdouble)
+
+
+def to_layout(a: Array, layout: str) -> Array:
+    """An NCHW array as a dense array of `layout`."""
+    return a if layout == "NCHW" else np.ascontiguousarray(np.moveaxis(a, 1, -1))
+
+
+def vector(v: Array | None, default: float, channels: int) -> Wide:
+    """A parameter, or its default, in extended precision."""
+    if v is None:
+        return np.full(channels, default, np.longdouble)
+    return v.astype(np.longdouble)
+
+
+def rstd_of(var: Wide, eps: float) -> Wide:
+    """1 / sqrt(var + eps), and 0 where var + eps is 0."""
+    total = var + np.longdouble(eps)
+    return np.where(total == 0, 0, 1 / np.sqrt(np.where(total == 0, 1, total)))
+
+
+# --- oracles ------------------------------------------------------------------------------------
+
+
+def moments(x: Wide) -> tuple[Wide, Wide]:
+    """Mean and biased variance of each row: two passes about the row's first value."""
+    shift = x[:, :1]
+    centred = x - shift
+    offset = centred.mean(1, keepdims=True)
+    centred -= offset
+    residue = centred.mean(1, keepdims=True)
+    var = np.square(centred).mean(1) - np.square(residue[:, 0])
+    return (shift + (offset + residue))[:, 0], np.maximum(var, 0)
+
+
+def normalize(x: Wide, mean: Wide, var: Wide, gamma: Wide, beta: Wide, eps: float) -> Wide:
+    """y of each row, by given statistics."""
+    scale = gamma * rstd_of(var, eps)
+    return (x - mean[:, None]) * scale[:, None] + beta[:, None]
+
+
+class WideGradients(NamedTuple):
+    """The gradients in extended precision, and the means of magnitudes their bounds speak of."""
+
+    dx: Wide
+    dgamma: Wide
+    dbeta: Wide
+    xhat: Wide
+    mean_dy: Wide
+    """mean |dy| of each row."""
+    mean_dy_xhat: Wide
+    """mean |dy xhat| of each row."""
+
+
+def backward(
+    dy: Wide, x: Wide, mean: Wide, var: Wide, gamma: Wide, eps: float, *, frozen: bool
+) -> WideGradients:
+    """The gradients of `batch_norm`, or (`frozen`) of `normalize`."""
+    rstd = rstd_of(var, eps)[:, None]
+    xhat = (x - mean[:, None]) * rstd
+    dx = dy.copy()
+    if not frozen:
+        dx -= dy.mean(1, keepdims=True) + xhat * (dy * xhat).mean(1, keepdims=True)
+    return WideGradients(
+        dx * gamma[:, None] * rstd,
+        (dy * xhat).sum(1),
+        dy.sum(1),
+        xhat,
+        np.abs(dy).mean(1),
+        np.abs(dy * xhat).mean(1),
+    )
+
+
+def textbook(x: Array, gamma: Array, beta: Array, eps: float, layout: str) -> Array:
+    """Batch normalization as it is printed, for complex arrays too: no `abs` in the variance."""
+    axis = channel_axis(x.ndim, layout)
+    over = tuple(a for a in range(x.ndim) if a != axis)
+    mean = x.mean(over, keepdims=True)
+    var = ((x - mean) ** 2).mean(over, keepdims=True)
+    return textbook_frozen(x, mean, var, gamma, beta, eps, layout)
+
+
+def textbook_frozen(
+    x: Array, mean: Array, var: Array, gamma: Array, beta: Array, eps: float, layout: str
+) -> Array:
+    """The inference transform as it is printed."""
+    shape = [1] * x.ndim
+    shape[channel_axis(x.ndim, layout)] = -1
+    mean, var, gamma, beta = (v.reshape(shape) for v in (mean, var, gamma, beta))
+    y: Array = gamma * (x - mean) / np.sqrt(var + eps) + beta
+    return y
+
+
+# --- bounds -------------------------------------------------------------------------------------
+
+
+def unit(dtype: Any) -> float:
+    """u: 2**-23 for float32, 2**-52 for float64."""
+    return float(np.finfo(dtype).eps)
+
+
+def factor(dtype: Any, mean: Wide, rstd: Wide) -> Wide:
+    """k of each channel: 2u for float32, 1e-12 + 4u|mean|/s for float64."""
+    u = unit(dtype)
+    if np.dtype(dtype).itemsize == 4:
+        return np.full(mean.shape, 2 * u, np.longdouble)
+    k: Wide = np.longdouble(1e-12) + 4 * u * np.abs(mean) * rstd
+    return k
+
+
+def bound_mean(mean: Wide, var: Wide, eps: float) -> Wide:
+    """How far a mean may be off."""
+    s = np.sqrt(var + np.longdouble(eps))
+    bound: Wide = np.longdouble(2.0**-52) * np.abs(mean) + np.longdouble(1e-12) * s
+    return bound
+
+
+def bound_var(var: Wide) -> Wide:
+    """How far a variance may be off: nothing where it is 0."""
+    bound: Wide = np.longdouble(1e-10) * var
+    return bound
+
+
+def bound_y(
+    dtype: Any, y: Wide, mean: Wide, var: Wide, gamma: Wide, beta: Wide, eps: float
+) -> Wide:
+    """How far each y may be off."""
+    k = factor(dtype, mean, rstd_of(var, eps))
+    bound: Wide = k[:, None] * (np.abs(y) + np.abs(gamma)[:, None] + np.abs(beta)[:, None])
+    return bound
+
+
+def bound_dx(
+    dtype: Any,
+    exact: WideGradients,
+    dy: Wide,
+    mean: Wide,
+    var: Wide,
+    gamma: Wide,
+    eps: float,
+    *,
+    frozen: bool,
+) -> Wide:
+    """How far each dx may be off; with frozen statistics it is dy scaled, and so is the bound."""
+    rstd = rstd_of(var, eps)
+    k = factor(dtype, mean, rstd)
+    size = np.abs(dy)
+    if not frozen:
+        size = size + exact.mean_dy[:, None] + np.abs(exact.xhat) * exact.mean_dy_xhat[:, None]
+    return (2 * k * np.abs(gamma) * rstd)[:, None] * size
+
+
+def _bound_sum(
+    dtype: Any, value: Wide, exact: WideGradients, mean: Wide, var: Wide, eps: float
+) -> Wide:
+    relative = np.longdouble(1e-12) + 4 * 2.0**-52 * np.abs(mean) * rstd_of(var, eps)
+    n = exact.dx.shape[1]
+    magnitudes = exact.mean_dy + exact.mean_dy_xhat
+    bound: Wide = np.longdouble(unit(dtype)) * np.abs(value) + relative * n * magnitudes
+    return bound
+
+
+def bound_dgamma(dtype: Any, exact: WideGradients, mean: Wide, var: Wide, eps: float) -> Wide:
+    """How far each dgamma, stored as `dtype`, may be off."""
+    return _bound_sum(dtype, exact.dgamma, exact, mean, var, eps)
+
+
+def bound_dbeta(dtype: Any, exact: WideGradients, mean: Wide, var: Wide, eps: float) -> Wide:
+    """How far each dbeta, stored as `dtype`, may be off."""
+    return _bound_sum(dtype, exact.dbeta, exact, mean, var, eps)
+
+
+# --- checks -------------------------------------------------------------------------------------
+
+
+def assert_within(actual: Array, expected: Any, bound: Any, what: str) -> None:
+    """Every |actual - expected| is within its bound, or one smallest subnormal of its type.
+
+    A NaN anywhere fails.
+    """
+    expected, bound = np.broadcast_arrays(expected, bound)
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, not {expected.shape}"
+    allowed = bound + np.longdouble(np.finfo(actual.dtype).smallest_subnormal)
+    off = np.abs(actual.astype(np.longdouble) - expected)
+    wrong = ~(off <= allowed)
+    if wrong.any():
+        with np.errstate(all="ignore"):
+            worst = np.unravel_index(np.argmax(np.where(wrong, off / allowed, 0)), off.shape)
+        raise AssertionError(
+            f"{what}{[int(i) for i in worst]} is {actual[worst]!r}, expected {expected[worst]!r}: "
+            f"off by {off[worst]}, allowed {allowed[worst]}; {int(wrong.sum())} of {off.size} wrong"
+        )
+
+
+def check_forward(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    layout: str = "NCHW",
+) -> fastbn.BatchNormResult:
+    """`batch_norm`, `moments` and `normalize` are within their bounds; gives batch_norm's."""
+    result = fastbn.batch_norm(x, gamma, beta, eps=eps, layout=layout)
+    c = channels_of(x, layout)
+    dtype = np.dtype(x.dtype.type)
+    values, g, b = wide(x, layout), vector(gamma, 1, c), vector(beta, 0, c)
+    mean, var = moments(values)
+    y = normalize(values, mean, var, g, b, eps)
+    assert result.y.dtype == dtype
+    assert result.y.shape == x.shape
+    for got in (result[1:], fastbn.moments(x, layout=layout)):
+        assert got[0].dtype == got[1].dtype == np.float64
+        assert_within(got[0], mean, bound_mean(mean, var, eps), "mean")
+        assert_within(got[1], var, bound_var(var), "var")
+    assert_within(rows(result.y, layout), y, bound_y(dtype, y, mean, var, g, b, eps), "y")
+    for given in DTYPES:
+        with np.errstate(over="ignore", under="ignore"):
+            m, v = result.mean.astype(given), result.var.astype(given)
+        fits = np.isfinite(m) & np.isfinite(v) & ((v != 0) == (result.var != 0))
+        if fits.all():
+            check_normalize(x, m, v, gamma, beta, eps=eps, layout=layout)
+    return result
+
+
+def check_normalize(
+    x: Array,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    layout: str = "NCHW",
+) -> None:
+    """`normalize` by the statistics given is within its bound."""
+    got = fastbn.normalize(x, mean, var, gamma, beta, eps=eps, layout=layout)
+    c = channels_of(x, layout)
+    m, v, g, b = vector(mean, 0, c), vector(var, 1, c), vector(gamma, 1, c), vector(beta, 0, c)
+    y = normalize(wide(x, layout), m, v, g, b, eps)
+    dtype = np.dtype(x.dtype.type)
+    assert got.dtype == dtype
+    assert_within(rows(got, layout), y, bound_y(dtype, y, m, v, g, b, eps), "normalize")
+
+
+def check_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    layout: str = "NCHW",
+    frozen: bool = False,
+) -> fastbn.Gradients:
+    """`batch_norm_backward`, or (`frozen`) `normalize_backward`, is within its bounds."""
+    verb = fastbn.normalize_backward if frozen else fastbn.batch_norm_backward
+    got = verb(dy, x, mean, var, gamma, eps=eps, layout=layout)
+    c = channels_of(x, layout)
+    dtype = np.dtype(x.dtype.type)
+    of_parameters = dtype if gamma is None else np.dtype(gamma.dtype.type)
+    d, m, v, g = wide(dy, layout), vector(mean, 0, c), vector(var, 1, c), vector(gamma, 1, c)
+    exact = backward(d, wide(x, layout), m, v, g, eps, frozen=frozen)
+    assert got.dgamma is not None
+    assert got.dbeta is not None
+    assert got.dx.dtype == dtype
+    assert got.dgamma.dtype == got.dbeta.dtype == of_parameters
+    bound = bound_dx(dtype, exact, d, m, v, g, eps, frozen=frozen)
+    assert_within(rows(got.dx, layout), exact.dx, bound, "dx")
+    bound = bound_dgamma(of_parameters, exact, m, v, eps)
+    assert_within(got.dgamma, exact.dgamma, bound, "dgamma")
+    bound = bound_dbeta(of_parameters, exact, m, v, eps)
+    assert_within(got.dbeta, exact.dbeta, bound, "dbeta")
+    return got
+
+
+def check_everything(
+    x: Array,
+    dy: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    layout: str = "NCHW",
+) -> None:
+    """All five functions on one problem."""
+    _, mean, var = check_forward(x, gamma, beta, eps=eps, layout=layout)
+    for frozen in (False, True):
+        check_backward(dy, x, mean, var, gamma, eps=eps, layout=layout, frozen=frozen)

@@ -1,0 +1,401 @@
+"""Every bad argument of every function: the kind of error, what its message says, no harm done.
+
+`BAD` is the table. A row is a bad value for an argument, the error, and pieces of its message: the
+argument, what came, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from oracle import LAYOUTS
+from variants import Variant
+
+import fastbn
+
+SHAPE = (4, 10, 8, 20)
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A bad value and how it is answered."""
+
+    label: str
+    value: Callable[[], Any]
+    error: type[Exception]
+    pieces: tuple[str, ...]
+    verbs: tuple[str, ...] = ()
+    """The functions that refuse it; all that take the argument, where empty."""
+
+
+def bad(
+    label: str, value: Any, error: type[Exception], *pieces: str, verbs: tuple[str, ...] = ()
+) -> Bad:
+    """A row; `value` is used as it is."""
+    return Bad(label, lambda: value, error, pieces, verbs)
+
+
+ARRAYS = {
+    "x": ("batch_norm", "normalize", "batch_norm_backward", "normalize_backward", "moments"),
+    "dy": ("batch_norm_backward", "normalize_backward"),
+    "gamma": ("batch_norm", "normalize", "batch_norm_backward", "normalize_backward"),
+    "beta": ("batch_norm", "normalize"),
+    "mean": ("normalize", "batch_norm_backward", "normalize_backward"),
+    "var": ("normalize", "batch_norm_backward", "normalize_backward"),
+}
+BACKWARD = ("batch_norm_backward", "normalize_backward")
+WRITING = ("batch_norm", "normalize", *BACKWARD)
+FLOATS = "float32 or float64"
+
+
+def not_an_array(name: str) -> list[Bad]:
+    """What no array argument may be."""
+    shape = SHAPE if name in ("x", "dy") else (10,)
+    rows = [
+        bad("list", [[1.0]], TypeError, f"{name} is a list ([[1.0]])", "numpy.asarray"),
+        bad("float", 1.5, TypeError, f"{name} is a float (1.5)", "numpy.ndarray", "numpy.asarray"),
+        bad("str", "ones", TypeError, f"{name} is a str", FLOATS),
+        bad("scalar", np.float32(1), TypeError, f"{name} is a float32", "numpy.asarray"),
+        bad(
+            "masked",
+            np.ma.masked_array(np.ones(shape, np.float32)),
+            TypeError,
+            f"{name} is a numpy.ma.MaskedArray",
+            "plain numpy.ndarray",
+            ".filled(",
+        ),
+    ]
+    for dtype in ("int64", "int8", "bool", "complex64", "float16", "longdouble", "object", "U3"):
+        array = np.ones(shape).astype(dtype)
+        pieces = (f"{name} has dtype {array.dtype}", f"expected {FLOATS}", ".astype(numpy.float32)")
+        rows.append(bad(dtype, array, TypeError, *pieces))
+    if name not in ("gamma", "beta"):
+        lacking = tuple(v for v in ARRAYS[name] if (name, v) != ("x", "normalize_backward"))
+        rows.append(bad("None", None, TypeError, f"{name} is a NoneType", FLOATS, verbs=lacking))
+    return rows
+
+
+def not_of_the_channels(name: str) -> list[Bad]:
+    """Vectors that do not fit x's 10 channels."""
+    came = "x has 10 channels (axis 1 of shape (4, 10, 8, 20), layout 'NCHW')"
+    return [
+        bad(
+            "channels of the other layout",
+            np.ones(20),
+            ValueError,
+            f"{name} has shape (20,) but {came}; for channels-last data pass layout='NHWC'",
+        ),
+        bad("too few", np.ones(9), ValueError, f"{name} has shape (9,) but {came}", "(10,)"),
+        bad("none", np.ones(0), ValueError, f"{name} has shape (0,) but {came}", "(10,)"),
+        bad("one", np.ones(1), ValueError, f"{name} has shape (1,) but {came}", "(10,)"),
+        bad("rank 0", np.ones(()), ValueError, f"{name} has shape () but {came}", "reshape(-1)"),
+        bad(
+            "rank 4",
+            np.ones((1, 10, 1, 1)),
+            ValueError,
+            f"{name} has shape (1, 10, 1, 1) but {came}; expected shape (10,)",
+            f"pass {name}.reshape(-1)",
+        ),
+    ]
+
+
+def outputs() -> list[Bad]:
+    """Arrays that `out` may not be; overlaps are in test_out.py."""
+    frozen = np.ones(SHAPE, np.float32)
+    frozen.flags.writeable = False
+    make = "make it with numpy.empty((4, 10, 8, 20), numpy.float32)"
+    plain = np.ones(SHAPE, np.float32)
+    swapped = plain.astype(plain.dtype.newbyteorder("S"))
+    return [
+        bad("list", [1.0], TypeError, "out is a list ([1.0])", "expected a numpy.ndarray", make),
+        bad("masked", np.ma.masked_array(plain), TypeError, "out is a MaskedArray", make),
+        bad("float64", np.ones(SHAPE), TypeError, "out has dtype float64, expected float32", make),
+        bad("swapped", swapped, TypeError, "out has dtype >f4, expected float32 in native", make),
+        bad(
+            "shape",
+            np.ones((4, 8, 20, 10), np.float32),
+            ValueError,
+            "out has shape (4, 8, 20, 10), expected (4, 10, 8, 20)",
+            make,
+        ),
+        bad("flat", np.ones(6400, np.float32), ValueError, "out has shape (6400,)", make),
+        bad("read-only", frozen, ValueError, "out is read-only, expected a writeable", make),
+    ]
+
+
+BAD: dict[str, list[Bad]] = {
+    "x": [
+        *not_an_array("x"),
+        bad(
+            "rank 0", np.ones((), np.float32), ValueError, "x has rank 0 (shape ())", "rank 2", "x["
+        ),
+        bad("rank 1", np.ones(3), ValueError, "x has rank 1 (shape (3,))", "rank 2", "x[:, None]"),
+        bad(
+            "absent for dgamma",
+            None,
+            TypeError,
+            "x is None, expected the array given to normalize",
+            "params=False",
+            verbs=("normalize_backward",),
+        ),
+    ],
+    "dy": [
+        *not_an_array("dy"),
+        bad(
+            "shape",
+            np.ones((4, 8, 20, 10), np.float32),
+            ValueError,
+            "dy has shape (4, 8, 20, 10), expected (4, 10, 8, 20), the shape of x",
+            "pass the gradient",
+        ),
+        bad(
+            "rank", np.ones(3, np.float32), ValueError, "dy has shape (3,), expected (4, 10, 8, 20)"
+        ),
+        bad(
+            "dtype",
+            np.ones(SHAPE),
+            TypeError,
+            "dy has dtype float64, expected float32, the dtype of x",
+            "dy.astype(numpy.float32)",
+        ),
+    ],
+    "gamma": [*not_an_array("gamma"), *not_of_the_channels("gamma")],
+    "beta": [*not_an_array("beta"), *not_of_the_channels("beta")],
+    "mean": [
+        *not_an_array("mean"),
+        *not_of_the_channels("mean"),
+        bad(
+            "float32",
+            np.zeros(10, np.float32),
+            TypeError,
+            "mean has dtype float32, expected float64",
+            "mean.astype(numpy.float64)",
+            verbs=("batch_norm_backward",),
+        ),
+    ],
+    "var": [
+        *not_an_array("var"),
+        *not_of_the_channels("var"),
+        bad(
+            "float32",
+            np.ones(10, np.float32),
+            TypeError,
+            "var has dtype float32, expected float64",
+            "var.astype(numpy.float64)",
+            verbs=("batch_norm_backward",),
+        ),
+        *(
+            bad(
+                str(value),
+                np.array([1.0] * 9 + [value]),
+                ValueError,
+                f"var[9] is {value}: a variance cannot be negative",
+                "expected zero or more",
+                "channel 9",
+            )
+            for value in (-1.0, -1e-300, -np.inf)
+        ),
+        bad(
+            "NaN",
+            np.array([1.0, np.nan] * 5),
+            ValueError,
+            "var[1] is nan: not a number",
+            "expected zero or more, and no NaN",
+            "channel 1",
+            verbs=("normalize", "normalize_backward"),
+        ),
+    ],
+    "eps": [
+        bad("negative", -1e-5, ValueError, "eps is -1e-05", "zero or more", "1e-5 is usual"),
+        bad("NaN", float("nan"), ValueError, "eps is nan", "finite number, zero or more"),
+        bad("infinite", float("inf"), ValueError, "eps is inf", "finite number, zero or more"),
+        bad("str", "1e-5", TypeError, "eps is a str ('1e-5')", "expected a number", "pass a float"),
+        bad("None", None, TypeError, "eps is a NoneType", "expected a number", "pass a float"),
+        bad("bool", True, TypeError, "eps is a bool (True)", "expected a number", "pass a float"),
+        bad("complex", 1j, TypeError, "eps is a complex (1j)", "expected a number", "pass a float"),
+        bad("array", np.ones(1), TypeError, "eps is a", "ndarray", "expected a number"),
+        bad("huge", 10**400, ValueError, "eps is ", "expected a finite number"),
+    ],
+    "layout": [
+        bad("lower case", "nchw", ValueError, "layout is 'nchw'", "'NCHW'", "'NHWC'"),
+        bad("other", "CNHW", ValueError, "layout is 'CNHW', expected", "axis 1", "channels last"),
+        bad("empty", "", ValueError, "layout is '', expected", "'NCHW'"),
+        bad("None", None, TypeError, "layout is None, expected", "'NCHW'"),
+        bad("bytes", b"NCHW", TypeError, "layout is b'NCHW', expected", "'NCHW'"),
+        bad("axis", 1, TypeError, "layout is 1, expected", "'NCHW'"),
+        bad("unhashable", ["NCHW"], TypeError, "layout is ['NCHW'], expected", "'NCHW'"),
+    ],
+    "params": [
+        bad("int", 1, TypeError, "params is an int (1)", "expected True or False", "pass one"),
+        bad("None", None, TypeError, "params is a NoneType", "expected True or False"),
+        bad("str", "no", TypeError, "params is a str ('no')", "expected True or False"),
+        bad("list", [], TypeError, "params is a list ([])", "expected True or False"),
+    ],
+    "out": outputs(),
+}
+
+TAKEN_BY = ARRAYS | {
+    "eps": WRITING,
+    "layout": (*WRITING, "moments"),
+    "params": BACKWARD,
+    "out": WRITING,
+}
+
+CASES = [
+    pytest.param(verb, argument, row, id=f"{verb}-{argument}-{row.label}")
+    for argument, rows in BAD.items()
+    for row in rows
+    for verb in (row.verbs or TAKEN_BY[argument])
+    # With x absent, dy has no x to differ from; that case is below.
+    if (argument, row.label) != ("dy", "None") or verb
+]
+
+
+def arguments(verb: str) -> dict[str, Any]:
+    """Good arguments, all of them given, with an `out` that shows whether it was written."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, *SHAPE)).astype(np.float32)
+    vectors = dict(zip(("gamma", "beta", "mean"), rng.normal(size=(3, 10)), strict=True))
+    options = {"eps": 1e-5, "layout": "NCHW", "params": True}
+    every = {"x": x, "dy": dy, **vectors, "var": np.ones(10), **options, "out": np.full_like(x, 77)}
+    return {name: value for name, value in every.items() if verb in TAKEN_BY[name]}
+
+
+def refuse(verb: str, changed: dict[str, Any], error: type[Exception]) -> str:
+    """Call `verb` with some arguments changed; gives the message of the error it must raise."""
+    given = arguments(verb) | changed
+    before = {
+        k: v.tobytes() for k, v in given.items() if isinstance(v, np.ndarray) and v.dtype != object
+    }
+    with pytest.raises(error) as caught:
+        getattr(fastbn, verb)(**given)
+    assert type(caught.value) is error
+    for name, value in before.items():
+        assert given[name].tobytes() == value, f"{name} was written"
+    return str(caught.value)
+
+
+@pytest.mark.no_kernel
+@pytest.mark.parametrize(("verb", "argument", "row"), CASES)
+def test_bad_argument(variant: Variant, verb: str, argument: str, row: Bad) -> None:
+    """The error is of the right kind, its message says all four things, nothing was written."""
+    message = refuse(verb, {argument: row.value()}, row.error)
+    for piece in row.pieces:
+        assert piece in message
+    assert message.startswith(argument)
+
+
+@pytest.mark.no_kernel
+@pytest.mark.parametrize("verb", WRITING)
+def test_good_arguments_are_good(verb: str) -> None:
+    """The arguments that every case starts from are accepted: a case fails for its own reason."""
+    with fastbn.use_backend("numpy"):
+        given = arguments(verb)
+        getattr(fastbn, verb)(**given)
+        assert not (given["out"] == 77).any()
+
+
+@pytest.mark.no_kernel
+def test_channels_first_data_called_channels_last(variant: Variant) -> None:
+    """The hint at the other layout works in both directions."""
+    with pytest.raises(
+        ValueError, match=r"axis 3 of shape .* for channels-first data pass layout='NCHW'"
+    ):
+        fastbn.batch_norm(np.ones(SHAPE, np.float32), np.ones(10), layout="NHWC")
+
+
+@pytest.mark.no_kernel
+def test_dy_alone_is_checked_as_x_is(variant: Variant) -> None:
+    """With x absent, dy's own type and rank are checked, and the vectors against dy."""
+    absent = {"x": None, "params": False, "out": None}
+    message = refuse("normalize_backward", absent | {"dy": np.ones(3)}, ValueError)
+    assert message.startswith("dy has rank 1")
+    message = refuse("normalize_backward", absent | {"dy": [1.0]}, TypeError)
+    assert message.startswith("dy is a list")
+    message = refuse("normalize_backward", absent | {"gamma": np.ones(20)}, ValueError)
+    assert message.startswith("gamma has shape (20,) but dy has 10 channels")
+
+
+@pytest.mark.no_kernel
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rank_is_not_guessed(variant: Variant, layout: str) -> None:
+    """A vector is not taken for a batch in any layout."""
+    with pytest.raises(ValueError, match="x has rank 1"):
+        fastbn.moments(np.ones(3), layout=layout)
+
+
+def test_unusual_good_arguments(variant: Variant) -> None:
+    """NumPy's scalars, fractions and whole numbers are numbers; numpy.bool is a bool."""
+    x = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    expected = fastbn.batch_norm(x, eps=0.5)
+    for eps in (np.float32(0.5), np.float64(0.5), Fraction(1, 2)):
+        np.testing.assert_array_equal(fastbn.batch_norm(x, eps=eps).y, expected.y)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(
+        fastbn.batch_norm(x, eps=np.int64(1)).y,  # type: ignore[arg-type]
+        fastbn.batch_norm(x, eps=1.0).y,
+    )
+    for params in (np.True_, np.False_):
+        got = fastbn.batch_norm_backward(x, x, expected.mean, expected.var, params=params)  # type: ignore[arg-type]
+        assert (got.dgamma is None) == (not params)
+
+
+@pytest.mark.parametrize("set_or_use", ["set_num_threads", "use_num_threads"])
+@pytest.mark.parametrize(
+    ("value", "error", "pieces"),
+    [
+        (0, ValueError, ("n is 0", "from 1 to", "pass 1 for serial work")),
+        (-2, ValueError, ("n is -2", "from 1 to")),
+        (10**9, ValueError, ("n is 1000000000", "from 1 to")),
+        (2.0, TypeError, ("n is a float (2.0)", "whole number", "pass an int")),
+        ("2", TypeError, ("n is a str ('2')", "whole number", "pass an int")),
+        (None, TypeError, ("n is a NoneType", "whole number", "pass an int")),
+        (True, TypeError, ("n is a bool (True)", "whole number", "pass an int")),
+    ],
+)
+def test_bad_number_of_threads(
+    set_or_use: str, value: Any, error: type[Exception], pieces: tuple[str, ...]
+) -> None:
+    """Zero, negative, huge and non-integer numbers of threads are refused and change nothing."""
+    before = fastbn.get_num_threads()
+    with pytest.raises(error) as caught:
+        call(set_or_use, value)
+    for piece in pieces:
+        assert piece in str(caught.value)
+    assert fastbn.get_num_threads() == before
+
+
+@pytest.mark.parametrize("set_or_use", ["set_backend", "use_backend"])
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        ("cuda", ValueError),
+        ("NumPy", ValueError),
+        ("", ValueError),
+        (None, TypeError),
+        ([], TypeError),
+    ],
+)
+def test_unknown_backend(set_or_use: str, value: Any, error: type[Exception]) -> None:
+    """A backend that does not exist is refused; the message lists those that do."""
+    before = fastbn.get_backend()
+    with pytest.raises(error) as caught:
+        call(set_or_use, value)
+    message = str(caught.value)
+    assert message.startswith(f"backend is {value!r}, expected one of")
+    for piece in ("'auto'", "'cython'", "'numba'", "'numpy'", "usable here: "):
+        assert piece in message
+    assert fastbn.get_backend() == before
+
+
+def call(set_or_use: str, value: Any) -> None:
+    """Call set_*(value), or enter use_*(value)."""
+    if set_or_use.startswith("set"):
+        getattr(fastbn, set_or_use)(value)
+    else:
+        with getattr(fastbn, set_or_use)(value):
+            pass

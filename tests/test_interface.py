@@ -1,0 +1,89 @@
+"""The backends have one interface, and the package the public names that are promised."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from variants import CYTHON, SIX, VARIANTS, activate
+
+import fastbn
+from fastbn import backends
+from fastbn.backends.base import Backend
+
+PLAIN = ("plain_batch_norm", "plain_normalize", "plain_backward")
+EXTRAS = {"cython": {"isa", "calls"}}
+"""What a backend may have beyond the interface: how Cython tells its instruction sets apart."""
+
+SIGNATURES = {
+    "batch_norm": "x gamma=None beta=None * eps=1e-05 layout='NCHW' out=None",
+    "normalize": "x mean var gamma=None beta=None * eps=1e-05 layout='NCHW' out=None",
+    "batch_norm_backward": (
+        "dy x mean var gamma=None * eps=1e-05 layout='NCHW' params=True out=None"
+    ),
+    "normalize_backward": (
+        "dy x mean var gamma=None * eps=1e-05 layout='NCHW' params=True out=None"
+    ),
+    "moments": "x * layout='NCHW'",
+    "get_backend": "",
+    "set_backend": "name",
+    "use_backend": "name",
+    "get_num_threads": "",
+    "set_num_threads": "n",
+    "use_num_threads": "n",
+    "show_config": "",
+    "get_config": "",
+}
+
+
+def parameters(function: object) -> list[tuple[str, object]]:
+    """Names and kinds of a function's parameters."""
+    found = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
+    return [(p.name, p.kind) for p in found if p.name != "self"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_backend_is_six_functions(name: str) -> None:
+    """Each backend has the six functions and the plain entries of the base, and nothing more."""
+    backend = backends.get(name) if name not in CYTHON else _cython(name)
+    assert isinstance(backend, Backend)
+    assert backend.name == name.partition("-")[0]
+    for function in (*SIX, *PLAIN):
+        assert parameters(getattr(type(backend), function)) == parameters(
+            getattr(Backend, function)
+        ), function
+    public = {attribute for attribute in dir(backend) if not attribute.startswith("_")}
+    assert public - EXTRAS.get(backend.name, set()) == {"name", *SIX, *PLAIN}
+
+
+def _cython(name: str) -> Backend:
+    with activate(name) as active:
+        return active.backend
+
+
+def test_the_base_cannot_be_made() -> None:
+    """A backend that lacks a pass is refused when it is made."""
+    with pytest.raises(TypeError, match="abstract"):
+        Backend()  # type: ignore[abstract]
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name: str) -> None:
+    """The public functions have the parameters, defaults and keyword-only marks promised."""
+    words, keyword_only = [], False
+    for p in inspect.signature(getattr(fastbn, name)).parameters.values():
+        if p.kind is p.KEYWORD_ONLY and not keyword_only:
+            keyword_only = True
+            words.append("*")
+        words.append(p.name if p.default is p.empty else f"{p.name}={p.default!r}")
+    assert " ".join(words) == SIGNATURES[name]
+
+
+def test_public_names() -> None:
+    """The package exports these functions, the results' types and the error, and nothing else."""
+    types = {"BackendError", "BatchNormResult", "Gradients", "Statistics"}
+    assert set(fastbn.__all__) == set(SIGNATURES) | types
+    assert issubclass(fastbn.BackendError, RuntimeError)
+    assert fastbn.BatchNormResult._fields == ("y", "mean", "var")
+    assert fastbn.Gradients._fields == ("dx", "dgamma", "dbeta")
+    assert fastbn.Statistics._fields == ("mean", "var")

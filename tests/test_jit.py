@@ -1,0 +1,172 @@
+"""What is Numba's own: its threads, its cache on disk, and the cuts that its kernels make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from bits import assert_same_bits, run_all
+from processes import output
+
+import fastbn
+
+numba = pytest.importorskip("numba")
+jit = pytest.importorskip("fastbn.backends.jit")
+
+# Whole and broken lanes; chunks of rows and pieces of rows; one channel and few; folded rows, a
+# broken last row, several chunks of rows; tiny planes.
+SHAPES = [
+    ((2, 3, 16), "NCHW"),
+    ((3, 2, 33), "NCHW"),
+    ((700, 3, 49), "NCHW"),
+    ((2, 3, 16500), "NCHW"),
+    ((1, 1, 40000), "NCHW"),
+    ((3, 1), "NHWC"),
+    ((9001, 3), "NHWC"),
+    ((600, 70), "NHWC"),
+    ((2, 5000), "NHWC"),
+    ((401, 5, 3), "NCHW"),
+]
+
+CALLS = """
+import sys, threading
+import numba, numpy as np, fastbn
+x = np.random.default_rng(0).normal(size=(64, 3, 24, 24)).astype(np.float32)
+want = fastbn.batch_norm(x)[0].tobytes()
+before = numba.get_num_threads()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _on_numba(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Numba, with threads even for the smallest array."""
+    monkeypatch.setattr(jit, "PARALLEL", 0)
+    with fastbn.use_backend("numba"):
+        yield
+
+
+def _problem(shape: tuple[int, ...], dtype: Any) -> tuple[Any, Any]:
+    rng = np.random.default_rng(1)
+    x, dy = rng.normal(3.0, 2.0, (2, *shape)).astype(dtype)
+    x.flat[0] = 1e4  # a channel whose first value is a bad shift
+    return x, dy
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("shape", "layout"), SHAPES)
+def test_cuts_leave_the_bits_alone(
+    shape: tuple[int, ...], layout: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serial, on threads, and with every row written past the cache."""
+    x, dy = _problem(shape, dtype)
+    with fastbn.use_num_threads(1):
+        expected = run_all(x, dy, layout=layout)
+    for streamed in (False, True):
+        if streamed:
+            monkeypatch.setattr(jit, "STREAM", 0)
+            monkeypatch.setattr(jit, "STREAMED_ROW", 0)
+        for threads in (2, 3):
+            with fastbn.use_num_threads(threads):
+                assert_same_bits(run_all(x, dy, layout=layout), expected)
+
+
+@pytest.mark.parametrize(("shape", "layout"), SHAPES)
+def test_a_trip_gives_the_bits_of_its_passes(shape: tuple[int, ...], layout: str) -> None:
+    x, _ = _problem(shape, np.float32)
+    y, mean, var = fastbn.batch_norm(x, layout=layout)
+    statistics = fastbn.moments(x, layout=layout)
+    assert (mean.tobytes(), var.tobytes()) == tuple(a.tobytes() for a in statistics)
+    assert y.tobytes() == fastbn.normalize(x, mean, var, layout=layout).tobytes()
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("scale", [1e153, 1e-150])
+def test_squares_that_overflow(scale: float, layout: str) -> None:
+    """The sum of squares is out of range, the variance is not."""
+    unit = np.random.default_rng(2).normal(size=(60, 40, 40))
+    got, want = fastbn.moments(unit * scale, layout=layout), fastbn.moments(unit, layout=layout)
+    np.testing.assert_allclose(got.var / scale / scale, want.var, rtol=1e-12)
+
+
+def test_stores_stay_inside_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that begin and end anywhere in a cache line, in the cache and past it."""
+    x = np.random.default_rng(3).normal(size=(3, 2, 43)).astype(np.float32)
+    expected = fastbn.batch_norm(x).y
+    for stream in (1 << 30, 0):
+        monkeypatch.setattr(jit, "STREAM", stream)
+        monkeypatch.setattr(jit, "STREAMED_ROW", 0)
+        for start in range(0, 20, 3):
+            memory = np.full(x.size + 40, 7.0, np.float32)
+            out = memory[start : start + x.size].reshape(x.shape)
+            fastbn.batch_norm(x, out=out)
+            assert out.tobytes() == expected.tobytes()
+            assert (memory[:start] == 7).all()
+            assert (memory[start + x.size :] == 7).all()
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_calls_from_several_threads(layer: str) -> None:
+    """Numba ends the process when its "workqueue" threads are entered twice at once."""
+    code = """
+wrong = []
+def work():
+    for _ in range(30):
+        with fastbn.use_num_threads(2):
+            if fastbn.batch_norm(x)[0].tobytes() != want:
+                wrong.append(1)
+threads = [threading.Thread(target=work) for _ in range(4)]
+[t.start() for t in threads], [t.join() for t in threads]
+print(len(wrong), numba.get_num_threads() == before, numba.threading_layer())
+"""
+    printed = output(CALLS + code, **_threading(layer))
+    assert printed == f"0 True {layer}"
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+@pytest.mark.parametrize("used", [True, False], ids=["used", "unused"])
+def test_forked_children_compute(layer: str, used: bool) -> None:
+    """GNU OpenMP's threads are lost in a child, where numba then ends the process."""
+    first = "2" if used else "1"
+    code = f"""
+import os
+with fastbn.use_num_threads({first}):
+    fastbn.batch_norm(x)
+child = os.fork()
+if child == 0:
+    with fastbn.use_num_threads(2):
+        same = [fastbn.batch_norm(x)[0].tobytes() == want for _ in range(3)]
+    os._exit(0 if all(same) else 1)
+_, status = os.waitpid(child, 0)
+print(os.waitstatus_to_exitcode(status), fastbn.batch_norm(x)[0].tobytes() == want)
+"""
+    environment = {**_threading(layer), "FASTBN_NUM_THREADS": "1"}
+    assert output(CALLS + code, **environment) == "0 True"
+
+
+def test_without_a_place_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numba.core import caching
+
+    monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
+    with pytest.raises(RuntimeError, match="no locator"):
+        numba.njit(_double, cache=True)
+    assert jit._compile(_double)(2) == 4
+
+
+def test_serial_and_parallel_are_kept_apart_on_disk() -> None:
+    """Numba's cache knows functions by file, name and line, not by their options."""
+    kernels = [kernel for kernel in vars(jit).values() if isinstance(kernel, jit._Kernel)]
+    assert kernels
+    for kernel in kernels:
+        names = {twin.py_func.__qualname__ for twin in (kernel._serial, kernel._parallel)}
+        assert len(names) == 2
+
+
+def _double(value: int) -> int:
+    return 2 * value
+
+
+def _threading(layer: str) -> dict[str, str]:
+    pytest.importorskip("numba.np.ufunc." + {"omp": "omppool"}.get(layer, layer))
+    return {"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "2", "FASTBN_BACKEND": "numba"}

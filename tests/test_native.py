@@ -1,0 +1,129 @@
+"""The compiled kernels: what the machine decides changes no bit, and runs only what it can."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bits import Results, assert_same_bits, run_all
+from oracle import DTYPES, LAYOUTS, channels_of, to_layout
+from processes import output
+from variants import CYTHON, activate, environment
+
+import fastbn
+from fastbn import backends
+
+if "cython" not in backends.usable():
+    pytest.skip("the compiled kernels are not built", allow_module_level=True)
+
+from fastbn._ext import cpu, entry
+
+LINE = 64
+SHAPES = [(6, 24, 20, 21), (5, 3, 130, 131), (70, 128), (300, 5), (130, 64, 3, 3), (33, 72)]
+PRETENDED = [
+    {"serial_below": 1, "stream_from": 0, "l2": 1 << 20},
+    {"serial_below": 1, "stream_from": 0, "l2": 1 << 12},
+    {"serial_below": 1 << 40, "stream_from": 1 << 40, "l2": 1 << 30},
+]
+
+
+@pytest.fixture
+def thresholds() -> Iterator[None]:
+    """Whatever a test pretends about the machine ends with it."""
+    in_force = entry.tune()
+    yield
+    entry.tune(**in_force)
+
+
+@pytest.mark.usefixtures("thresholds")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CYTHON)
+def test_pretended_machines_agree(name: str, dtype: Any, layout: str) -> None:
+    """Cache sizes, streaming stores and the size of the team leave every bit as it is."""
+    for shape in SHAPES:
+        rng = np.random.default_rng(0)
+        x, dy = (to_layout(rng.normal(3, 2, shape), layout).astype(dtype) for _ in range(2))
+        gamma, beta = rng.normal(size=(2, channels_of(x, layout)))
+        results: list[Results] = []
+        with activate(name):
+            for machine in PRETENDED:
+                entry.tune(**machine)
+                for threads in (1, 3):
+                    with fastbn.use_num_threads(threads):
+                        results.append(run_all(x, dy, gamma, beta, layout=layout))
+        for other in results[1:]:
+            assert_same_bits(other, results[0])
+
+
+@pytest.mark.usefixtures("thresholds")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CYTHON)
+def test_streams_to_any_address(name: str, dtype: Any, layout: str) -> None:
+    """Streaming stores reach every value, wherever in a line an output begins, and no other."""
+    entry.tune(stream_from=0)
+    for shape in [(5, 64, 30), (3, 2, 300), (40, 300), (9, 16, 4, 4)]:
+        x = to_layout(np.random.default_rng(0).normal(size=shape), layout).astype(dtype)
+        with activate(name):
+            expected = fastbn.batch_norm(x, layout=layout).y
+            for offset in range(0, LINE // x.itemsize, 3):
+                memory = np.full(x.size + 2 * LINE, 7, dtype)
+                out = memory[offset : offset + x.size].reshape(x.shape)
+                fastbn.batch_norm(x, layout=layout, out=out)
+                np.testing.assert_array_equal(out, expected)
+                assert (memory[:offset] == 7).all()
+                assert (memory[offset + x.size :] == 7).all()
+
+
+def test_thresholds_are_named() -> None:
+    """A threshold that does not exist is refused, with those that do."""
+    with pytest.raises(ValueError, match=r"l2.*serial_below.*stream_from"):
+        entry.tune(l3=1)
+
+
+def test_instruction_sets_are_what_numpy_finds() -> None:
+    """Detection agrees with NumPy's own, best first; the portable kernels run everywhere."""
+    features = np._core._multiarray_umath.__cpu_features__  # type: ignore[attr-defined]
+    wanted = {
+        "avx512": all(features[f] for f in ("AVX512F", "AVX512BW", "AVX512DQ", "AVX512VL")),
+        "avx2": features["AVX2"],
+        "sse2": features["SSE2"],
+        "portable": True,
+    }
+    assert cpu.instruction_sets() == tuple(name for name, has in wanted.items() if has)
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump to read machine code")
+@pytest.mark.parametrize("name", ["cpu", "entry", "kernels_portable_f32", "kernels_portable_f64"])
+def test_nothing_beyond_the_baseline_is_imported_first(name: str) -> None:
+    """Modules that any processor imports hold no instruction of AVX or later."""
+    path = Path(str(importlib.import_module(f"fastbn._ext.{name}").__file__))
+    code = subprocess.run(["objdump", "-d", str(path)], check=True, capture_output=True, text=True)
+    assert "ret" in code.stdout
+    assert "%ymm" not in code.stdout
+    assert "%zmm" not in code.stdout
+
+
+@pytest.mark.skipif(not cpu.has_openmp(), reason="the kernels were built without OpenMP")
+@pytest.mark.parametrize("name", CYTHON)
+def test_a_forked_child_works_in_parallel(name: str) -> None:
+    """After use in the parent a child has threads of its own, and the parent goes on."""
+    code = """
+import os, numpy as np, fastbn
+x = np.random.default_rng(0).normal(size=(16, 24, 60, 61)).astype(np.float32)
+expected = fastbn.batch_norm(x).y.tobytes()
+child = os.fork()
+if child == 0:
+    same = fastbn.batch_norm(x).y.tobytes() == expected
+    os._exit(len(os.listdir("/proc/self/task")) if same else 99)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+assert fastbn.batch_norm(x).y.tobytes() == expected
+"""
+    assert int(output(code, **environment(name), FASTBN_NUM_THREADS="3")) == 3

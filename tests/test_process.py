@@ -1,0 +1,86 @@
+"""Never in the way: fork, threads at exit, floating-point mode; each variant in its own process."""
+
+from __future__ import annotations
+
+import pytest
+from processes import output
+from variants import VARIANTS, environment
+
+PRELUDE = """
+import os, sys
+import numpy as np
+import fastbn
+x = np.random.default_rng(0).normal(size=(16, 24, 60, 61)).astype(np.float32)
+def work():
+    y, mean, var = fastbn.batch_norm(x)
+    return fastbn.batch_norm_backward(y, x, mean, var).dx.tobytes() + y.tobytes()
+"""
+
+FORK = """
+expected = work()
+for generation in range(2):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if work() == expected else 3)
+    assert os.waitpid(child, 0)[1] == 0
+    assert work() == expected
+print("ok")
+"""
+
+POOL = """
+import multiprocessing
+if __name__ == "__main__":
+    expected = work()
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert all(r == expected for r in pool.map(job, range(4)))
+    print("ok")
+"""
+
+MODES = """
+tiny, environment = np.float32(1e-40), dict(os.environ)
+with np.errstate(all="raise", under="ignore"):
+    modes = np.geterr()
+    work()
+    # What the values are is the data's affair: no flag of theirs reaches the caller.
+    fastbn.batch_norm(np.full((64, 3, 9), np.inf, np.float32))
+    fastbn.batch_norm(np.full((64, 3, 9), 3e38, np.float32), np.full(3, 1e30), eps=0.0)
+    fastbn.normalize(x, np.zeros(24), np.zeros(24), eps=1e-300)
+    assert np.geterr() == modes
+assert tiny * np.float32(0.5) == np.float32(5e-41), "subnormals are flushed"
+third = np.float32(1) / np.float32(3)
+assert third == np.float32(0.33333334), "another rounding mode"
+assert dict(os.environ) == environment
+print("ok")
+"""
+
+THREADS_END = """
+import threading
+failures = []
+def several():
+    try:
+        for _ in range(5):
+            assert work() == expected
+    except BaseException as error:
+        failures.append(error)
+expected = work()
+threads = [threading.Thread(target=several) for _ in range(4)]
+for t in threads: t.start()
+for t in threads: t.join()
+print("ok" if not failures else failures)
+"""
+
+
+@pytest.mark.parametrize("variant_name", VARIANTS)
+@pytest.mark.parametrize(
+    "code",
+    [FORK, "def job(_): return work()\n" + POOL, MODES, THREADS_END],
+    ids=["fork", "pool", "modes", "threads"],
+)
+def test_in_a_process_of_its_own(variant_name: str, code: str) -> None:
+    """Works after fork, in a pool, in threads; changes no floating-point mode or variable."""
+    backend, _, isa = variant_name.partition("-")
+    proof = f"\nassert fastbn.get_backend() == {backend!r}\n"
+    if isa:
+        proof += f"assert fastbn.get_config()['isa'] == {isa!r}\n"
+    variables = environment(variant_name) | {"FASTBN_NUM_THREADS": "2"}
+    assert output(PRELUDE + proof + code, **variables) == "ok"

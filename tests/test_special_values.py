@@ -1,0 +1,290 @@
+"""NaN, infinity, no variance, no eps, and the ends of the number range."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+from bits import assert_same_bits, run_all
+from oracle import (
+    DTYPES,
+    LAYOUTS,
+    Array,
+    check_backward,
+    check_everything,
+    check_forward,
+    to_layout,
+)
+from variants import Variant
+
+import fastbn
+
+CHANNELS = 19
+
+
+def batch(dtype: Any, layout: str, seed: int = 0) -> Array:
+    """A (4, 19, 3, 5) batch in `layout`."""
+    values = np.random.default_rng(seed).normal(1, 2, (4, CHANNELS, 3, 5))
+    return to_layout(values, layout).astype(dtype)
+
+
+def channel(a: Array, c: int, layout: str) -> tuple[Any, ...]:
+    """An index of the values of one channel."""
+    index: list[Any] = [slice(None)] * a.ndim
+    index[oracle.channel_axis(a.ndim, layout)] = c
+    return tuple(index)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["x", "dy", "gamma", "beta"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_stay_in_their_channel(
+    variant: Variant, dtype: Any, layout: str, name: str, poison: float
+) -> None:
+    """One bad value changes no bit of any other channel, in any result."""
+    gamma, beta = np.random.default_rng(1).normal(size=(2, CHANNELS))
+    clean = {"x": batch(dtype, layout), "dy": batch(dtype, layout, 9), "gamma": gamma, "beta": beta}
+    expected = run_all(**clean, layout=layout)
+    for c in (0, 8, CHANNELS - 1):
+        for place in (0, -1):
+            arrays = {key: a.copy() for key, a in clean.items()}
+            if arrays[name].ndim == 1:
+                arrays[name][c] = poison
+            else:
+                values = arrays[name][channel(arrays[name], c, layout)]
+                values[np.unravel_index(place % values.size, values.shape)] = poison
+            results = run_all(**arrays, layout=layout)
+            others, wanted = dict(results), dict(expected)
+            for key, a in results.items():
+                where = channel(a, c, layout) if a.ndim > 1 else (c,)
+                others[key], wanted[key] = a.copy(), expected[key].copy()
+                others[key][where] = wanted[key][where] = 0
+            assert_same_bits(others, wanted)
+            if name == "x":
+                assert not np.isfinite(results["mean"][c])
+                assert np.isnan(results["var"][c])
+                assert np.isnan(results["y"][channel(results["y"], c, layout)]).all()
+            if name in ("x", "dy"):
+                dx = results["batch_norm_backward(params=True).dx"]
+                assert not np.isfinite(dx[channel(dx, c, layout)]).any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_in_given_statistics_stays_in_its_channel(
+    variant: Variant, dtype: Any, layout: str
+) -> None:
+    """A NaN mean (normalize) and a NaN var (batch_norm_backward) reach their channel alone."""
+    x, dy = batch(dtype, layout), batch(dtype, layout, 9)
+    mean, var = np.zeros(CHANNELS), np.ones(CHANNELS)
+    bad = np.where(np.arange(CHANNELS) == 8, np.nan, 1.0)
+    y = fastbn.normalize(x, mean + bad, var, layout=layout)
+    plain = fastbn.normalize(x, mean + 1, var, layout=layout)
+    dx = fastbn.batch_norm_backward(dy, x, mean, var * bad, layout=layout).dx
+    plain_dx = fastbn.batch_norm_backward(dy, x, mean, var, layout=layout).dx
+    for got, expected in ((y, plain), (dx, plain_dx)):
+        where = channel(got, 8, layout)
+        assert np.isnan(got[where]).all()
+        got[where] = expected[where] = 0
+        assert_same_bits({"": got}, {"": expected})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_eps_zero(variant: Variant, dtype: Any, layout: str) -> None:
+    """With eps = 0 everything is as right as ever."""
+    check_everything(batch(dtype, layout), batch(dtype, layout, 9), eps=0.0, layout=layout)
+    check_everything(batch(dtype, layout), batch(dtype, layout, 9), eps=0, layout=layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_variance_and_no_eps(variant: Variant, dtype: Any, layout: str) -> None:
+    """Where var + eps is 0: y = beta, dx = 0, dgamma = 0, dbeta = sum(dy); others are untouched."""
+    x, dy = batch(dtype, layout), batch(dtype, layout, 9)
+    flat = [0, 8, CHANNELS - 1]
+    for c in flat:
+        x[channel(x, c, layout)] = 0.1 * c - 3
+    gamma, beta = np.random.default_rng(1).normal(size=(2, CHANNELS)).astype(dtype)
+    check_everything(x, dy, gamma, beta, eps=0.0, layout=layout)
+    results = run_all(x, dy, gamma, beta, eps=0.0, layout=layout)
+    for c in flat:
+        assert results["var"][c] == 0
+        for name in ("y", "normalize"):
+            assert (results[name][channel(x, c, layout)] == beta[c]).all()
+        for name, a in results.items():
+            if name.endswith("dx"):
+                assert (a[channel(x, c, layout)] == 0).all()
+            if name.endswith("dgamma"):
+                assert a[c] == 0
+    # By given statistics the rule is the same, however far x is from the mean; -0.0 is 0 too.
+    for zero in (0.0, -0.0):
+        var = np.full(CHANNELS, zero)
+        y = fastbn.normalize(x, var, var, gamma, beta, eps=0.0, layout=layout)
+        np.testing.assert_array_equal(
+            oracle.rows(y, layout), beta[:, None] + 0 * oracle.rows(x, layout)
+        )
+        got = fastbn.normalize_backward(dy, x, var, var, gamma, eps=0.0, layout=layout)
+        assert got.dgamma is not None
+        assert not got.dx.any()
+        assert not got.dgamma.any()
+
+
+@pytest.mark.parametrize("value", [0.1, -1 / 3, 1e6 + 0.1, 1e30, 3e38, 1e-30, 1e-40, 0.0])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (7, 3), (3, 2, 5, 7), (2, 17, 33), (40, 3, 50, 51)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_constant_channels_have_no_variance(
+    variant: Variant, dtype: Any, shape: tuple[int, ...], value: float
+) -> None:
+    """A constant channel's variance is exactly 0, its mean the value, its y exactly beta."""
+    for layout in LAYOUTS:
+        x = to_layout(np.full(shape, value), layout).astype(dtype)
+        beta = np.linspace(-1, 1, shape[1])
+        _, mean, var = check_forward(x, None, beta, layout=layout)
+        constant = float(dtype(value))
+        assert (var == 0).all()
+        assert (abs(mean - constant) <= 2.0**-52 * abs(constant)).all()
+        statistics = fastbn.moments(x, layout=layout)
+        assert (statistics.var == 0).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 5), (1, 33, 1, 1), (1, 1, 1)], ids=str)
+def test_one_value_a_channel(
+    variant: Variant, shape: tuple[int, ...], dtype: Any, layout: str
+) -> None:
+    """One value is arithmetic like any other: mean is it, var = 0, y = beta, dgamma = 0."""
+    x = to_layout(np.random.default_rng(0).normal(50, 9, shape), layout).astype(dtype)
+    beta = np.linspace(-2, 2, shape[1]).astype(dtype)
+    for eps in (1e-5, 0.0):
+        y, mean, var = fastbn.batch_norm(x, None, beta, eps=eps, layout=layout)
+        np.testing.assert_array_equal(mean, oracle.rows(x, layout)[:, 0])
+        assert not var.any()
+        np.testing.assert_array_equal(oracle.rows(y, layout)[:, 0], beta)
+        got = fastbn.batch_norm_backward(x, x, mean, var, eps=eps, layout=layout)
+        assert got.dgamma is not None
+        assert not got.dgamma.any()
+        assert eps > 0 or not got.dx.any()
+        check_everything(x, x, None, beta, eps=eps, layout=layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(8, 3), (4, 3, 33, 31), (2, 20, 9, 9), (16, 2, 80, 80)], ids=str)
+@pytest.mark.parametrize(("dtype", "ratio"), [(np.float32, 1e6), (np.float64, 1e12)])
+def test_large_means(
+    variant: Variant, dtype: Any, ratio: float, shape: tuple[int, ...], layout: str
+) -> None:
+    """|mean|/s up to 1e6 (float32) and 1e12 (float64) costs no more than the bound says."""
+    rng = np.random.default_rng(0)
+    dy = to_layout(rng.normal(size=shape), layout).astype(dtype)
+    for sign, part in ((1, 0.9), (-1, 0.9), (1, 1e-3)):
+        values = sign * part * ratio + rng.normal(0, 1, shape)
+        x = to_layout(values, layout).astype(dtype)
+        check_everything(x, dy, layout=layout)
+        check_everything(x, dy, layout=layout, eps=0.0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float32_subnormals(variant: Variant, layout: str) -> None:
+    """Subnormal float32 values are numbers like any other: nothing is flushed to zero."""
+    tiny = batch(np.float64, layout) * 1e-40
+    x = tiny.astype(np.float32)
+    dy = (batch(np.float64, layout, 9) * 1e-10).astype(np.float32)
+    assert (abs(x) < np.finfo(np.float32).smallest_normal).all()
+    y, mean, var = check_forward(x, eps=0.0, layout=layout)
+    assert abs(np.std(y) - 1) < 1e-3
+    check_backward(dy, x, mean, var, eps=0.0, layout=layout)
+    check_backward(dy, x, mean, var, eps=0.0, layout=layout, frozen=True)
+    # And as results: y and dx that are subnormal.
+    gamma = np.full(CHANNELS, 1e-40)
+    check_everything(batch(np.float32, layout), dy, gamma, layout=layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e-15, 1e15, 1e20, 1e25, 1e36])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_scale(variant: Variant, dtype: Any, scale: float, layout: str) -> None:
+    """x and dy of any size: no coefficient under- or overflows where the results do not."""
+    x = (batch(np.float64, layout) * scale).astype(dtype)
+    _, mean, var = check_forward(x, eps=0.0, layout=layout)
+    for size in (1e-30, 1.0, 1e30):
+        dy = (batch(np.float64, layout, 9) * size).astype(dtype)
+        to_one = np.full(CHANNELS, scale / size)  # this gamma makes dx of size 1
+        gammas = [to_one, None] if 1e-30 <= size / scale <= 1e30 else [to_one]
+        for gamma in gammas:
+            for frozen in (False, True):
+                check_backward(dy, x, mean, var, gamma, eps=0.0, layout=layout, frozen=frozen)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_values_near_the_largest_float32(variant: Variant, layout: str) -> None:
+    """x - mean may be beyond float32, and 1/s below its normal numbers: y is still right."""
+    largest = float(np.finfo(np.float32).max)
+    rng = np.random.default_rng(0)
+    for values in (
+        rng.uniform(-largest, largest, (4, CHANNELS, 15)),
+        np.where(rng.random((4, CHANNELS, 15)) < 0.05, largest, -largest),
+        np.full((4, CHANNELS, 15), largest),
+        largest * (1 - rng.random((4, CHANNELS, 15)) * 1e-3),
+    ):
+        x = to_layout(values, layout).astype(np.float32)
+        dy = to_layout(rng.normal(size=values.shape), layout).astype(np.float32)
+        _, mean, var = check_forward(x, layout=layout)
+        check_backward(dy, x, mean, var, layout=layout)
+        check_backward((dy * 1e30).astype(np.float32), x, mean, var, layout=layout)
+        check_backward(dy, x, mean, var, layout=layout, frozen=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("place", [0, 1, 16, -1])
+@pytest.mark.parametrize("shape", [(5, 3), (4, 5, 7, 9), (2, 3, 40, 41)], ids=str)
+def test_an_outlier(
+    variant: Variant, shape: tuple[int, ...], place: int, dtype: Any, layout: str
+) -> None:
+    """One value of 1e30, first in its channel or elsewhere, is met with full accuracy."""
+    rng = np.random.default_rng(0)
+    values, dy = rng.normal(1, 2, (2, *shape))
+    first = values[:, 0].copy()
+    first.flat[place % first.size] = 1e30
+    values[:, 0] = first
+    x = to_layout(values, layout).astype(dtype)
+    check_everything(x, to_layout(dy, layout).astype(dtype), layout=layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("place", [0, 700_001])
+def test_an_outlier_among_a_million(variant: Variant, place: int, layout: str) -> None:
+    """The variance of a million values with one outlier needs a second pass, and has it."""
+    values = np.random.default_rng(0).normal(1, 2, (1_000_003, 1)).astype(np.float32)
+    values[place] = 1e30
+    check_forward(values, layout=layout)
+    check_forward(values.reshape(1, 1, -1) if layout == "NCHW" else values[None], layout=layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_drift_and_a_jump(variant: Variant, dtype: Any, layout: str) -> None:
+    """Data that are sorted, or whose level changes midway, are no harder than any."""
+    ramp = np.linspace(-500, 500, 4 * 6 * 999).reshape(4, 999, 6).swapaxes(1, 2)
+    jump = np.where(np.arange(4)[:, None, None] < 2, 0.0, 900.0) + 0.01 * np.sin(ramp)
+    for values in (ramp, jump):
+        x = to_layout(values, layout).astype(dtype)
+        check_everything(x, x, layout=layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_infinite_given_variance_leaves_beta(variant: Variant, dtype: Any) -> None:
+    """var = infinity is a number of infinite size: y = beta, dx = 0."""
+    x = batch(dtype, "NCHW")
+    var, beta = np.full(CHANNELS, np.inf), np.linspace(-1, 1, CHANNELS).astype(dtype)
+    y = fastbn.normalize(x, np.zeros(CHANNELS), var, None, beta)
+    np.testing.assert_array_equal(oracle.rows(y, "NCHW"), np.repeat(beta[:, None], 60, 1))
+    dx = fastbn.normalize_backward(x, None, np.zeros(CHANNELS), var, params=False).dx
+    assert not dx.any()

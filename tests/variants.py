@@ -1,0 +1,87 @@
+"""The variants under test: every backend usable here, Cython once for each instruction set.
+
+A variant proves that it ran: `Variant.calls` counts its kernel runs, and the fixture `variant`
+fails a test during which that count did not rise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import pytest
+
+import fastbn
+from fastbn import backends, config
+from fastbn.backends.base import Backend
+
+PASSES = ("moments", "normalize", "gradient_moments", "input_gradient")
+TRIPS = ("forward", "backward")
+SIX = PASSES + TRIPS
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One backend (and instruction set) that calls now run on."""
+
+    name: str
+    backend: Backend
+    calls: Callable[[], int]
+    """How many kernel runs this variant has made so far."""
+
+
+def _names() -> tuple[str, ...]:
+    names = [name for name in reversed(backends.usable()) if name != "cython"]
+    return (*names, *(f"cython-{isa}" for isa in backends.native_facts().isas))
+
+
+VARIANTS = _names()
+CYTHON = tuple(name for name in VARIANTS if name.startswith("cython-"))
+
+
+@contextmanager
+def activate(name: str) -> Iterator[Variant]:
+    """Run the block's calls on the variant `name`."""
+    backend_name, _, isa = name.partition("-")
+    with ExitStack() as stack:
+        if isa:
+            from fastbn.backends import native
+
+            compiled: Any = native.variant(isa)
+            assert compiled.isa == isa
+            token = config._backend_here.set(compiled)
+            stack.callback(config._backend_here.reset, token)
+            yield Variant(name, compiled, compiled.calls)
+        else:
+            stack.enter_context(fastbn.use_backend(backend_name))
+            backend = config.current_backend()
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            yield Variant(name, backend, _counted(backend, patch))
+
+
+def environment(name: str) -> dict[str, str]:
+    """The environment variables that make `name` a new process's default."""
+    backend_name, _, isa = name.partition("-")
+    return {"FASTBN_BACKEND": backend_name, **({"FASTBN_ISA": isa} if isa else {})}
+
+
+def _counted(backend: Backend, patch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Count the calls of the backend's six functions."""
+    made: list[str] = []
+
+    def counting(name: str) -> Callable[..., Any]:
+        function = getattr(backend, name)
+
+        @wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            made.append(name)
+            return function(*args, **kwargs)
+
+        return counted
+
+    for name in SIX:
+        patch.setattr(backend, name, counting(name))
+    return made.__len__
