@@ -122,7 +122,7 @@ setup(
         extensions,
         language_level=3,
         nthreads=os.cpu_count() or 1,
-        compiler_directives={"freethreading_compatible": True},
+        compiler_directives={"cdivision": True, "freethreading_compatible": True},
     ),
     cmdclass={"build_ext": BuildExt},
 )

@@ -14,7 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import checks
-from fastbn.backends.base import Affine, Backend, GradientCoefficients, Table, inverse_deviation
+from fastbn.backends.base import (
+    Affine,
+    Backend,
+    GradientCoefficients,
+    Table,
+    inverse_deviation,
+    normal_scale,
+    quiet,
+)
 from fastbn.config import current_backend, current_threads
 from fastbn.layouts import Arrangement, channel_axis
 from fastbn.results import BatchNormResult, Gradients, Statistics
@@ -142,10 +150,8 @@ def normalize(
     y = call.output(out, {"x": call.array})
     if call.is_empty:
         return y
-    rstd = inverse_deviation(call.table("var", 1.0), eps)
-    affine = Affine(
-        call.table("mean", 0.0), call.table("gamma", 1.0) * rstd, call.table("beta", 0.0)
-    )
+    scale = normal_scale(call.table("gamma", 1.0), call.table("var", 1.0), eps)
+    affine = Affine(call.table("mean", 0.0), scale, call.table("beta", 0.0))
     target = call.arrangement.target(y)
     backend.normalize(call.view(x), affine, target, threads)
     call.arrangement.deliver(target, y)
@@ -325,18 +331,20 @@ def _gradients(
     checks.variance(var, nan=not frozen)
     eps = checks.epsilon(eps)
     dx = call.output(out, {"dy": dy, "x": x})
-    dtype = call.array.dtype.newbyteorder("=") if gamma is None else gamma.dtype
-    dtype = dtype.newbyteorder("=")
+    dtype = (call.array if gamma is None else gamma).dtype.newbyteorder("=")
     if call.is_empty:
         zeros = (call.zeros(dtype), call.zeros(dtype)) if params else (None, None)
         return Gradients(dx, *zeros)
     target = call.arrangement.target(dx)
     sums = _run_backward(backend, call, dy, eps, params, frozen, target, threads)
     call.arrangement.deliver(target, dx)
-    if sums is None:
-        return Gradients(dx, None, None)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return Gradients(dx, sums[0][0].astype(dtype), sums[1][0].astype(dtype))
+    return Gradients(dx, *(None if s is None else _rounded(s[0], dtype) for s in sums))
+
+
+@quiet
+def _rounded(sums: Array, dtype: Any) -> Array:
+    """A gradient's sums in the parameter's type."""
+    return sums.astype(dtype)
 
 
 def _run_backward(
@@ -348,19 +356,20 @@ def _run_backward(
     frozen: bool,
     target: Array,
     threads: int,
-) -> tuple[Table, Table] | None:
+) -> tuple[Table, Table] | tuple[None, None]:
     """The backward trip, or the one pass that frozen statistics need for dx alone."""
     mean, var, gamma = call.table("mean", 0.0), call.table("var", 1.0), call.table("gamma", 1.0)
     dy_view = call.view(dy)
     if frozen and not params:
         rstd = inverse_deviation(var, eps)
         zero = np.zeros_like(rstd)
-        coefficients = GradientCoefficients(gamma * rstd, zero, zero, mean, rstd)
+        scale = normal_scale(gamma, var, eps)
+        coefficients = GradientCoefficients(scale, zero, zero, mean, rstd)
         backend.input_gradient(dy_view, None, coefficients, target, threads)
-        return None
+        return None, None
     x = call.view(call.array)
     sums = backend.backward(dy_view, x, mean, var, gamma, eps, frozen, target, threads)
-    return sums if params else None
+    return sums if params else (None, None)
 
 
 class _Call:

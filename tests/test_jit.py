@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,26 @@ print(len(wrong), numba.get_num_threads() == before, numba.threading_layer())
     assert printed == f"0 True {layer}"
 
 
+def test_beside_parallel_code_of_others() -> None:
+    """A user's own parallel function in another thread, on the layer that bears one at a time."""
+    code = """
+@numba.njit(parallel=True)
+def total(a):
+    s = 0.0
+    for i in numba.prange(a.size):
+        s += a[i]
+    return s
+ones = np.ones(100_000)
+total(ones)
+thread = threading.Thread(target=lambda: [total(ones) for _ in range(100)])
+thread.start()
+same = [fastbn.batch_norm(x)[0].tobytes() == want for _ in range(100)]
+thread.join()
+print(all(same), numba.threading_layer())
+"""
+    assert output(CALLS + code, **_threading("workqueue")) == "True workqueue"
+
+
 @pytest.mark.parametrize("layer", ["omp", "workqueue"])
 @pytest.mark.parametrize("used", [True, False], ids=["used", "unused"])
 def test_forked_children_compute(layer: str, used: bool) -> None:
@@ -152,6 +173,19 @@ def test_without_a_place_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="no locator"):
         numba.njit(_double, cache=True)
     assert jit._compile(_double)(2) == 4
+
+
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    """The cache cannot be written: the kernels run all the same."""
+    code = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+import numpy as np, fastbn
+assert fastbn.batch_norm(np.arange(6.0).reshape(3, 2)).mean.tolist() == [2.0, 3.0]
+"""
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path), "FASTBN_BACKEND": "numba"}
+    assert output(code, **environment) == ""
+    assert not list(tmp_path.rglob("*.nbc"))
 
 
 def test_serial_and_parallel_are_kept_apart_on_disk() -> None:

@@ -6,6 +6,8 @@ import pytest
 from processes import output
 from variants import VARIANTS, environment
 
+from fastbn import backends
+
 PRELUDE = """
 import os, sys
 import numpy as np
@@ -24,6 +26,19 @@ for generation in range(2):
         os._exit(0 if work() == expected else 3)
     assert os.waitpid(child, 0)[1] == 0
     assert work() == expected
+print("ok")
+"""
+
+# Whoever else uses the same OpenMP: its threads are lost in the child as well.
+OTHERS = """
+other = "cython" if fastbn.get_backend() == "numba" else "numba"
+expected = work()
+with fastbn.use_backend(other):
+    work()
+child = os.fork()
+if child == 0:
+    os._exit(0 if work() == expected else 3)
+assert os.waitpid(child, 0)[1] == 0
 print("ok")
 """
 
@@ -84,3 +99,15 @@ def test_in_a_process_of_its_own(variant_name: str, code: str) -> None:
         proof += f"assert fastbn.get_config()['isa'] == {isa!r}\n"
     variables = environment(variant_name) | {"FASTBN_NUM_THREADS": "2"}
     assert output(PRELUDE + proof + code, **variables) == "ok"
+
+
+@pytest.mark.skipif(
+    not {"cython", "numba"} <= set(backends.usable()), reason="needs both compiled backends"
+)
+@pytest.mark.parametrize("backend", ["cython", "numba"])
+def test_fork_after_another_backend_used_openmp(backend: str) -> None:
+    """A child computes although another user of the same OpenMP had made the parent's threads."""
+    variables = {"FASTBN_BACKEND": backend, "FASTBN_NUM_THREADS": "2"}
+    first = "expected = work()\n"
+    for code in (OTHERS, OTHERS.replace(first, "").replace("== expected", "!= b''")):
+        assert output(PRELUDE + code, **variables) == "ok"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -207,6 +208,19 @@ def test_float32_subnormals(variant: Variant, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_pair_of_scales(variant: Variant, dtype: Any, layout: str) -> None:
+    """The coefficients of dx hold 1/s twice: no pair of scales of x and dy costs a digit."""
+    for scale in 10.0 ** np.arange(-16, 17, 4):
+        x = (batch(np.float64, layout) * scale).astype(dtype)
+        mean, var = fastbn.moments(x, layout=layout)
+        for size in 10.0 ** np.arange(-30, 13, 3):
+            if 1e-33 < size / scale < 1e33:
+                dy = (batch(np.float64, layout, 9) * size).astype(dtype)
+                check_backward(dy, x, mean, var, eps=0.0, layout=layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e-15, 1e15, 1e20, 1e25, 1e36])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_scale(variant: Variant, dtype: Any, scale: float, layout: str) -> None:
@@ -277,6 +291,42 @@ def test_a_drift_and_a_jump(variant: Variant, dtype: Any, layout: str) -> None:
     for values in (ramp, jump):
         x = to_layout(values, layout).astype(dtype)
         check_everything(x, x, layout=layout)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_warning_comes_from_valid_data(variant: Variant, dtype: Any, swapped: bool) -> None:
+    """Infinities that meet zeros, and sums and scales that overflow, in any kind of array."""
+    x, dy = batch(dtype, "NCHW"), batch(dtype, "NCHW", 9)
+    dy[0, 1, 0, 0] = np.inf
+    if swapped:
+        x, dy = (a.astype(a.dtype.newbyteorder("S")) for a in (x, dy))
+    gamma, var = np.zeros(CHANNELS), np.full(CHANNELS, 1e-300)
+    gamma[2], var[3], var[4] = 1e300, np.inf, np.finfo(np.float64).max
+    zeros = np.zeros(CHANNELS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastbn.batch_norm(x, gamma, zeros)
+        fastbn.normalize(x, zeros, var, gamma, eps=1e300)
+        fastbn.batch_norm_backward(dy, x, zeros, var, gamma, eps=1e300)
+        fastbn.batch_norm_backward(dy, x, zeros, var, gamma, eps=0.0)
+        for params in (True, False):
+            fastbn.normalize_backward(dy, x, zeros, var, gamma, eps=0.0, params=params)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_scale_out_of_range_leaves_the_mean_alone(
+    variant: Variant, dtype: Any, layout: str
+) -> None:
+    """Where x is its mean y is beta, and dy = 0 gives dx = 0, however large the scale."""
+    x = to_layout(np.zeros((3, CHANNELS, 3, 7)), layout).astype(dtype)
+    zeros, beta = np.zeros(CHANNELS), np.linspace(-1, 1, CHANNELS).astype(dtype)
+    tiny = np.full(CHANNELS, 1e-200)
+    y = fastbn.normalize(x, zeros, tiny, None, beta, eps=0.0, layout=layout)
+    np.testing.assert_array_equal(oracle.rows(y, layout), np.repeat(beta[:, None], 63, 1))
+    dx = fastbn.batch_norm_backward(x, x, zeros, tiny, eps=0.0, layout=layout).dx
+    assert not dx.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

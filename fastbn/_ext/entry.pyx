@@ -27,9 +27,9 @@ cnp.import_array()
 cdef extern from *:
     """
     /* libgomp's threads do not exist in a forked child, which would wait for them for ever. So the
-     * pool is given up before a fork and made anew by whoever computes next. Runtimes that cannot
+     * pool is given up before a fork (whoever's work made it) and made anew by the next computation. Runtimes that cannot
      * do that leave the child on one thread. */
-    static int uses_threads = 0, is_serial = 0;
+    static int is_serial = 0;
     #ifdef _OPENMP
     #include <omp.h>
     #include <pthread.h>
@@ -37,8 +37,7 @@ cdef extern from *:
     static int is_paused = 0;
     static void before_fork(void) {
         enum { OMP_PAUSE_SOFT = 1 };
-        is_paused = !uses_threads
-            || (!omp_in_parallel() && pause_all && pause_all(OMP_PAUSE_SOFT) == 0);
+        is_paused = !omp_in_parallel() && pause_all && pause_all(OMP_PAUSE_SOFT) == 0;
     }
     static void in_child(void) { is_serial |= !is_paused; }
     static int guard_forks(void) { return pthread_atfork(before_fork, NULL, in_child); }
@@ -46,13 +45,11 @@ cdef extern from *:
     static int guard_forks(void) { return 0; }
     #endif
     """
-    int uses_threads
     int is_serial
     int guard_forks() nogil
 
 if guard_forks() != 0:
     raise MemoryError("fastbn: no memory for the handlers that make fork safe")
-
 
 
 cdef enum:
@@ -193,7 +190,7 @@ cdef int set_scratch(Task* t, Py_ssize_t itemsize, char** memory) except -1 nogi
         reducing * (4 + 2 * t.chunks) * table + packed + 8 * LINE)
     if memory[0] == NULL:
         raise MemoryError("fastbn: no memory for the tables of sums")
-    free = memory[0] + (-<Py_ssize_t> memory[0]) % LINE
+    free = memory[0] + (-<size_t> memory[0] & (LINE - 1))
     t.shift = <double*> take(&free, reducing * table)
     t.unit = <double*> take(&free, reducing * table)
     t.total = <double*> take(&free, reducing * 2 * table)
@@ -274,6 +271,8 @@ cdef bint set_plain_shape(Task* t, object x, object layout):
         return False
     ndim = cnp.PyArray_NDIM(x)
     if ndim < 2 or cnp.PyArray_SIZE(x) == 0:
+        return False
+    if not isinstance(layout, str):
         return False
     if layout == "NCHW":
         C = cnp.PyArray_DIM(x, 1)
@@ -379,13 +378,10 @@ cdef class Engine:
         cdef Py_ssize_t itemsize = 4 if element == cnp.NPY_FLOAT32 else 8
         cdef Run run = self.run_f32 if element == cnp.NPY_FLOAT32 else self.run_f64
         cdef char* memory = NULL
-        global uses_threads
         with nogil:
             set_chunks(t)
             schedule(t, threads, itemsize)
             set_scratch(t, itemsize, &memory)
-            if t.threads > 1:
-                uses_threads = 1
             run(t)
             PyMem_RawFree(memory)
         return 0

@@ -16,14 +16,14 @@
 # 4. Elementwise work is done in the element type. The mean is a pair, mean = hi + lo: x - hi is
 #    exact near the mean, and lo goes into the last constant, so that y = (x - hi) * scale +
 #    (beta - lo * scale) keeps what one multiply-add of x would lose. Powers of two (`near`, `far`)
-#    bring extreme scales into the range of float32; they are 1 otherwise, and exact always.
+#    keep extreme scales in the range of float32; multiplying by them is exact.
 # 5. A trip runs both passes on one block of channels, the second walk in reverse, so that it starts
 #    on what the cache still holds. Where single blocks would leave threads idle (few channels),
 #    all threads share the chunks of all channels instead, and meet between the passes.
 
 from cython.parallel cimport parallel
 from cpython.pycapsule cimport PyCapsule_New
-from libc.math cimport fabs, frexp, isfinite, ldexp, sqrt
+from libc.math cimport fabs, isfinite, ldexp, sqrt
 from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy, memset
 
@@ -50,6 +50,7 @@ cdef extern from "simd.h" nogil:
     wide wload(const real* p)
     wide wload_part(const real* p, long n)
     wide wload_table(const double* p)
+    wide wload_table_part(const double* p, long n)
     void wstore_table(double* p, wide w)
     wide wsplat(double a)
     wide wadd(wide a, wide b)
@@ -57,6 +58,8 @@ cdef extern from "simd.h" nogil:
     wide wmul(wide a, wide b)
     wide wfirst(wide a, long n)
     double wsum(wide a)
+    const double LARGEST, LARGEST_POWER, SMALLEST_POWER
+    double without_fraction(double a)
     void stream_fence()
     void prefetch(const real* p)
     long fetch_add(long* counter, long by)
@@ -292,16 +295,16 @@ cdef void merge(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexc
     cdef double[16] lanes
     for row in range(2):
         for c in range(c0, c1, 16):
-            s = wload_table(sums(t, g, 0) + row * t.pitch + c)
+            s = wload_table_part(sums(t, g, 0) + row * t.pitch + c, c1 - c)
             lost = wsplat(0)
             for j in range(1, t.chunks):
-                p = wload_table(sums(t, g, j) + row * t.pitch + c)
+                p = wload_table_part(sums(t, g, j) + row * t.pitch + c, c1 - c)
                 r = wadd(s, p)
                 was = wsub(r, s)
                 lost = wadd(lost, wadd(wsub(s, wsub(r, was)), wsub(p, was)))
                 s = r
             wstore_table(lanes, wadd(s, lost))
-            # No more than the block's own channels: the next ones may be another thread's.
+            # No more than the block's own channels: the next ones are another thread's.
             memcpy(total + row * t.pitch + c, lanes, min(16, c1 - c) * sizeof(double))
         for c in range(t.channels if t.fold > 1 else 0):
             for v in range(1, t.fold):
@@ -377,13 +380,26 @@ cdef inline double given_deviation(const Task* t, Py_ssize_t g, Py_ssize_t c) no
     return inverse_deviation(entry(&t.var, g, c, 0), t.eps) if t.var.data != NULL else 1
 
 
-cdef inline double power_of_two(double a, double share) noexcept nogil:
-    """1 where float32 takes |a| in its stride; else a power of two near |a|**share."""
-    cdef int exponent = 0
-    if 1e-18 < fabs(a) < 1e18 or a == 0 or not isfinite(a):
+cdef inline double power_of_two(double a) noexcept nogil:
+    """A power of two near |a|, in the range of float32; 1 for 0, infinity and NaN."""
+    if a == 0 or not isfinite(a):
         return 1
-    frexp(a, &exponent)
-    return ldexp(1, min(max(<int> (exponent * share), -146), 120))
+    return min(max(without_fraction(a), SMALLEST_POWER), LARGEST_POWER)
+
+
+cdef inline double half_way(double a) noexcept nogil:
+    """1 where float32 takes |a| in its stride; else a power of two near its square root."""
+    return 1 if 1e-18 < fabs(a) < 1e18 else power_of_two(sqrt(fabs(a)))
+
+
+cdef inline double saturated(double a) noexcept nogil:
+    """a, or if it is finite the element type's largest value: 0 times a factor stays 0."""
+    return min(max(a, -LARGEST), LARGEST) if isfinite(a) else a
+
+
+cdef inline double product(double difference, double factor) noexcept nogil:
+    """Their product, and 0 for a difference of 0, whatever the factor."""
+    return difference * factor if difference != 0 else 0
 
 
 cdef void finish_affine(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
@@ -402,13 +418,13 @@ cdef void finish_affine(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c
             mean = entry(&t.mean, g, c, 0)
             factor = given_deviation(t, g, c)
         factor *= entry(&t.gamma, g, c, 1)
-        p = power_of_two(factor, 0.5)
+        p = half_way(factor)
         mean *= p
         factor /= p
         near[c] = p
         hi[c] = mean
-        scale[c] = factor
-        shift[c] = entry(&t.beta, g, c, 0) - (mean - hi[c]) * factor
+        scale[c] = saturated(factor)
+        shift[c] = entry(&t.beta, g, c, 0) - product(mean - hi[c], factor)
     repeat(t, near, c0, 4)
 
 
@@ -441,9 +457,9 @@ cdef void finish_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_
         if t.map == INPUT_GRADIENT:
             pack_gradient(row + c, t.pitch, a, b, dy_mean, mean, rstd)
         elif t.map == AFFINE:
-            row[c] = power_of_two(a, 0.5)
+            row[c] = half_way(a)
             row[t.pitch + c] = 0
-            row[2 * t.pitch + c] = a / row[c]
+            row[2 * t.pitch + c] = saturated(a / row[c])
             row[3 * t.pitch + c] = 0
     repeat(t, row, c0, PACKED if t.map == INPUT_GRADIENT else 4)
 
@@ -451,21 +467,23 @@ cdef void finish_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_
 cdef inline void pack_gradient(real* row, Py_ssize_t pitch, double a, double b, double dy_mean,
                                double mean, double rstd) noexcept nogil:
     """One channel's coefficients of dx = a*(dy - dy_mean) + b*xhat."""
-    # `near` a little beyond 1/s leaves b normal where dx hardly is.
-    cdef double far = power_of_two(a, 0.5), near = power_of_two(rstd, 1.15), rest
+    # b*xhat is ((x - mean)*near)*b': `near` goes half of b's way, so that all stays in range.
+    cdef double far = half_way(a), near = rstd if b == 0 else rstd * sqrt(fabs(b)), rest
+    near = power_of_two(near if near * fabs(mean) < 1e36 else 1e36 / fabs(mean))
+    a /= far
     b *= rstd / near
     mean *= near
     dy_mean *= far
     row[0] = far
     row[pitch] = dy_mean
-    row[2 * pitch] = a / far
+    row[2 * pitch] = saturated(a)
     row[3 * pitch] = near
     row[4 * pitch] = mean
     rest = mean - row[4 * pitch]
     row[5 * pitch] = rest
     rest -= row[5 * pitch]
-    row[6 * pitch] = b
-    row[7 * pitch] = -(a / far) * (dy_mean - row[pitch]) - b * rest
+    row[6 * pitch] = saturated(b)
+    row[7 * pitch] = -product(dy_mean - row[pitch], a) - product(rest, b)
 
 
 cdef void repeat(const Task* t, real* row, Py_ssize_t c0, int rows) noexcept nogil:

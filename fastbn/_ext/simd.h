@@ -14,6 +14,7 @@
 #ifndef FASTBN_SIMD_H
 #define FASTBN_SIMD_H
 
+#include <float.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -37,6 +38,7 @@ typedef struct { f64_register r[WIDE_REGISTERS]; } wide;
 #ifdef FASTBN_F32
 enum { FLOATS = FASTBN_WIDTH / 4, VEC_REGISTERS = LANES / FLOATS };
 typedef float real;
+#define LARGEST ((double)FLT_MAX)
 typedef float f32_register __attribute__((vector_size(FASTBN_WIDTH)));
 typedef float f32_half __attribute__((vector_size(FASTBN_WIDTH / 2)));
 typedef f32_register vec_register;
@@ -44,6 +46,7 @@ typedef struct { vec_register r[VEC_REGISTERS]; } vec;
 #else
 enum { VEC_REGISTERS = WIDE_REGISTERS };
 typedef double real;
+#define LARGEST DBL_MAX
 typedef f64_register vec_register;
 typedef wide vec;
 #endif
@@ -196,16 +199,23 @@ INLINE vec vmul(vec a, vec b) {
 
 /* ---- wide: float64 sums ---- */
 
+/* The conversion has intrinsics because GCC makes two halves of it, or single elements. */
 INLINE f64_register widen(const real *p) {
-#ifdef FASTBN_F32
-    f32_half v;
-    memcpy(&v, p, sizeof v);
-    return __builtin_convertvector(v, f64_register);
-#else
     f64_register v;
+#if defined(FASTBN_F64)
     memcpy(&v, p, sizeof v);
-    return v;
+#elif defined(FASTBN_PORTABLE)
+    f32_half half;
+    memcpy(&half, p, sizeof half);
+    v = __builtin_convertvector(half, f64_register);
+#elif FASTBN_WIDTH == 64
+    v = _mm512_cvtps_pd(_mm256_loadu_ps(p));
+#elif FASTBN_WIDTH == 32
+    v = _mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
+    v = _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p)));
 #endif
+    return v;
 }
 INLINE wide wload(const real *p) {
     wide w;
@@ -220,6 +230,13 @@ INLINE wide wload_part(const real *p, long n) {
 INLINE wide wload_table(const double *p) {
     wide w;
     memcpy(&w, p, sizeof w);
+    return w;
+}
+INLINE wide wload_table_part(const double *p, long n) {
+    wide w = {0};
+    if (n >= LANES)
+        return wload_table(p);
+    memcpy(&w, p, n * sizeof(double));
     return w;
 }
 INLINE void wstore_table(double *p, wide w) { memcpy(p, &w, sizeof w); }
@@ -256,6 +273,21 @@ INLINE double wsum(wide a) {
     UNROLLED (int half = LANES / 2; half > 0; half /= 2)
         UNROLLED (int i = 0; i < half; i++) lane[i] += lane[i + half];
     return lane[0];
+}
+
+/* ---- Scalars ---- */
+
+/* The powers of two that float32 has in full. */
+#define SMALLEST_POWER 0x1p-126
+#define LARGEST_POWER 0x1p127
+
+/* The power of two just below |a|, or |a| itself if it is one. */
+INLINE double without_fraction(double a) {
+    uint64_t bits;
+    memcpy(&bits, &a, sizeof bits);
+    bits &= UINT64_C(0x7ff0000000000000);
+    memcpy(&a, &bits, sizeof a);
+    return a;
 }
 
 /* ---- Machine ---- */

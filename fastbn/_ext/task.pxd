@@ -26,7 +26,6 @@ cdef enum Map:
 cdef struct Task:
     Reduce reduce
     Map map
-    bint frozen         # in a backward trip: no gradient through the statistics
     # Shape. C counts the columns of a row in memory: `fold` samples of `channels` each where
     # channels inside are few, else fold = 1 and C = channels. Then `tail` columns make a last,
     # shorter row after the N whole ones. count = values of a channel.

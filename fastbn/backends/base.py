@@ -8,7 +8,7 @@
 3. Passes write into arrays that the caller made, in place too: then `out` is the same view as one
    of the inputs.
 4. Between the two passes of a trip stands one small float64 step, from sums to coefficients; it
-   is `inverse_deviation` and `gradient_coefficients` below.
+   is `normal_scale` and `gradient_coefficients` below.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ class GradientCoefficients(NamedTuple):
     rstd: Table
 
 
+quiet = np.errstate(all="ignore")
+"""Decorates float64 steps on data: NaN and infinities stay in their channel, without a warning."""
+
+
+@quiet
 def inverse_deviation(var: Table, eps: float) -> Table:
     """rstd = 1 / sqrt(var + eps), and 0 where var + eps is 0: such a channel gives y = beta."""
     total = np.asarray(var + eps)
@@ -50,6 +55,13 @@ def inverse_deviation(var: Table, eps: float) -> Table:
     return rstd
 
 
+@quiet
+def normal_scale(gamma: Table, var: Table, eps: float) -> Table:
+    """gamma / sqrt(var + eps)."""
+    return np.asarray(gamma * inverse_deviation(var, eps))
+
+
+@quiet
 def gradient_coefficients(
     sum_dy: Table, sum_dy_xhat: Table, count: int, mean: Table, rstd: Table, gamma: Table
 ) -> GradientCoefficients:
@@ -112,10 +124,10 @@ class Backend(ABC):
     ) -> tuple[Table, Table]:
         """The forward trip: moments, then normalize; gives mean and variance."""
         mean, var = self.moments(x, threads)
-        scale = gamma * inverse_deviation(var, eps)
-        self.normalize(x, Affine(mean, scale, beta), out, threads)
+        self.normalize(x, Affine(mean, normal_scale(gamma, var, eps), beta), out, threads)
         return mean, var
 
+    @quiet
     def backward(
         self,
         dy: Array,

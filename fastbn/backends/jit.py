@@ -27,6 +27,7 @@ import operator
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FunctionType
 from typing import Any, NamedTuple, TypeVar
 
@@ -70,6 +71,7 @@ _numba: Any = numba  # its types are told only in part
 # ---- Lanes: one LLVM vector of LANES values ------------------------------------------------------
 
 _intrinsic: Callable[[F], Any] = extending.intrinsic
+_LARGEST = float(np.finfo(np.float32).max)
 _INT32, _INT64 = ir.IntType(32), ir.IntType(64)
 
 
@@ -335,7 +337,20 @@ def _compile(function: F, parallel: bool = False) -> F:
         compiled: F = _numba.njit(function, cache=True, **options)
     except RuntimeError:  # no directory to write to
         compiled = _numba.njit(function, **options)
+    else:
+        _forgive(compiled)
     return compiled
+
+
+def _forgive(compiled: Any) -> None:
+    """Let a kernel that cannot be kept, as on a full disk, run all the same."""
+    save = compiled._cache.save_overload
+
+    def save_if_possible(signature: Any, data: Any) -> None:
+        with suppress(OSError):
+            save(signature, data)
+
+    compiled._cache.save_overload = save_if_possible
 
 
 class _Kernel:
@@ -371,14 +386,19 @@ class _Kernel:
 
     @staticmethod
     def _threads_work() -> bool:
-        """Whether threads can run in this process; OpenMP's are lost in a forked child."""
-        if _Kernel._process == os.getpid():
-            return True
+        """Whether threads can run in this process now.
+
+        OpenMP's are lost in a forked child; "workqueue" ends the process when anybody else, in
+        another Python thread, runs parallel code of their own at the same time.
+        """
         try:
-            return bool(_numba.threading_layer() != "omp")
-        except ValueError:  # none were started before the fork
+            layer = _numba.threading_layer()
+        except ValueError:  # none have been started yet
             _Kernel._process = os.getpid()
             return True
+        if layer == "workqueue":
+            return threading.active_count() == 1
+        return bool(layer != "omp" or _Kernel._process == os.getpid())
 
 
 # ---- Parts of both families ----------------------------------------------------------------------
@@ -454,7 +474,12 @@ def _affine(
         p = math.ldexp(1.0, min(max((exponent - 1) >> 1, -126), 127))
     scale /= p
     hi = _rounded(mean * p, element)
-    return p, hi, scale, beta - (mean * p - hi) * scale
+    lo = mean * p - hi
+    if lo != 0.0:
+        beta -= lo * scale
+    if _itemsize(element) == 4 and math.isfinite(scale):
+        scale = min(max(scale, -_LARGEST), _LARGEST)  # 0 * scale stays 0
+    return p, hi, scale, beta
 
 
 # ---- Planes: channels outside --------------------------------------------------------------------
@@ -1235,6 +1260,8 @@ class NumbaBackend(Backend):
 
 def load() -> Backend:
     """The backend object."""
+    if _numba.config.DISABLE_JIT:
+        raise ImportError("NUMBA_DISABLE_JIT is set, and nothing would be compiled; unset it")
     return NumbaBackend()
 
 

@@ -14,12 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fastbn.backends.base import Affine, Array, Backend, GradientCoefficients, Table
-
-
-def _quiet() -> np.errstate:
-    """NaN and infinities are data here: they stay in their channel, without a warning."""
-    return np.errstate(invalid="ignore", over="ignore", under="ignore")
+from fastbn.backends.base import Affine, Array, Backend, GradientCoefficients, Table, quiet
 
 
 class ReferenceBackend(Backend):
@@ -27,38 +22,39 @@ class ReferenceBackend(Backend):
 
     name = "numpy"
 
+    @quiet
     def moments(self, x: Array, threads: int) -> tuple[Table, Table]:
         mean, var = _table(x), _table(x)
-        with _quiet():
-            for channel in _channels(x):
-                values = _doubles(x, channel)
-                shift = values.flat[0]
-                centred = values - shift
-                offset = centred.mean()
-                centred -= offset
-                residue = centred.mean()
-                mean[channel] = shift + (offset + residue)
-                var[channel] = max(np.square(centred).mean() - residue * residue, 0.0)
+        for channel in _channels(x):
+            values = _doubles(x, channel)
+            shift = values.flat[0]
+            centred = values - shift
+            offset = centred.mean()
+            centred -= offset
+            residue = centred.mean()
+            mean[channel] = shift + (offset + residue)
+            var[channel] = max(np.square(centred).mean() - residue * residue, 0.0)
         return mean, var
 
+    @quiet
     def normalize(self, x: Array, affine: Affine, out: Array, threads: int) -> None:
         mean, scale, beta = affine
-        with _quiet():
-            for channel in _channels(x):
-                centred = _doubles(x, channel) - mean[channel]
-                _plane(out, channel)[...] = centred * scale[channel] + beta[channel]
+        for channel in _channels(x):
+            centred = _doubles(x, channel) - mean[channel]
+            _plane(out, channel)[...] = centred * scale[channel] + beta[channel]
 
+    @quiet
     def gradient_moments(
         self, dy: Array, x: Array, mean: Table, threads: int
     ) -> tuple[Table, Table]:
         sum_dy, sum_dy_centred = _table(x), _table(x)
-        with _quiet():
-            for channel in _channels(x):
-                dy_values = _doubles(dy, channel)
-                sum_dy[channel] = dy_values.sum()
-                sum_dy_centred[channel] = (dy_values * (_doubles(x, channel) - mean[channel])).sum()
+        for channel in _channels(x):
+            dy_values = _doubles(dy, channel)
+            sum_dy[channel] = dy_values.sum()
+            sum_dy_centred[channel] = (dy_values * (_doubles(x, channel) - mean[channel])).sum()
         return sum_dy, sum_dy_centred
 
+    @quiet
     def input_gradient(
         self,
         dy: Array,
@@ -68,15 +64,14 @@ class ReferenceBackend(Backend):
         threads: int,
     ) -> None:
         a, b, dy_mean, mean, rstd = coefficients
-        with _quiet():
-            for channel in _channels(dy):
-                dx = _doubles(dy, channel)
-                if x is not None:
-                    dx -= dy_mean[channel]
-                dx *= a[channel]
-                if x is not None:
-                    dx += b[channel] * ((_doubles(x, channel) - mean[channel]) * rstd[channel])
-                _plane(out, channel)[...] = dx
+        for channel in _channels(dy):
+            dx = _doubles(dy, channel)
+            if x is not None:
+                dx -= dy_mean[channel]
+            dx *= a[channel]
+            if x is not None:
+                dx += b[channel] * ((_doubles(x, channel) - mean[channel]) * rstd[channel])
+            _plane(out, channel)[...] = dx
 
 
 def load() -> Backend:
