@@ -39,3 +39,12 @@ __all__ = [
     "use_backend",
     "use_num_threads",
 ]
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, looked up when asked for: that costs milliseconds that no import should."""
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("fastbn")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -77,7 +77,7 @@ class BatchNorm(Layer):
         self.x, self.mean, self.var = x, mean, var
         n = x.size // x.shape[1]  # values a channel
         self.running_mean += AVERAGING * (mean - self.running_mean)
-        self.running_var += AVERAGING * (var * n / (n - 1) - self.running_var)  # unbiased
+        self.running_var += AVERAGING * (var * n / max(n - 1, 1) - self.running_var)  # unbiased
         return y
 
     def backward(self, dy: Array) -> Array:

@@ -47,11 +47,13 @@ def array(name: str, value: Any) -> NDArray[Any]:
             f"{name} is {_described(value)}, expected a numpy.ndarray of {_FLOATS}; "
             f"convert it with numpy.asarray({name}, dtype=numpy.float32)"
         )
-    if value.dtype.newbyteorder("=") not in ELEMENTS:
-        raise TypeError(
-            f"{name} has dtype {value.dtype}, expected {_FLOATS}; "
-            f"convert it with {name}.astype(numpy.float32)"
-        )
+    if value.dtype.kind != "f" or value.dtype.newbyteorder("=") not in ELEMENTS:
+        remedy = f"convert it with {name}.astype(numpy.float32)"
+        if value.dtype.kind == "c":
+            remedy = f"pass {name}.real, {name}.imag, or both as channels of their own"
+        elif value.dtype.kind == "f" and value.dtype.itemsize > 8:
+            remedy = f"convert it with {name}.astype(numpy.float64)"
+        raise TypeError(f"{name} has dtype {value.dtype}, expected {_FLOATS}; {remedy}")
     return value
 
 

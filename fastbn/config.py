@@ -8,6 +8,7 @@ and one for the threads, and a context variable over each for ``with`` blocks.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,18 +139,23 @@ def get_config() -> dict[str, Any]:
     Returns
     -------
     dict
-        version, python, numpy, platform; backend, backend_source, backends (usable here); isa,
-        isa_source, isas (usable here); openmp (whether the kernels were built with it); threads,
-        threads_source. isa and openmp are None where the compiled kernels are not built.
+        version, python, numpy, platform; backend, backend_source, backends (usable here: each is
+        imported to see); isa, isa_source, isas (usable here); openmp (whether the kernels were
+        built with it); threads, threads_source. isa and openmp are None where the compiled
+        kernels are not built, or fail to import: then isa_source says why.
     """
-    import platform  # these two cost milliseconds that no import of fastbn should pay
-    from importlib import metadata
+    import platform  # costs milliseconds that no import of fastbn should pay
 
-    native = backends.native_facts()
+    from fastbn import __version__
+
+    try:
+        native = backends.native_facts()
+    except BackendError as error:
+        native = backends.NativeFacts(None, str(error), (), None)
     here = _backend_here.get() is not None
     counted = _threads_here.get() is not None
     return {
-        "version": metadata.version("fastbn"),
+        "version": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "platform": platform.platform(),
@@ -174,7 +180,7 @@ def show_config() -> None:
 
 def _read_environment() -> None:
     """Set the defaults; called once, at import."""
-    if os.environ.get("FASTBN_ISA"):
+    if backends.ASKED_ISA:
         backends.native_facts()  # refuses what cannot run, whichever backend will
     _default.backend, _default.backend_source = _initial_backend()
     _default.threads, _default.threads_source = _initial_threads()
@@ -183,14 +189,16 @@ def _read_environment() -> None:
 def _initial_backend() -> tuple[Backend, str]:
     asked = os.environ.get("FASTBN_BACKEND", "")
     if not asked or asked == "auto":
+        backend = backends.get("auto")
         if not backends.is_built("cython"):
             warnings.warn(
-                "fastbn's compiled kernels were never built, so a slower backend runs; build them "
-                "with: python -m pip install -e . (in a checkout, with a C compiler)",
+                f"fastbn's compiled kernels were never built, so the slower {backend.name} backend "
+                "runs; build them with: python -m pip install -e . (in a checkout, with a C "
+                "compiler)",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=5,  # whoever imports fastbn
             )
-        return backends.get("auto"), "FASTBN_BACKEND" if asked else "first that is usable"
+        return backend, "FASTBN_BACKEND" if asked else "first that is usable"
     try:
         return backends.get(asked), "FASTBN_BACKEND"
     except (ValueError, BackendError) as error:
@@ -201,15 +209,12 @@ def _initial_threads() -> tuple[int, str]:
     asked = os.environ.get("FASTBN_NUM_THREADS", "")
     if asked:
         name = "environment variable FASTBN_NUM_THREADS"
-        try:
-            return checks.threads(name, int(asked)), "FASTBN_NUM_THREADS"
-        except ValueError as error:
-            if asked.strip().lstrip("+-").isdecimal():
-                raise
+        if not re.fullmatch(r"\s*[+-]?[0-9]+\s*", asked):
             raise ValueError(
                 f"{name} is {asked!r}, expected a whole number of threads from 1 to "
                 f"{checks.MAX_THREADS}; set a number, or unset it"
-            ) from error
+            )
+        return checks.threads(name, int(asked)), "FASTBN_NUM_THREADS"
     # OMP_NUM_THREADS may be a list, a number for each level of nesting: the first is ours.
     openmp = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if openmp.isdecimal() and int(openmp) > 0:

@@ -58,7 +58,7 @@ class Arrangement:
 
     def target(self, out: NDArray[Any]) -> NDArray[Any]:
         """A (G, N, C, S) array to write: `out` itself if it can be walked, else a fresh one."""
-        v = out.transpose(self.axes).reshape(self.view_shape)
+        v = np.asarray(out).transpose(self.axes).reshape(self.view_shape)
         if _is_walkable(v) and np.may_share_memory(v, out):
             return v
         return np.empty(self.view_shape, out.dtype)
@@ -67,7 +67,7 @@ class Arrangement:
         """Bring `result`, what `target(out)` gave, home into `out`."""
         if not np.may_share_memory(result, out):
             dense = tuple(out.shape[axis] for axis in self.axes)
-            out.transpose(self.axes)[...] = result.reshape(dense)
+            np.asarray(out).transpose(self.axes)[...] = result.reshape(dense)
 
     def fresh(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """A new array of `shape`, dense in this arrangement's memory order."""

@@ -70,9 +70,11 @@ def not_an_array(name: str) -> list[Bad]:
             ".filled(",
         ),
     ]
-    for dtype in ("int64", "int8", "bool", "complex64", "float16", "longdouble", "object", "U3"):
+    remedies = {"complex64": f"{name}.real", "longdouble": ".astype(numpy.float64)"}
+    for dtype in ("int64", "int8", "bool", "float16", "object", "U3", "T", *remedies):
         array = np.ones(shape).astype(dtype)
-        pieces = (f"{name} has dtype {array.dtype}", f"expected {FLOATS}", ".astype(numpy.float32)")
+        remedy = remedies.get(dtype, ".astype(numpy.float32)")
+        pieces = (f"{name} has dtype {array.dtype}", f"expected {FLOATS}", remedy)
         rows.append(bad(dtype, array, TypeError, *pieces))
     if name not in ("gamma", "beta"):
         lacking = tuple(v for v in ARRAYS[name] if (name, v) != ("x", "normalize_backward"))
@@ -229,6 +231,8 @@ BAD: dict[str, list[Bad]] = {
         bad("bytes", b"NCHW", TypeError, "layout is b'NCHW', expected", "'NCHW'"),
         bad("axis", 1, TypeError, "layout is 1, expected", "'NCHW'"),
         bad("unhashable", ["NCHW"], TypeError, "layout is ['NCHW'], expected", "'NCHW'"),
+        bad("array", np.array("NCHW"), TypeError, "layout is array('NCHW'", "'NCHW'"),
+        bad("arrays", np.array(["NCHW", "NHWC"]), TypeError, "layout is array([", "'NCHW'"),
     ],
     "params": [
         bad("int", 1, TypeError, "params is an int (1)", "expected True or False", "pass one"),

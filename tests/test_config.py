@@ -32,7 +32,7 @@ from importlib.machinery import ModuleSpec
 
 class Broken:
     def find_spec(self, name, path=None, target=None):
-        return ModuleSpec(name, self) if name == "fastbn._ext.entry" else None
+        return ModuleSpec(name, self) if name == {name!r} else None
     def create_module(self, spec):
         return None
     def exec_module(self, module):
@@ -40,6 +40,11 @@ class Broken:
 
 sys.meta_path.insert(0, Broken())
 """
+COMPILED = [
+    "fastbn._ext.cpu",
+    "fastbn._ext.entry",
+    *(f"fastbn._ext.kernels_{isa}_f32" for isa in ISAS[:1]),
+]
 
 
 @pytest.fixture
@@ -78,6 +83,7 @@ def test_auto_passes_over_unbuilt_kernels_with_one_warning(others: str) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == left[0]
     assert done.stderr.count("RuntimeWarning") == 1
+    assert "<string>:" in done.stderr, "the warning points at whoever imports fastbn"
     assert "python -m pip install -e ." in done.stderr
 
 
@@ -87,13 +93,39 @@ def test_named_backends_do_not_warn() -> None:
     assert (done.stdout.split()[0], done.stderr) == ("numpy", "")
 
 
+@pytest.mark.parametrize("module", COMPILED)
 @pytest.mark.parametrize("value", ["auto", "cython"])
-def test_broken_kernels_raise(value: str) -> None:
+def test_broken_kernels_raise(value: str, module: str) -> None:
     """A compiled module that is there and fails to import is an error, never passed over."""
-    last = error(BROKEN + WHAT, FASTBN_BACKEND=value)
+    last = error(BROKEN.format(name=module) + WHAT, FASTBN_BACKEND=value)
     assert last.startswith("fastbn.errors.BackendError: ")
     for piece in ("'cython'", "undefined symbol: nothing_like_it", "FASTBN_BACKEND"):
         assert piece in last
+
+
+@pytest.mark.parametrize("module", COMPILED)
+def test_a_bug_report_survives_broken_kernels(module: str) -> None:
+    """On another backend all still works, and get_config does not count cython as usable."""
+    told = output(
+        BROKEN.format(name=module) + TELL + "c['backend'], 'cython' in c['backends'])",
+        FASTBN_BACKEND="numpy",
+    )
+    assert told == "numpy False"
+
+
+def test_auto_passes_over_a_broken_numba() -> None:
+    """Without kernels, a numba that is there and fails to import leaves numpy."""
+    done = run(UNBUILT + BROKEN.format(name="numba") + WHAT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == "numpy"
+    assert "slower numpy backend" in done.stderr
+
+
+@pytest.mark.skipif("numba" not in USABLE, reason="numba is not installed")
+def test_numba_without_its_compiler_is_unavailable() -> None:
+    last = error(WHAT, FASTBN_BACKEND="numba", NUMBA_DISABLE_JIT="1")
+    assert last.startswith("fastbn.errors.BackendError: ")
+    assert "NUMBA_DISABLE_JIT is set" in last
 
 
 @pytest.mark.parametrize(
@@ -203,8 +235,11 @@ fastbn.batch_norm(numpy.ones((64, 8, 32, 32), numpy.float32))
 assert dict(os.environ) == before
 os.environ["FASTBN_NUM_THREADS"] = "7"
 os.environ["FASTBN_BACKEND"] = "cuda"
+isa = fastbn.get_config()["isa"]
+os.environ["FASTBN_ISA"] = "portable"
 fastbn.batch_norm(numpy.ones((2, 3)))
 print(fastbn.get_num_threads(), fastbn.get_backend() == {USABLE[0]!r})
+assert fastbn.get_config()["isa"] == isa
 """
     quiet = "import warnings; warnings.simplefilter('ignore')"
     assert output(quiet + code, FASTBN_NUM_THREADS="2") == "2 True"

@@ -118,6 +118,15 @@ def test_interleaved_memory_is_apart(variant: Variant, dtype: Any) -> None:
     assert_same_bits({"y": dense(out)}, {"y": problem.call("batch_norm")})
 
 
+def test_a_matrix_is_an_array(variant: Variant) -> None:
+    """Subclasses that are always of rank 2 are written like any other array."""
+    x = np.random.default_rng(0).normal(size=(6, 40))
+    memory = np.empty_like(x)
+    out = np.ndarray.view(memory, np.matrix)
+    assert fastbn.batch_norm(x, out=out).y is out
+    np.testing.assert_array_equal(memory, fastbn.batch_norm(x).y)
+
+
 def test_only_out_is_written(variant: Variant) -> None:
     """What lies between and around the values of a strided `out` stays as it was."""
     problem = Problem((4, 3, 6), np.float32, "NCHW")

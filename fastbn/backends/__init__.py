@@ -34,6 +34,9 @@ BACKENDS = {
 }
 """The backends in the order in which "auto" tries them."""
 
+ASKED_ISA = os.environ.get("FASTBN_ISA", "")
+"""The instruction set that the environment asks for, as it was at import."""
+
 _loaded: dict[str, Backend] = {}
 
 
@@ -52,8 +55,8 @@ def is_built(name: str) -> bool:
 
 
 def usable() -> tuple[str, ...]:
-    """The names of the backends that are there."""
-    return tuple(name for name in BACKENDS if is_built(name))
+    """The names of the backends that load here."""
+    return tuple(name for name in BACKENDS if _loads(name))
 
 
 def get(name: Any) -> Backend:
@@ -62,43 +65,56 @@ def get(name: Any) -> Backend:
         known = ", ".join(repr(known) for known in ("auto", *BACKENDS))
         kind = ValueError if isinstance(name, str) else TypeError
         raise kind(f"backend is {name!r}, expected one of {known}; usable here: {_listed()}")
-    if name == "auto":
-        name = usable()[0]
-    if name not in _loaded:
-        _loaded[name] = _load(name)
-    return _loaded[name]
+    if name != "auto":
+        return _load(name)
+    # Kernels that are there and broken are an error; numba is passed over.
+    return _load("cython" if is_built("cython") else usable()[0])
 
 
 def native_facts() -> NativeFacts:
     """The compiled kernels' instruction sets and OpenMP, whichever backend is in force."""
-    asked = os.environ.get("FASTBN_ISA", "")
     if not is_built("cython"):
-        if asked not in ("", "auto"):
+        if ASKED_ISA not in ("", "auto"):
             raise BackendError(
-                f"environment variable FASTBN_ISA is {asked!r}, expected it unset or 'auto': "
+                f"environment variable FASTBN_ISA is {ASKED_ISA!r}, expected it unset or 'auto': "
                 f"there is no instruction set to choose, for {BACKENDS['cython'].remedy}"
             )
         return NativeFacts(None, None, (), None)
-    native = importlib.import_module(BACKENDS["cython"].module)
-    facts: NativeFacts = native.facts()
+    facts: NativeFacts = _call("cython", "facts")
     return facts
 
 
 def _load(name: str) -> Backend:
-    entry = BACKENDS[name]
+    if name not in _loaded:
+        if not is_built(name):
+            raise BackendError(
+                f"backend {name!r} cannot run here: {BACKENDS[name].remedy}; "
+                f"usable here: {_listed()}"
+            )
+        _loaded[name] = _call(name, "load")
+    return _loaded[name]
+
+
+def _loads(name: str) -> bool:
     if not is_built(name):
-        raise BackendError(
-            f"backend {name!r} cannot run here: {entry.remedy}; usable here: {_listed()}"
-        )
+        return False
     try:
-        module = importlib.import_module(entry.module)
+        _load(name)
+    except BackendError:
+        return False
+    return True
+
+
+def _call(name: str, function: str) -> Any:
+    """What a function of the backend's module gives; whatever it imports may be broken."""
+    entry = BACKENDS[name]
+    try:
+        return getattr(importlib.import_module(entry.module), function)()
     except ImportError as error:
         raise BackendError(
             f"backend {name!r} is there but fails to import ({error}); reinstall what it needs "
             f"({entry.needs}), or choose another with FASTBN_BACKEND or fastbn.set_backend"
         ) from error
-    backend: Backend = module.load()
-    return backend
 
 
 def _listed() -> str:

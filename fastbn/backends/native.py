@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import os
 
 import numpy as np
 
 from fastbn._ext import cpu, entry
-from fastbn.backends import NativeFacts
+from fastbn.backends import ASKED_ISA, NativeFacts
 from fastbn.backends.base import Affine, Array, Backend, GradientCoefficients, Table
 from fastbn.errors import BackendError
 
@@ -100,7 +99,7 @@ def variant(isa: str) -> NativeBackend:
 def _picked() -> tuple[str, str]:
     """The instruction set that FASTBN_ISA asks for, or the best, and who decided."""
     usable = cpu.instruction_sets()
-    asked = os.environ.get("FASTBN_ISA", "")
+    asked = ASKED_ISA
     if not asked or asked == "auto":
         return usable[0], "FASTBN_ISA" if asked else "best that runs here"
     if asked not in usable:
