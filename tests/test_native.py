@@ -25,7 +25,15 @@ if "cython" not in backends.usable():
 from fastbn._ext import cpu, entry
 
 LINE = 64
-SHAPES = [(6, 24, 20, 21), (5, 3, 130, 131), (70, 128), (300, 5), (130, 64, 3, 3), (33, 72)]
+SHAPES = [
+    (6, 24, 20, 21),
+    (40, 70, 7, 7),
+    (5, 3, 130, 131),
+    (70, 128),
+    (300, 5),
+    (130, 64, 3, 3),
+    (33, 72),
+]
 PRETENDED = [
     {"serial_below": 1, "stream_from": 0, "l2": 1 << 20},
     {"serial_below": 1, "stream_from": 0, "l2": 1 << 12},

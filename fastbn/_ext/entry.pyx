@@ -18,8 +18,8 @@ from libc.math cimport isfinite
 from libc.string cimport memset
 
 from fastbn._ext.task cimport (
-    AFFINE, GRADIENT_MOMENTS, INPUT_GRADIENT, MOMENTS, NO_MAP, NO_REDUCE, PACKED, Map, Operand,
-    Reduce, Run, Table, Task,
+    AFFINE, AHEAD, GRADIENT_MOMENTS, INPUT_GRADIENT, JOINED, MOMENTS, NO_MAP, NO_REDUCE, PACKED,
+    Map, Operand, Reduce, Run, Table, Task,
 )
 
 cnp.import_array()
@@ -54,7 +54,9 @@ if guard_forks() != 0:
 
 cdef enum:
     LINE = 64
-    FOLD_BELOW = 64         # columns; rows narrower than this are taken several at a time
+    FOLD_BELOW = 64         # columns; rows narrower than this are taken several at a time,
+    MANY = 65536            # and in arrays of this many values all rows of broken vectors,
+    MOST_COLUMNS = 4096     # up to this many columns together
     CHUNK = 16384           # values of a channel in a chunk: the lanes' sums stay short
     FEWEST_ROWS = 64        # samples in a chunk, channels inside
     MOST_ROWS = 512
@@ -81,12 +83,13 @@ def _cache_size(level, default):
 cdef struct Tuning:
     Py_ssize_t l2           # a core's own cache: a trip's block should stay in it
     Py_ssize_t serial_below # operands this small: a second thread costs more than it brings
-    Py_ssize_t stream_from  # operands this large: results go past the caches
+    Py_ssize_t stream_from  # a trip's operands this large: results go past the caches; elementwise
+                            # work alone, which needs nothing else to stay there, from twice that
 
 cdef Tuning tuning
 tuning.l2 = _cache_size(2, 1 << 20)
 tuning.serial_below = 128 << 10
-tuning.stream_from = 48 << 20
+tuning.stream_from = min(48 << 20, _cache_size(3, 96 << 20) // 2)
 
 
 def tune(**thresholds):
@@ -112,10 +115,11 @@ cdef void set_shape(Task* t, Py_ssize_t G, Py_ssize_t N, Py_ssize_t C, Py_ssize_
     cdef Py_ssize_t k = 1
     t.G, t.N, t.C, t.S, t.channels, t.fold, t.tail, t.inside = G, N, C, S, C, 1, 0, inside
     t.count = <double> N * S
-    if inside and C < FOLD_BELOW:
+    if inside and (C < FOLD_BELOW or C % 16 != 0 and N * C >= MANY):
         while k * C % 16 != 0:
             k *= 2
-        t.fold, t.C, t.N, t.tail = k, k * C, N // k, N % k * C
+        if k * C <= MOST_COLUMNS:
+            t.fold, t.C, t.N, t.tail = k, k * C, N // k, N % k * C
     t.pitch = ceil_div(t.C, 16) * 16 + 16
 
 
@@ -147,8 +151,12 @@ cdef void schedule(Task* t, int threads, Py_ssize_t itemsize) noexcept nogil:
     cdef Py_ssize_t column = max((t.N + (t.tail > 0)) * t.S * itemsize * inputs, 1)
     cdef Py_ssize_t channels = t.G * t.C, block
     cdef Py_ssize_t row = (t.C if t.inside else t.S) * itemsize
-    # Past the caches go whole lines only; rows of a few lines would mostly be ends.
-    t.stream = t.map != NO_MAP and total >= tuning.stream_from and (row % LINE == 0 or row >= 1024)
+    # Past the caches go whole lines only; rows of a few lines would mostly be ends. Short planes
+    # are joined where they follow each other.
+    t.stream = t.map != NO_MAP and total >= tuning.stream_from * (2 if t.reduce == NO_REDUCE else 1)
+    t.joined = t.stream and not t.inside and t.S <= JOINED and t.out.c == t.S
+    t.stream = t.stream and (t.joined or row % LINE == 0 or row >= 1024)
+    t.planes_ahead = 0 if t.inside or t.S > 4 * AHEAD else AHEAD // t.S + 1
     t.threads = min(<Py_ssize_t> threads, max(1, 2 * total // tuning.serial_below - 1))
     if t.reduce == NO_REDUCE:
         # Elementwise: in the order of memory, which is whole rows, or planes side by side.
@@ -165,6 +173,8 @@ cdef void schedule(Task* t, int threads, Py_ssize_t itemsize) noexcept nogil:
         block = 1 if t.split else tuning.l2 // 4 // column
         # While one channel is written the next one is fetched, where the cache holds both.
         t.lookahead = not t.split and t.map != NO_MAP and 2 * column <= tuning.l2 * 9 // 10
+    # Whoever is free takes the next block; small arrays are worked on where they were last time.
+    t.shared = not t.split and total > t.threads * tuning.l2
     if is_serial:
         t.threads = 1
     while block > 16 and t.threads * 4 > t.G * ceil_div(t.C, block) * (t.chunks if t.split else 1):

@@ -28,8 +28,8 @@ from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy, memset
 
 from fastbn._ext.task cimport (
-    AFFINE, GRADIENT_MOMENTS, INPUT_GRADIENT, MOMENTS, NO_MAP, NO_REDUCE, PACKED, Operand, Table,
-    Task,
+    AFFINE, AHEAD, GRADIENT_MOMENTS, INPUT_GRADIENT, JOINED, MOMENTS, NO_MAP, NO_REDUCE, PACKED,
+    Operand, Table, Task,
 )
 
 cdef extern from "simd.h" nogil:
@@ -60,6 +60,7 @@ cdef extern from "simd.h" nogil:
     double wsum(wide a)
     const double LARGEST, LARGEST_POWER, SMALLEST_POWER
     double without_fraction(double a)
+    double inverse_of_power(double a)
     void stream_fence()
     void prefetch(const real* p)
     long fetch_add(long* counter, long by)
@@ -120,17 +121,14 @@ cdef inline void add_gradients(wide dy, wide d, wide* first, wide* second) noexc
     second[0] = wadd(second[0], dy)
 
 
-cdef enum:
-    AHEAD = 4096    # elements from a value to the one fetched meanwhile: 16 or 32 KiB
-
-
 cdef inline Py_ssize_t later(const Task* t, const Operand* a, Py_ssize_t n) noexcept nogil:
     """From a value of plane n to the one that comes about AHEAD values later: in the same plane,
     a few planes on or, past the last, in the next channel."""
-    cdef Py_ssize_t planes = n + AHEAD // t.S + 1
-    if t.S > 4 * AHEAD:
+    if t.planes_ahead == 0:
         return AHEAD
-    return (planes - n) * a.n if planes < t.N else (planes - n - t.N) * a.n + a.c
+    if n + t.planes_ahead < t.N:
+        return t.planes_ahead * a.n
+    return (t.planes_ahead - t.N) * a.n + a.c
 
 
 cdef inline Py_ssize_t rows_at_once(Py_ssize_t columns) noexcept nogil:
@@ -329,22 +327,23 @@ cdef void set_shift(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) n
         shift[c] = shift[c - t.channels]
 
 
-cdef inline bint is_doubtful(const Task* t, Py_ssize_t g, Py_ssize_t c) noexcept nogil:
+cdef inline bint is_doubtful(const Task* t, Py_ssize_t g, Py_ssize_t c,
+                             double per_value) noexcept nogil:
     """Whether the shift was too far from the mean, or the squares too large, for the sums."""
-    cdef double m = t.total[g * 2 * t.pitch + c] / t.count
-    cdef double square = t.total[(g * 2 + 1) * t.pitch + c] / t.count
+    cdef double m = t.total[g * 2 * t.pitch + c]
+    cdef double square = t.total[(g * 2 + 1) * t.pitch + c]
     # The mean of d*d is (1 + (m/s)**2) variances: beyond 16 deviations digits go missing.
-    cdef bint fits = isfinite(square) and m * m <= 256 * (square - m * m)
+    cdef bint fits = isfinite(square) and m * (m * per_value) * (257 / 256.) <= square
     return isfinite(m) and not fits
 
 
 cdef void sum_again(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
     """Sum the doubtful channels about the mean just found; the others come out as they were."""
     cdef Py_ssize_t c, v, j
-    cdef double m
+    cdef double m, per_value = 1 / t.count
     cdef bint any_doubtful = False
     for c in range(c0, min(c1, t.channels)):
-        if is_doubtful(t, g, c):
+        if is_doubtful(t, g, c, per_value):
             any_doubtful = True
             m = t.total[g * 2 * t.pitch + c] / t.count
             for v in range(t.fold):
@@ -363,11 +362,11 @@ cdef void finish_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t 
     cdef double m, unit
     sum_again(t, g, c0, c1)
     for c in range(c0, min(c1, t.channels)):
-        unit = t.unit[g * t.pitch + c]
+        unit = inverse_of_power(t.unit[g * t.pitch + c])
         m = t.total[g * 2 * t.pitch + c] / t.count
-        t.first[g * t.channels + c] = t.shift[g * t.pitch + c] + m / unit
+        t.first[g * t.channels + c] = t.shift[g * t.pitch + c] + m * unit
         m = t.total[(g * 2 + 1) * t.pitch + c] / t.count - m * m
-        t.second[g * t.channels + c] = (0 if m < 0 else m) / unit / unit
+        t.second[g * t.channels + c] = (0 if m < 0 else m) * unit * unit
 
 
 cdef inline double inverse_deviation(double var, double eps) noexcept nogil:
@@ -420,7 +419,7 @@ cdef void finish_affine(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c
         factor *= entry(&t.gamma, g, c, 1)
         p = half_way(factor)
         mean *= p
-        factor /= p
+        factor *= inverse_of_power(p)
         near[c] = p
         hi[c] = mean
         scale[c] = saturated(factor)
@@ -459,7 +458,7 @@ cdef void finish_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_
         elif t.map == AFFINE:
             row[c] = half_way(a)
             row[t.pitch + c] = 0
-            row[2 * t.pitch + c] = saturated(a / row[c])
+            row[2 * t.pitch + c] = saturated(a * inverse_of_power(row[c]))
             row[3 * t.pitch + c] = 0
     repeat(t, row, c0, PACKED if t.map == INPUT_GRADIENT else 4)
 
@@ -470,8 +469,8 @@ cdef inline void pack_gradient(real* row, Py_ssize_t pitch, double a, double b, 
     # b*xhat is ((x - mean)*near)*b': `near` goes half of b's way, so that all stays in range.
     cdef double far = half_way(a), near = rstd if b == 0 else rstd * sqrt(fabs(b)), rest
     near = power_of_two(near if near * fabs(mean) < 1e36 else 1e36 / fabs(mean))
-    a /= far
-    b *= rstd / near
+    a *= inverse_of_power(far)
+    b *= rstd * inverse_of_power(near)
     mean *= near
     dy_mean *= far
     row[0] = far
@@ -576,21 +575,58 @@ cdef void gradient_plane(const real* dy, const real* x, real* out, Py_ssize_t n,
         vstore_part(out + s, gradient(vload_part(dy + s, i), vload_part(x + s, i), &k), i)
 
 
+cdef inline void map_plane(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s0,
+                           Py_ssize_t s1, real* out, bint stream, Py_ssize_t ahead) noexcept nogil:
+    """Values s0 to s1 of one plane to `out`, while those of the channels `ahead` are fetched."""
+    cdef const real* row = packed(t, g) + c
+    cdef const real* source = at(&t.source, g, n, c) + s0
+    if t.map == AFFINE:
+        affine_plane(source, out, s1 - s0, row, t.pitch, stream, ahead * t.source.c)
+    else:
+        gradient_plane(at(&t.dy, g, n, c) + s0, source, out, s1 - s0, row, t.pitch, stream,
+                       ahead * t.dy.c, ahead * t.source.c)
+
+
+cdef Py_ssize_t send(real* out, const real* values, Py_ssize_t n) noexcept nogil:
+    """Stream the whole lines of n values, and store what lies before them; gives how many went."""
+    cdef Py_ssize_t s = unaligned(out, n)
+    if s > 0:
+        vstore_part(out, vload(values), s)
+    while s + 16 <= n:
+        vstream(out + s, vload(values + s))
+        s += 16
+    return s
+
+
+cdef void map_joined(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1,
+                     Py_ssize_t ahead) noexcept nogil:
+    """Short planes of channels [c0, c1), one behind the other: streamed as one run of lines."""
+    cdef real[2 * JOINED + 16] values
+    cdef Py_ssize_t c, sent, waiting = 0
+    cdef real* out = <real*> at(&t.out, g, n, c0)
+    for c in range(c0, c1):
+        map_plane(t, g, n, c, 0, t.S, values + waiting, False, ahead)
+        waiting += t.S
+        if waiting >= JOINED or c + 1 == c1:
+            sent = send(out, values, waiting)
+            out += sent
+            waiting -= sent
+            vstore(values, vload(values + sent))
+    if waiting > 0:
+        vstore_part(out, vload(values), waiting)
+
+
 cdef void map_outside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t j,
                       Py_ssize_t ahead) noexcept nogil:
     """Chunk j of channels [c0, c1), while that of the channels `ahead` is fetched."""
     cdef Chunk k = chunk(t, j)
-    cdef const real* row = packed(t, g)
     cdef Py_ssize_t n, c
     for n in range(k.n0, k.n1):
+        if t.joined:
+            map_joined(t, g, n, c0, c1, ahead)
+            continue
         for c in range(c0, c1):
-            if t.map == AFFINE:
-                affine_plane(at(&t.source, g, n, c) + k.s0, <real*> at(&t.out, g, n, c) + k.s0,
-                             k.s1 - k.s0, row + c, t.pitch, t.stream, ahead * t.source.c)
-            else:
-                gradient_plane(at(&t.dy, g, n, c) + k.s0, at(&t.source, g, n, c) + k.s0,
-                               <real*> at(&t.out, g, n, c) + k.s0, k.s1 - k.s0, row + c, t.pitch,
-                               t.stream, ahead * t.dy.c, ahead * t.source.c)
+            map_plane(t, g, n, c, k.s0, k.s1, <real*> at(&t.out, g, n, c) + k.s0, t.stream, ahead)
 
 
 cdef inline void load_coefficients(Coefficients* k, const real* row, Py_ssize_t pitch,
@@ -600,27 +636,50 @@ cdef inline void load_coefficients(Coefficients* k, const real* row, Py_ssize_t 
         k.k[i] = vload(row + i * pitch)
 
 
+cdef void affine_part(const real* x, Py_ssize_t x_stride, real* out, Py_ssize_t stride,
+                      Py_ssize_t rows, Py_ssize_t width, const real* row, Py_ssize_t pitch) noexcept nogil:
+    """Fewer than 16 columns of a few rows."""
+    cdef Coefficients k
+    cdef Py_ssize_t r
+    load_coefficients(&k, row, pitch, 4)
+    for r in range(rows):
+        vstore_part(out + r * stride, affine(vload_part(x + r * x_stride, width), &k), width)
+
+
 cdef void affine_rows(const real* x, Py_ssize_t x_stride, real* out, Py_ssize_t stride,
                       Py_ssize_t rows, Py_ssize_t width, const real* row, Py_ssize_t pitch,
                       bint stream) noexcept nogil:
     """`width` columns of a few rows; the columns' coefficients stand in rows `pitch` apart."""
     cdef Coefficients k
-    cdef Py_ssize_t c = 0, r, part = unaligned(out, width) if stream else 0
+    cdef Py_ssize_t r, c = unaligned(out, width) if stream else 0
     cdef const real* source
     cdef real* target
-    while c < width:
+    if c > 0:
+        affine_part(x, x_stride, out, stride, rows, c, row, pitch)
+    while c + 16 <= width:
         load_coefficients(&k, row + c, pitch, 4)
         source, target = x + c, out + c
-        part = part if c == 0 and part > 0 else min(16, width - c)
         for r in range(rows):
-            if part < 16:
-                vstore_part(target, affine(vload_part(source, part), &k), part)
-            else:
-                prefetch(source + AHEAD // 2)
-                put(target, affine(vload(source), &k), stream)
+            prefetch(source + AHEAD // 2)
+            put(target, affine(vload(source), &k), stream)
             source += x_stride
             target += stride
-        c += part
+        c += 16
+    if c < width:
+        affine_part(x + c, x_stride, out + c, stride, rows, width - c, row + c, pitch)
+
+
+cdef void gradient_part(const real* dy, Py_ssize_t dy_stride, const real* x, Py_ssize_t x_stride,
+                        real* out, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t width,
+                        const real* row, Py_ssize_t pitch) noexcept nogil:
+    """Fewer than 16 columns of a few rows."""
+    cdef Coefficients k
+    cdef Py_ssize_t r
+    cdef vec d, v
+    load_coefficients(&k, row, pitch, PACKED)
+    for r in range(rows):
+        d, v = vload_part(dy + r * dy_stride, width), vload_part(x + r * x_stride, width)
+        vstore_part(out + r * stride, gradient(d, v, &k), width)
 
 
 cdef void gradient_rows(const real* dy, Py_ssize_t dy_stride, const real* x, Py_ssize_t x_stride,
@@ -628,26 +687,26 @@ cdef void gradient_rows(const real* dy, Py_ssize_t dy_stride, const real* x, Py_
                         const real* row, Py_ssize_t pitch, bint stream) noexcept nogil:
     """`width` columns of a few rows; the columns' coefficients stand in rows `pitch` apart."""
     cdef Coefficients k
-    cdef Py_ssize_t c = 0, r, part = unaligned(out, width) if stream else 0
+    cdef Py_ssize_t r, c = unaligned(out, width) if stream else 0
     cdef const real* source
     cdef const real* slope
     cdef real* target
-    while c < width:
+    if c > 0:
+        gradient_part(dy, dy_stride, x, x_stride, out, stride, rows, c, row, pitch)
+    while c + 16 <= width:
         load_coefficients(&k, row + c, pitch, PACKED)
         source, slope, target = x + c, dy + c, out + c
-        part = part if c == 0 and part > 0 else min(16, width - c)
         for r in range(rows):
-            if part < 16:
-                vstore_part(target, gradient(vload_part(slope, part), vload_part(source, part), &k),
-                            part)
-            else:
-                prefetch(source + AHEAD // 2)
-                prefetch(slope + AHEAD // 2)
-                put(target, gradient(vload(slope), vload(source), &k), stream)
+            prefetch(source + AHEAD // 2)
+            prefetch(slope + AHEAD // 2)
+            put(target, gradient(vload(slope), vload(source), &k), stream)
             source += x_stride
             slope += dy_stride
             target += stride
-        c += part
+        c += 16
+    if c < width:
+        gradient_part(dy + c, dy_stride, x + c, x_stride, out + c, stride, rows, width - c,
+                      row + c, pitch)
 
 
 cdef void map_rows(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t rows, Py_ssize_t c,
@@ -677,10 +736,9 @@ cdef void map_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
     """
     cdef Chunk k = chunk(t, j)
     cdef bint whole_lines = t.stream and t.out.n * sizeof(real) % 64 == 0
-    cdef Py_ssize_t n = k.n0, c = c0, rows, together = 1
-    cdef Py_ssize_t n1 = k.n1
-    if whole_lines or not t.stream:
-        together = max(1, 240 // t.C)   # narrow rows share the fetching of coefficients
+    # Narrow rows share the fetching of coefficients, if lines begin at the same columns.
+    cdef Py_ssize_t together = max(1, 1024 // t.C) if whole_lines or not t.stream else 1
+    cdef Py_ssize_t n = k.n0, n1 = k.n1, c = c0, rows
     if whole_lines and c1 - c0 == t.C and is_dense(t) and n1 > n:
         c = unaligned(at(&t.out, g, n, 0), t.C)
         n1 -= 1
@@ -691,7 +749,7 @@ cdef void map_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
         map_rows(t, g, n, rows, c, c1 - c0)
         n += rows
     if n1 < k.n1:
-        map_rows(t, g, n, 1, c, c1 - c)
+        map_rows(t, g, n1, 1, c, c1 - c)
     if k.n1 == t.N and c0 < t.tail:
         map_rows(t, g, t.N, 1, c0, min(c1, t.tail) - c0)
 
@@ -723,20 +781,27 @@ cdef inline Py_ssize_t count_blocks(const Task* t) noexcept nogil:
     return t.G * ((t.C + t.block - 1) // t.block)
 
 
-cdef void run_blocks(Task* t) noexcept nogil:
+cdef inline Py_ssize_t next_block(Task* t, Py_ssize_t b, Py_ssize_t end) noexcept nogil:
+    """The block after b, whose next owner is free to be anyone or is known; `end` if none."""
+    return min(fetch_add(&t.next_block, 1) if t.shared else b + 1, end)
+
+
+cdef void run_blocks(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
     """Each thread takes a block of channels at a time through the whole trip; the second walk may
     fetch the block that comes after it."""
     cdef Block k
-    cdef Py_ssize_t b = fetch_add(&t.next_block, 1), later, ahead, j
-    while b < count_blocks(t):
+    cdef Py_ssize_t blocks = count_blocks(t), later, ahead, j
+    cdef Py_ssize_t end = blocks if t.shared else blocks * (thread + 1) // team
+    cdef Py_ssize_t b = next_block(t, blocks * thread // team - 1, end)
+    while b < end:
         k = block(t, b)
         if t.reduce != NO_REDUCE:
             set_shift(t, k.g, k.c0, k.c1)
             for j in range(t.chunks):
                 reduce_chunk(t, k.g, k.c0, k.c1, j)
         finish(t, k.g, k.c0, k.c1)
-        later = fetch_add(&t.next_block, 1)
-        ahead = (later - b) * t.block if t.lookahead and later < count_blocks(t) else 0
+        later = next_block(t, b, end)
+        ahead = (later - b) * t.block if t.lookahead and later < end else 0
         if t.map != NO_MAP:
             for j in range(t.chunks - 1, -1, -1):
                 map_chunk(t, k.g, k.c0, k.c1, j, ahead)
@@ -773,7 +838,7 @@ cdef void work(Task* t, int thread, int team) noexcept nogil:
     if t.split:
         run_split(t, thread, team)
     else:
-        run_blocks(t)
+        run_blocks(t, thread, team)
     if t.stream:
         stream_fence()
 

@@ -32,6 +32,7 @@
 enum { DOUBLES = FASTBN_WIDTH / 8, WIDE_REGISTERS = LANES / DOUBLES };
 
 typedef double f64_register __attribute__((vector_size(FASTBN_WIDTH)));
+typedef double f64_pair __attribute__((vector_size(16)));
 typedef int64_t i64_register __attribute__((vector_size(FASTBN_WIDTH)));
 typedef struct { f64_register r[WIDE_REGISTERS]; } wide;
 
@@ -268,11 +269,13 @@ INLINE wide wfirst(wide a, long n) {
 }
 /* The sum of the lanes, halves onto halves: the same tree on every instruction set. */
 INLINE double wsum(wide a) {
-    double lane[LANES];
-    memcpy(lane, &a, sizeof lane);
-    UNROLLED (int half = LANES / 2; half > 0; half /= 2)
-        UNROLLED (int i = 0; i < half; i++) lane[i] += lane[i + half];
-    return lane[0];
+    f64_pair pair[DOUBLES / 2];
+    UNROLLED (int half = WIDE_REGISTERS / 2; half > 0; half /= 2)
+        UNROLLED (int i = 0; i < half; i++) a.r[i] += a.r[i + half];
+    memcpy(pair, &a.r[0], sizeof pair);
+    UNROLLED (int half = DOUBLES / 4; half > 0; half /= 2)
+        UNROLLED (int i = 0; i < half; i++) pair[i] += pair[i + half];
+    return pair[0][0] + pair[0][1];
 }
 
 /* ---- Scalars ---- */
@@ -286,6 +289,15 @@ INLINE double without_fraction(double a) {
     uint64_t bits;
     memcpy(&bits, &a, sizeof bits);
     bits &= UINT64_C(0x7ff0000000000000);
+    memcpy(&a, &bits, sizeof a);
+    return a;
+}
+
+/* 1 / a for a power of two: the exponent mirrored about 0. */
+INLINE double inverse_of_power(double a) {
+    uint64_t bits;
+    memcpy(&bits, &a, sizeof bits);
+    bits = (UINT64_C(2046) << 52) - bits;
     memcpy(&a, &bits, sizeof a);
     return a;
 }

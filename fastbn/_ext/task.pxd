@@ -43,8 +43,10 @@ cdef struct Task:
     # Chunks: pieces of the samples, fixed by shape and element type alone. A chunk is `rows`
     # samples or, of one sample that is longer, `piece` values.
     Py_ssize_t chunks, rows, pieces, piece
+    # Channels outside: planes from one to the one to be fetched meanwhile; 0: in the same plane.
+    Py_ssize_t planes_ahead
     # Order of work, kind of store, size of the team: decided by the machine; no bit depends on it.
-    bint split, stream, lookahead
+    bint split, shared, stream, joined, lookahead
     Py_ssize_t block
     int threads
     long next_block
@@ -60,3 +62,5 @@ ctypedef void (*Run)(Task*) noexcept nogil
 
 cdef enum:
     PACKED = 8          # the most coefficients that a map has
+    AHEAD = 4096        # elements from a value to the one fetched meanwhile: 16 or 32 KiB
+    JOINED = 1024       # elements: planes up to this long are streamed several at a time

@@ -68,6 +68,9 @@ STREAMED_ROW = 1 << 10
 F = TypeVar("F", bound=Callable[..., Any])
 _numba: Any = numba  # its types are told only in part
 
+if _numba.config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set, so nothing would be compiled; unset it")
+
 # ---- Lanes: one LLVM vector of LANES values ------------------------------------------------------
 
 _intrinsic: Callable[[F], Any] = extending.intrinsic
@@ -1260,8 +1263,6 @@ class NumbaBackend(Backend):
 
 def load() -> Backend:
     """The backend object."""
-    if _numba.config.DISABLE_JIT:
-        raise ImportError("NUMBA_DISABLE_JIT is set, and nothing would be compiled; unset it")
     return NumbaBackend()
 
 
