@@ -176,7 +176,8 @@ def measure(arguments: argparse.Namespace, console: Console) -> Run:
 def cost(cell: Cell, libraries: Sequence[str], rounds: int) -> float:
     """About how many seconds a cell takes, on a machine of two cores."""
     share = len(taking_part(cell, libraries)) / len(LIBRARIES)
-    return share * (0.5 + cell.bytes / MB * 0.02 + rounds * (0.25 + cell.bytes / MB * 0.006))
+    size = cell.bytes / MB
+    return share * (1.0 + 0.03 * size + rounds * (0.1 + 0.004 * size))
 
 
 class Screen:

@@ -21,7 +21,7 @@ class Outcome:
     """What became of one library at one cell."""
 
     status: str
-    """timed; or wrong, failed, died, slow: then the note says more."""
+    """timed; or wrong, failed, died, left out: then the note says more."""
     note: str = ""
     median: float = 0.0
     """Seconds a call; as are the quartiles."""

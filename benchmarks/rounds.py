@@ -29,9 +29,9 @@ ROOT = Path(__file__).parents[1]
 
 TURN = 0.015
 """Seconds that a turn is filled up to with samples of a fast call."""
-SAMPLES = 40
+SAMPLES = 60
 """In a turn at most."""
-SAMPLE = 20e-6
+SAMPLE = 50e-6
 """Seconds that a sample lasts at least: shorter calls are timed several at once."""
 SLOW = 15
 """A library so many times slower than the fastest takes part in one round out of three."""
@@ -41,6 +41,10 @@ LIMIT = 120.0
 """Seconds that an answer may take, the first too; numba and TensorFlow may have to compile."""
 KEPT = 200 * MB
 """Arrays larger than this are made anew for each cell, lest all processes hold all of them."""
+ROOM = 8
+"""Arrays that must fit in free memory before a process prepares: some libraries copy or cast."""
+LAST = ("peer", "other layout")
+"""Kinds of libraries that memory is given to last."""
 
 FOREIGN = ("OMP_", "GOMP_", "KMP_", "FASTBN_", "NUMBA_")
 """Variables that would change what is measured; they are not passed on."""
@@ -183,7 +187,7 @@ class Team:
         guesses = {
             name: min(taken)
             for name in notes
-            if (taken := self._turn(name, outcomes, samples=2, loops=1))
+            if (taken := self._turn(name, outcomes, samples=1, loops=1))
         }
         slow = SLOW * min(guesses.values(), default=0.0)
         shuffled = random.Random(0)
@@ -200,19 +204,33 @@ class Team:
     def _prepare(
         self, cell: Cell, libraries: Sequence[str], outcomes: dict[str, Outcome]
     ) -> dict[str, str]:
-        """Prepare the cell in all processes at once; the notes of those that are ready."""
+        """Prepare the cell in all processes; the notes of those that are ready.
+
+        They do so at once as far as the memory goes, peers last: what finds no room is left out.
+        """
         notes: dict[str, str] = {}
-        present = [name for name in libraries if name in self._workers]
-        for name in present:
-            with self._watched(name, outcomes):
-                self._worker(name).send(do="prepare", cell=cell.to_json())
-        for name in (name for name in present if name not in outcomes):
+        preparing: list[str] = []
+        room = ROOM * cell.bytes
+
+        def collect(name: str) -> None:
             with self._watched(name, outcomes):
                 answer = self._worker(name).receive()
                 if answer["status"] == "ready":
                     notes[name] = answer["note"]
                 elif answer["status"] != "cannot":
                     outcomes[name] = Outcome(answer["status"], answer["note"])
+
+        for name in sorted(libraries, key=lambda name: LIBRARIES[name].kind in LAST):
+            while preparing and available_memory() < room * (len(preparing) + 1):
+                collect(preparing.pop(0))
+            if available_memory() < room:
+                outcomes[name] = Outcome("left out", "too little memory is free")
+                continue
+            with self._watched(name, outcomes):
+                self._worker(name).send(do="prepare", cell=cell.to_json())
+                preparing.append(name)
+        for name in preparing:
+            collect(name)
         return notes
 
     def _turn(
@@ -298,10 +316,7 @@ def measure_all(
             for cell in (cell for cell in cells if cell.threads == threads):
                 watcher.begin(cell)
                 present = [name for name in taking_part(cell, libraries) if name in team.versions]
-                if memory_for(cell, len(present)) < available_memory():
-                    findings.measured.append(team.measure(cell, present, rounds))
-                else:
-                    watcher.say(f"{cell.name} is left out: too little memory is free")
+                findings.measured.append(team.measure(cell, present, rounds))
                 watcher.end(cell)
         finally:
             team.stop()
@@ -311,8 +326,3 @@ def measure_all(
 def taking_part(cell: Cell, libraries: Sequence[str]) -> list[str]:
     """The series is for the plot alone, and only some libraries are drawn in it."""
     return [name for name in libraries if LIBRARIES[name].in_series or not cell.in_series]
-
-
-def memory_for(cell: Cell, libraries: int) -> int:
-    """Bytes that a cell takes: three arrays a process, and some libraries copy or cast."""
-    return 4 * cell.bytes * libraries
