@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-EXTRA = ("matplotlib", "numba", "rich")
+EXTRA = ("matplotlib", "rich")
 missing = ", ".join(name for name in EXTRA if find_spec(name) is None)
 if missing:
     sys.exit(f'the benchmark needs {missing}; run: python -m pip install -e ".[bench]"')
@@ -27,7 +27,7 @@ from benchmarks.rounds import import_seconds, measure_all, taking_part  # noqa: 
 from fastbn._cpus import available_cpus  # noqa: E402
 
 ROUNDS, QUICK_ROUNDS = 9, 3
-WIDE = 200
+WIDE = 240
 """Columns of the tables where no terminal limits them."""
 
 

@@ -99,6 +99,8 @@ RESNET: tuple[Shape, ...] = (
     (32, 1024, 14, 14),
     (32, 2048, 7, 7),
 )
+BETWEEN: Shape = (16, 128, 112, 112)
+"""One channel fits in an L2 of 1 MiB, two in 2 MiB; of ResNet's large ones one or two, or none."""
 ONE_IMAGE: tuple[Shape, ...] = ((1, 2048, 7, 7), (1, 64, 112, 112), (1, 64, 224, 224))
 FEW_CHANNELS: tuple[Shape, ...] = (
     (32, 3, 224, 224),
@@ -119,6 +121,7 @@ ROWS: tuple[Shape, ...] = (
 )
 SHAPES: tuple[Shape, ...] = (
     *RESNET,
+    BETWEEN,
     *ONE_IMAGE,
     *FEW_CHANNELS,
     *UNEVEN_CHANNELS,

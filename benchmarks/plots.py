@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from math import log10
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.cells import WORKS
+from benchmarks.cells import WORKS, Cell
 from benchmarks.results import Measured, Run
 
 # From the palette of Okabe and Ito, which colour-blind readers can tell apart.
@@ -61,14 +60,13 @@ def draw_ratios(run: Run, members: Sequence[Measured], title: str, output: Path)
     sides = [
         [m for m in members if (m.cell.layout == "NCHW") == outside] for outside in (True, False)
     ]
-    sides = [ordered(run, side) for side in sides if side]
-    height = 1.4 + BAR * max(len(side) for side in sides)
-    figure = blank(6.6 * len(sides), height)
+    lines = [lines_of(run, side) for side in sides if side]
+    longest = max(map(len, lines))
+    figure = blank(6.6 * len(lines), 1.4 + BAR * longest)
     limits = ratio_limits(members)
-    panels = figure.subplots(1, len(sides), squeeze=False)[0]
-    for axes, side in zip(panels, sides, strict=True):
-        draw_bars(run, axes, side, limits)
-        longest = max(len(other) for other in sides)
+    panels = figure.subplots(1, len(lines), squeeze=False)[0]
+    for axes, side in zip(panels, lines, strict=True):
+        draw_bars(axes, side, limits)
         axes.set_ylim(longest - 0.4, -0.6)
     figure.suptitle(
         f"{title}: the best peer's time over fastbn's", x=0.01, ha="left", weight="bold"
@@ -76,20 +74,28 @@ def draw_ratios(run: Run, members: Sequence[Measured], title: str, output: Path)
     figure.savefig(output, dpi=130)
 
 
-def ordered(run: Run, side: Sequence[Measured]) -> list[Measured]:
-    """The plain cells first, then each variant; by size, small ones first."""
-    return sorted(side, key=lambda m: (variant(run, m), len(m.cell.shape), m.cell.bytes))
+def lines_of(run: Run, side: Sequence[Measured]) -> list[str | Measured]:
+    """The plain cells first, then each variant under its heading; in each by size."""
+    groups: dict[str, list[Measured]] = {}
+    for m in sorted(side, key=lambda m: (rank(run, m), m.cell.bytes)):
+        groups.setdefault(heading(run, m), []).append(m)
+    lines: list[str | Measured] = []
+    for name, group in groups.items():
+        lines += [name, *group]
+    return lines
 
 
-def variant(run: Run, m: Measured) -> str:
-    """In what the cell differs from float32, a ready output and all threads."""
+def rank(run: Run, m: Measured) -> tuple[bool, ...]:
+    """Sorts by what differs from a float32 array of images, a ready output and all threads."""
     cell = m.cell
-    words = (
-        cell.dtype if cell.dtype != "float32" else "",
-        cell.output if cell.output != "ready" else "",
-        cell.threads_name if cell.threads != run.machine.cores else "",
-    )
-    return " ".join(filter(None, words))
+    alone = cell.threads != run.machine.cores
+    return alone, cell.output != "ready", cell.dtype != "float32", cell.layout == "NC"
+
+
+def heading(run: Run, m: Measured) -> str:
+    cell = m.cell
+    layout = "(N, C)" if cell.layout == "NC" else cell.layout
+    return f"{layout}, {cell.dtype}, {cell.output} output, {cell.threads_name}"
 
 
 def ratio_limits(members: Sequence[Measured]) -> tuple[float, float]:
@@ -100,25 +106,27 @@ def ratio_limits(members: Sequence[Measured]) -> tuple[float, float]:
     return low / 10 ** (0.05 * decades), high * 10 ** (0.4 * decades)
 
 
-def draw_bars(run: Run, axes: Axes, side: Sequence[Measured], limits: tuple[float, float]) -> None:
-    ratios = [m.against_peer or 1.0 for m in side]
-    places = np.arange(len(side))
-    widths = [ratio - 1 for ratio in ratios]
+def draw_bars(axes: Axes, lines: Sequence[str | Measured], limits: tuple[float, float]) -> None:
     axes.set_xscale("log")
-    axes.barh(places, widths, 0.72, left=1, color=[colour(ratio) for ratio in ratios])
-    for where, (m, ratio) in enumerate(zip(side, ratios, strict=True)):
-        text = f" {ratio:.2f}  {m.best_peer[0] if m.best_peer else ''}"
-        axes.text(max(ratio, 1.0), where, text, va="center", size=7.5)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks(places, [label(run, m) for m in side], size=7.5)
+    for where, line in enumerate(lines):
+        if isinstance(line, str):
+            text = axes.text(limits[0], where + 0.1, f" {line}", va="center", size=8)
+            text.set(weight="bold", bbox={"color": "white", "pad": 0.5})
+            continue
+        ratio, peer = line.against_peer or 1.0, line.best_peer or ("", 0.0)
+        axes.barh(where, ratio - 1, 0.72, left=1, color=colour(ratio))
+        axes.text(max(ratio, 1.0), where, f" {ratio:.2f}  {peer[0]}", va="center", size=7.5)
+    axes.axvline(1, color="black", linewidth=0.8, zorder=0)
+    names = ["" if isinstance(line, str) else label(line.cell) for line in lines]
+    axes.set_yticks(range(len(lines)), names)
     axes.set_xlim(*limits)
     axes.xaxis.set_major_locator(LogLocator(subs=(0.5, 1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    layouts = " and ".join(dict.fromkeys(m.cell.layout for m in side))
-    axes.set_title(layouts.replace("NC", "(N, C)") if layouts == "NC" else layouts, size=10)
     axes.set_xlabel("times as fast as the best peer, which is named (log scale)", size=8.5)
     tidy(axes)
+    axes.tick_params(labelsize=7.5)
+    axes.tick_params(axis="y", length=0)
 
 
 def colour(ratio: float) -> str:
@@ -127,9 +135,8 @@ def colour(ratio: float) -> str:
     return AHEAD if ratio > 1 else BEHIND
 
 
-def label(run: Run, m: Measured) -> str:
-    words = (size(m.cell.bytes), m.cell.size_name, variant(run, m))
-    return "   ".join(filter(None, reversed(words)))
+def label(cell: Cell) -> str:
+    return f"{cell.size_name}   {size(cell.bytes)}"
 
 
 # --- time against size --------------------------------------------------------------------------
