@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,7 +49,17 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    add = parser.add_argument
+    add_options(parser.add_argument)
+    arguments = parser.parse_args()
+    try:
+        cells = (quick_cells if arguments.quick else all_cells)(available_cpus())
+        arguments.cells, arguments.libraries = chosen(cells, arguments.only)
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def add_options(add: Callable[..., object]) -> None:
     add("--quick", action="store_true", help="a look, in under two minutes")
     add(
         "--only",
@@ -87,13 +97,6 @@ def parse() -> argparse.Namespace:
         metavar="PART",
         help="how much slower counts (default: %(default)s)",
     )
-    arguments = parser.parse_args()
-    try:
-        cells = (quick_cells if arguments.quick else all_cells)(available_cpus())
-        arguments.cells, arguments.libraries = chosen(cells, arguments.only)
-    except ValueError as error:
-        parser.error(str(error))
-    return arguments
 
 
 def positive(text: str) -> int:
@@ -110,7 +113,7 @@ def saved(text: str) -> Run:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def chosen(cells: Sequence[Cell], words: Iterable[str]) -> tuple[list[Cell], list[str]]:
+def chosen(cells: Sequence[Cell], words: Sequence[str]) -> tuple[list[Cell], list[str]]:
     """The cells and libraries that the words leave: of one kind any, of several kinds all."""
     wanted: dict[str, set[str]] = {}
     for word in words:

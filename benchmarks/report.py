@@ -11,9 +11,9 @@ from rich.table import Table
 
 from benchmarks.cells import MB
 from benchmarks.compare import Change
-from benchmarks.libraries import LIBRARIES, OURS
+from benchmarks.libraries import OURS
 from benchmarks.results import Measured, Run
-from benchmarks.targets import Check, Target, Verdict, verdicts
+from benchmarks.targets import Check, Target, verdicts
 
 NONE = "-"
 
@@ -198,20 +198,3 @@ def figure(target: Target, check: Check) -> str:
 
 def place(check: Check) -> str:
     return check.measured.cell.name if check.measured else NONE
-
-
-def verdict_counts(found: list[Verdict]) -> str:
-    """How many targets are reached, in words."""
-    reached = sum(v.answer == "yes" for v in found)
-    measured = sum(v.answer != "not measured" for v in found)
-    return f"{reached} of {measured} targets measured are reached"
-
-
-def kinds(run: Run) -> str:
-    """The libraries of a run by kind, in words."""
-    parts = []
-    for kind in dict.fromkeys(library.kind for library in LIBRARIES.values()):
-        names = [name for name in run.libraries() if LIBRARIES[name].kind == kind]
-        if names:
-            parts.append(f"{kind}: {', '.join(names)}")
-    return "; ".join(parts)

@@ -318,6 +318,9 @@ def measure_all(
                 present = [name for name in taking_part(cell, libraries) if name in team.versions]
                 findings.measured.append(team.measure(cell, present, rounds))
                 watcher.end(cell)
+        except KeyboardInterrupt:
+            watcher.say("stopped; what is measured so far is kept")
+            return findings
         finally:
             team.stop()
     return findings

@@ -142,6 +142,10 @@ def onednn_jit(run: Run, m: Measured) -> bool:
     return outcome is not None and "jit" in outcome.note
 
 
+def no_onednn_jit(run: Run, m: Measured) -> bool:
+    return not onednn_jit(run, m)
+
+
 def needs_teamwork(run: Run, m: Measured) -> bool:
     """Few or odd channels, or one image."""
     cell = m.cell
@@ -200,70 +204,66 @@ def at_most(work: str, bound: float, cells: Where, figure: Figure, unit: str = "
     return Target(work, text, cells, figure, bound, True, unit)
 
 
-def small_backward(fastest: Callable[[Measured], float | None]) -> Callable[[Measured], float]:
-    """1.5 times, or level where the peer is at 1.2 copies already."""
+@dataclass(frozen=True)
+class Rival:
+    """Whom the ratios are against: the best of all peers in float32, PyTorch in float64."""
 
-    def bound(m: Measured) -> float:
-        seconds, copy = fastest(m), m.best_copy
-        return LEVEL if seconds and copy and seconds <= 1.2 * copy else 1.5
-
-    return bound
-
-
-def ratios(dtype: str) -> list[Target]:
-    """The rows that speak of peers: of all in float32, of PyTorch in float64."""
-    single = dtype == "float32"
-    figure, name = (peer, "the best peer") if single else (torch, "PyTorch")
-
-    def fastest(m: Measured) -> float | None:
-        return (m.best_peer or ("", None))[1] if single else m.seconds(TORCH)
-
-    def jit(run: Run, m: Measured) -> bool:
-        return single and onednn_jit(run, m)
+    name: str
+    dtype: str
+    figure: Figure
+    seconds: Callable[[Measured], float | None]
 
     def row(
+        self,
         text: str,
-        work: str,
-        layouts: tuple[str, ...],
-        least: float,
-        below: float,
         bound: float,
+        layouts: tuple[str, ...] = EVERY,
+        least: float = 0,
+        below: float = inf,
         also: Where = lambda run, m: True,
     ) -> Target:
-        demand = f"{bound:g} times {name}" if bound > 1 else f"level with {name}, or better"
-        cells = where(work, layouts, least, below, dtype=dtype, also=also)
-        title = text if single else f"{text}, float64"
-        return at_least(title, demand, cells, figure, bound if bound > 1 else LEVEL)
+        """At least `bound` times as fast; 1 is level. The text's first word is the work."""
+        work = text.partition(",")[0]
+        cells = where(work, layouts, least, below, dtype=self.dtype, also=also)
+        title = text if self.dtype == "float32" else f"{text}, {self.dtype}"
+        if bound == 1:
+            return at_least(title, f"level with {self.name}, or better", cells, self.figure, LEVEL)
+        return at_least(title, f"{bound:g} times {self.name}", cells, self.figure, bound)
 
-    backward = row("backward, NCHW, under 50 MB", "backward", PLANES, 0, 50 * MB, 1.5)
+    def near_the_limit(self, m: Measured) -> float:
+        """1.5 times, or level where the rival is at 1.2 copies already."""
+        seconds, copy = self.seconds(m), m.best_copy
+        return LEVEL if seconds and copy and seconds <= 1.2 * copy else 1.5
+
+
+ALL_PEERS = Rival(
+    "the best peer", "float32", peer, lambda m: m.best_peer[1] if m.best_peer else None
+)
+ONLY_TORCH = Rival(TORCH, "float64", torch, lambda m: m.seconds(TORCH))
+
+
+def ratios(rival: Rival) -> list[Target]:
+    """The rows that speak of peers; the one of oneDNN's JIT, which is float32's, aside."""
+    row = rival.row
+    backward = row("backward, NCHW, under 50 MB", 1.5, PLANES, 0, 50 * MB)
     return [
-        row("forward, NCHW, 50 MB and up", "forward", PLANES, 50 * MB, inf, 4),
-        row("forward, NCHW, 10 to 50 MB", "forward", PLANES, 10 * MB, 50 * MB, 2.5),
-        row("forward, NHWC, 10 MB and up", "forward", ROWS, 10 * MB, inf, 1.3),
-        row(
-            "forward, under 10 MB, no JIT of oneDNN",
-            "forward",
-            EVERY,
-            0,
-            10 * MB,
-            2,
-            lambda run, m: not jit(run, m),
-        ),
-        *(
-            [row("forward, under 10 MB, oneDNN's JIT", "forward", EVERY, 0, 10 * MB, 1.2, jit)]
-            if single
-            else []
-        ),
-        row("backward, NCHW, 50 MB and up", "backward", PLANES, 50 * MB, inf, 3),
+        row("forward, NCHW, 50 MB and up", 4, PLANES, 50 * MB),
+        row("forward, NCHW, 10 to 50 MB", 2.5, PLANES, 10 * MB, 50 * MB),
+        row("forward, NHWC, 10 MB and up", 1.3, ROWS, 10 * MB),
+        row("forward, under 10 MB, no JIT of oneDNN", 2, below=10 * MB, also=no_onednn_jit),
+        row("backward, NCHW, 50 MB and up", 3, PLANES, 50 * MB),
         replace(
             backward,
             demand=f"{backward.demand}; level where that is at 1.2 copies",
-            bound=small_backward(fastest),
+            bound=rival.near_the_limit,
         ),
-        row("backward, NHWC, 50 MB and up", "backward", ROWS, 50 * MB, inf, 1.3),
-        row("backward, NHWC, under 50 MB", "backward", ROWS, 0, 50 * MB, 1),
-        row("inference, under 50 MB", "inference", EVERY, 0, 50 * MB, 1),
+        row("backward, NHWC, 50 MB and up", 1.3, ROWS, 50 * MB),
+        row("backward, NHWC, under 50 MB", 1, ROWS, 0, 50 * MB),
+        row("inference, under 50 MB", 1, below=50 * MB),
     ]
+
+
+JIT = ALL_PEERS.row("forward, under 10 MB, oneDNN's JIT", 1.2, below=10 * MB, also=onednn_jit)
 
 
 def limits() -> list[Target]:
@@ -323,7 +323,7 @@ def others() -> list[Target]:
     ]
 
 
-TARGETS: list[Target] = [*ratios("float32"), *limits(), *others(), *ratios("float64")]
+TARGETS = [*ratios(ALL_PEERS), JIT, *limits(), *others(), *ratios(ONLY_TORCH)]
 
 IMPORT = Target(
     "import fastbn",
