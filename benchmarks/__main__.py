@@ -161,7 +161,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> Run:
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     cells, libraries = arguments.cells, arguments.libraries
     expected = sum(cost(cell, libraries, rounds) for cell in cells)
-    console.print(f"{len(cells)} cells, about {max(1, round(expected / 60))} minutes")
+    console.print(f"{len(cells)} cells, about {max(1, round(expected / 60))} min")
     took = import_seconds()
     with Screen(expected, libraries, rounds, console) as screen:
         findings = measure_all(cells, libraries, rounds, screen)

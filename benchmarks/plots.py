@@ -120,7 +120,7 @@ def draw_bars(axes: Axes, lines: Sequence[str | Measured], limits: tuple[float, 
     names = ["" if isinstance(line, str) else label(line.cell) for line in lines]
     axes.set_yticks(range(len(lines)), names)
     axes.set_xlim(*limits)
-    axes.xaxis.set_major_locator(LogLocator(subs=(0.5, 1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("times as fast as the best peer, which is named (log scale)", size=8.5)
