@@ -28,7 +28,7 @@ from benchmarks.results import Measured, Outcome
 ROOT = Path(__file__).parents[1]
 
 TURN = 0.015
-"""Seconds that a turn is filled up to with samples of a fast call."""
+"""Seconds after which a turn takes no further sample."""
 SAMPLES = 60
 """In a turn at most."""
 SAMPLE = 50e-6
@@ -185,16 +185,14 @@ class Team:
         notes = self._prepare(cell, libraries, outcomes)
         seconds: dict[str, list[float]] = {name: [] for name in notes}
         guesses = {
-            name: min(taken)
-            for name in notes
-            if (taken := self._turn(name, outcomes, samples=1, loops=1))
+            name: min(taken) for name in notes if (taken := self._turn(name, outcomes, loops=1))
         }
         slow = SLOW * min(guesses.values(), default=0.0)
         shuffled = random.Random(0)
         for number in range(rounds):
             for name in shuffled.sample(list(guesses), len(guesses)):
                 if name not in outcomes and (guesses[name] <= slow or number % 3 == 0):
-                    seconds[name] += self._turn(name, outcomes, **turn_of(guesses[name]))
+                    seconds[name] += self._turn(name, outcomes, loops_of(guesses[name]))
         for name, taken in seconds.items():
             if name not in outcomes:
                 outcomes[name] = Outcome.of(taken, notes[name])
@@ -231,15 +229,15 @@ class Team:
                 preparing.append(name)
         for name in preparing:
             collect(name)
+        for name in notes:
+            self._worker(name).rest()
         return notes
 
-    def _turn(
-        self, name: str, outcomes: dict[str, Outcome], *, samples: int, loops: int
-    ) -> list[float]:
+    def _turn(self, name: str, outcomes: dict[str, Outcome], loops: int) -> list[float]:
         seconds: list[float] = []
         with self._watched(name, outcomes):
             worker = self._worker(name)
-            seconds = worker.ask(do="run", samples=samples, loops=loops)["seconds"]
+            seconds = worker.ask(do="run", samples=SAMPLES, loops=loops, budget=TURN)["seconds"]
             worker.rest()
         return seconds
 
@@ -269,10 +267,9 @@ class Team:
                 worker.stop()
 
 
-def turn_of(guess: float) -> dict[str, int]:
-    """How many samples of how many calls fill a turn."""
-    loops = max(1, round(SAMPLE / guess))
-    return {"samples": max(1, min(SAMPLES, int(TURN / (guess * loops)))), "loops": loops}
+def loops_of(guess: float) -> int:
+    """How many calls fill a sample."""
+    return max(1, round(SAMPLE / guess))
 
 
 def import_seconds(times: int = 7) -> float:

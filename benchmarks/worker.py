@@ -4,7 +4,8 @@ It answers a line of JSON on its input with one on its output:
 
 * at the start, unasked: {"version"} or {"missing"};
 * {"do": "prepare", "cell"}: {"status": "ready"}, "cannot", "wrong" or "failed", with a "note";
-* {"do": "run", "samples", "loops"}: {"seconds"}, one number a sample, after one call not timed;
+* {"do": "run", "samples", "loops", "budget"}: {"seconds"}, after one call not timed: a number for
+  each sample of so many calls, until there are enough or the budget of seconds is spent;
 * {"do": "release", "keep"}: {}; what was prepared is dropped, its inputs too unless kept.
 
 Cells are verified where they are prepared. The end of the input ends the process.
@@ -36,7 +37,7 @@ class Session:
         if request["do"] == "prepare":
             return self.prepare(Cell.from_json(request["cell"]))
         if request["do"] == "run":
-            return {"seconds": self.run(request["samples"], request["loops"])}
+            return {"seconds": self.run(request["samples"], request["loops"], request["budget"])}
         self.release(keep=request["keep"])
         return {}
 
@@ -52,12 +53,13 @@ class Session:
             return {"status": "failed", "note": in_a_line(error)}
         return {"status": "wrong" if wrong else "ready", "note": wrong or self.task.note}
 
-    def run(self, samples: int, loops: int) -> list[float]:
-        """Seconds of a call, so many times; short calls are timed several at once."""
+    def run(self, samples: int, loops: int, budget: float) -> list[float]:
+        """Seconds of a call, at least once; short calls are timed several at once."""
         assert self.task is not None
-        call, seconds = self.task.call, []
+        call, seconds = self.task.call, list[float]()
         call()
-        for _ in range(samples):
+        end = perf_counter() + budget
+        while not seconds or (len(seconds) < samples and perf_counter() < end):
             start = perf_counter()
             for _ in repeat(None, loops):
                 call()

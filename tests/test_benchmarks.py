@@ -122,7 +122,7 @@ def test_a_library_is_right(worker: rounds.Worker, request: pytest.FixtureReques
         assert answer["status"] in ("ready", "cannot"), (cell.name, answer)
         if answer["status"] == "ready":
             able += 1
-            assert len(worker.ask(do="run", samples=2, loops=2)["seconds"]) == 2
+            assert len(worker.ask(do="run", samples=2, loops=2, budget=9)["seconds"]) == 2
         elif name in ALWAYS:
             assert (name, cell.work) == ("numpy.copyto", "backward")
         worker.ask(do="release", keep=True)
@@ -181,7 +181,7 @@ def test_a_worker_that_dies_marks_its_cell_and_is_started_again(
     team = rounds.Team(["NumPy"], THREADS)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(rounds, "turn_of", lambda guess: {"samples": "no number", "loops": 1})
+            patch.setattr(rounds, "TURN", "no number")
             outcome = team.measure(cell, ["NumPy"], 1).outcomes["NumPy"]
         assert outcome.status == "died"
         assert "TypeError" in outcome.note
