@@ -1,0 +1,196 @@
+"""The cells: every combination of work, layout, element type, shape, output and threads measured.
+
+1. Every shape, in every layout it has, with every work: float32, a ready output, all threads.
+2. Each of float64, a fresh output and one thread by itself, on a core of those shapes.
+3. One thread also where a library might leave cores idle: few or odd channels, one image.
+4. The series: one family of shapes from 1 KB to 400 MB, for the plot of time against size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+MB = 1e6
+
+WORKS = ("forward", "inference", "backward", "frozen")
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to time."""
+
+    work: str
+    """What is computed.
+
+    forward: y and the batch's statistics, with gamma and beta. inference: y by given statistics,
+    with gamma and beta. backward: dx, dgamma, dbeta of forward. frozen: dx alone of inference.
+    """
+    layout: str
+    """NCHW or NHWC; NC for an array of rank 2, which has one layout only."""
+    dtype: str
+    shape: Shape
+    """(N, C, H, W) or (N, C), whatever the layout."""
+    output: str
+    """ready: written into an array made before. fresh: the call makes the array."""
+    threads: int
+
+    @property
+    def channels(self) -> int:
+        return self.shape[1]
+
+    @property
+    def itemsize(self) -> int:
+        return np.dtype(self.dtype).itemsize
+
+    @property
+    def bytes(self) -> int:
+        """Of one array, x say."""
+        return math.prod(self.shape) * self.itemsize
+
+    @property
+    def channel_bytes(self) -> int:
+        """Of one channel of one array."""
+        return self.bytes // self.channels
+
+    @property
+    def array_shape(self) -> Shape:
+        """The shape of x in memory."""
+        if self.layout != "NHWC":
+            return self.shape
+        n, c, *places = self.shape
+        return (n, *places, c)
+
+    @property
+    def size_name(self) -> str:
+        return "x".join(map(str, self.shape))
+
+    @property
+    def threads_name(self) -> str:
+        return f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+
+    @property
+    def name(self) -> str:
+        words = (self.work, self.layout, self.dtype, self.size_name, self.output)
+        return " ".join((*words, self.threads_name))
+
+    @property
+    def in_series(self) -> bool:
+        return self.shape in SERIES
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Cell:
+        return cls(**(fields | {"shape": tuple(fields["shape"])}))
+
+
+RESNET: tuple[Shape, ...] = (
+    (32, 64, 112, 112),
+    (32, 256, 56, 56),
+    (32, 512, 28, 28),
+    (32, 1024, 14, 14),
+    (32, 2048, 7, 7),
+)
+BETWEEN: Shape = (16, 128, 112, 112)
+"""One channel fits in an L2 of 1 MiB, two in 2 MiB; of ResNet's large ones one or two, or none."""
+ONE_IMAGE: tuple[Shape, ...] = ((1, 2048, 7, 7), (1, 64, 112, 112), (1, 64, 224, 224))
+FEW_CHANNELS: tuple[Shape, ...] = (
+    (32, 3, 224, 224),
+    (7, 3, 224, 224),
+    (32, 1, 224, 224),
+    (20, 1, 224, 224),
+)
+UNEVEN_CHANNELS: tuple[Shape, ...] = ((32, 100, 28, 28), (32, 67, 28, 28))
+ODD_PLANES: tuple[Shape, ...] = ((32, 128, 13, 17), (64, 512, 13, 17), (256, 2048, 1, 1))
+CACHED: tuple[Shape, ...] = ((4, 16, 28, 28), (8, 64, 56, 56))
+"""Well inside L2, and well inside L3, on a machine of its time."""
+HUGE: Shape = (32, 256, 112, 112)
+ROWS: tuple[Shape, ...] = (
+    *((n, 256) for n in (1, 16, 256, 4096, 65536)),
+    (60, 100),
+    (128, 1024),
+    (4096, 1024),
+)
+SHAPES: tuple[Shape, ...] = (
+    *RESNET,
+    BETWEEN,
+    *ONE_IMAGE,
+    *FEW_CHANNELS,
+    *UNEVEN_CHANNELS,
+    *ODD_PLANES,
+    *CACHED,
+    HUGE,
+    *ROWS,
+)
+
+CORE: tuple[Shape, ...] = (
+    (32, 64, 112, 112),
+    (32, 1024, 14, 14),
+    (32, 2048, 7, 7),
+    (1, 64, 112, 112),
+    (128, 1024),
+    (60, 100),
+)
+TEAMWORK: tuple[Shape, ...] = tuple(
+    shape
+    for shape in (*ONE_IMAGE, *FEW_CHANNELS, *UNEVEN_CHANNELS)
+    if 4 * math.prod(shape) >= 4 * MB
+)
+
+SERIES: tuple[Shape, ...] = (
+    *((1, 64, side, side) for side in (2, 4, 8, 16, 32)),
+    *((n, 64, 32, 32) for n in (4, 16, 32, 64, 128, 256, 512, 1024, 1600)),
+)
+"""From 1 KB to 400 MB in float32."""
+IN_SERIES = ("forward", "inference")
+
+QUICK: tuple[Shape, ...] = ((32, 512, 28, 28), (8, 64, 56, 56), (60, 100))
+QUICK_SERIES: tuple[Shape, ...] = SERIES[::4]
+
+
+def layouts_of(shape: Shape) -> tuple[str, ...]:
+    return ("NCHW", "NHWC") if len(shape) == 4 else ("NC",)
+
+
+def cells_of(
+    shapes: Iterable[Shape],
+    *,
+    threads: int,
+    works: Iterable[str] = WORKS,
+    dtype: str = "float32",
+    output: str = "ready",
+) -> Iterator[Cell]:
+    """The cells of some shapes; those that share their arrays follow one another."""
+    for shape in shapes:
+        for layout in layouts_of(shape):
+            for work in works:
+                yield Cell(work, layout, dtype, shape, output, threads)
+
+
+def all_cells(threads: int) -> list[Cell]:
+    """The full run on a machine of so many threads; with one, that is all of them."""
+    alone = (*CORE, *(shape for shape in TEAMWORK if shape not in CORE))
+    listed = (
+        *cells_of(SHAPES, threads=threads),
+        *cells_of(CORE, threads=threads, dtype="float64"),
+        *cells_of(CORE, threads=threads, output="fresh"),
+        *cells_of(SERIES, threads=threads, works=IN_SERIES),
+        *cells_of(alone, threads=1),
+    )
+    return list(dict.fromkeys(listed))
+
+
+def quick_cells(threads: int) -> list[Cell]:
+    """A look: a large, a cached and a small array, and a few points of the series."""
+    return [
+        *cells_of(QUICK, threads=threads),
+        *cells_of(QUICK_SERIES, threads=threads, works=IN_SERIES),
+    ]

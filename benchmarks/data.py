@@ -1,0 +1,145 @@
+"""The arrays of a cell, the same in every process, and the proof that a library computed them.
+
+A block of random numbers is repeated through each array: as good as random for what is timed, and
+made at the speed of memory. dy leans on x, so that dgamma and dbeta are large and can be checked.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.cells import Cell, Shape
+
+Array = NDArray[Any]
+
+EPS = 1e-5
+BLOCK = 1_000_003
+"""Values before the numbers repeat; a prime, so that no two channels get the same ones."""
+TOLERANCE = 1e-3
+"""Loose: it tells the right operation from a wrong one, not a good library from a bad one."""
+
+
+class Data:
+    """Inputs and the ready output of the cells that share a layout, element type and shape."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.key = self.key_of(cell)
+        self.shape, self.dtype = cell.array_shape, np.dtype(cell.dtype)
+        self.axis = 3 if cell.layout == "NHWC" else 1
+        self.channels = cell.channels
+        self._block = np.random.default_rng(0).standard_normal(BLOCK)
+
+    @staticmethod
+    def key_of(cell: Cell) -> tuple[str, str, Shape]:
+        return cell.layout, cell.dtype, cell.shape
+
+    @cached_property
+    def x(self) -> Array:
+        return self._filled(0.5 + self._block)
+
+    @cached_property
+    def dy(self) -> Array:
+        noise = np.random.default_rng(1).standard_normal(BLOCK)
+        return self._filled(0.5 + 0.5 * self._block + noise)
+
+    @cached_property
+    def out(self) -> Array:
+        return np.full(self.shape, np.nan, self.dtype)
+
+    @cached_property
+    def gamma(self) -> Array:
+        return self._vector(2)
+
+    @cached_property
+    def beta(self) -> Array:
+        return self._vector(3)
+
+    @cached_property
+    def mean(self) -> Array:
+        """Given statistics, for inference and frozen; not those of x."""
+        return self._vector(4)
+
+    @cached_property
+    def var(self) -> Array:
+        return self._vector(5)
+
+    @cached_property
+    def batch_statistics(self) -> tuple[Array, Array]:
+        """Mean and biased variance of x in float64, as a forward would have saved them."""
+        over = tuple(axis for axis in range(self.x.ndim) if axis != self.axis)
+        mean = self.x.mean(over, dtype=np.float64)
+        letters = "nchw"[: self.x.ndim] if self.axis == 1 else "nhwc"
+        squares = np.einsum(f"{letters},{letters}->c", self.x, self.x, dtype=np.float64)
+        n = self.x.size // self.channels
+        return mean, np.maximum(squares / n - mean * mean, 0)
+
+    def column(self, vector: Array) -> Array:
+        """A vector of channels in a shape that broadcasts against x."""
+        shape = [1] * len(self.shape)
+        shape[self.axis] = -1
+        return vector.reshape(shape)
+
+    def _vector(self, seed: int) -> Array:
+        return np.random.default_rng(seed).uniform(0.5, 1.5, self.channels).astype(self.dtype)
+
+    def _filled(self, block: Array) -> Array:
+        block = block.astype(self.dtype)
+        flat = np.empty(int(np.prod(self.shape)), self.dtype)
+        for start in range(0, flat.size, BLOCK):
+            part = flat[start : start + BLOCK]
+            part[:] = block[: part.size]
+        return flat.reshape(self.shape)
+
+
+class Results(NamedTuple):
+    """What a library computed, as arrays of the cell's own shape and layout."""
+
+    main: Array
+    """y, or dx."""
+    dgamma: Array | None = None
+    dbeta: Array | None = None
+
+
+def complaint(cell: Cell, data: Data, results: Results) -> str | None:
+    """What is wrong with the results, or None: first, middle and last channel, in float64."""
+    if results.main.shape != data.shape or results.main.dtype != data.dtype:
+        return f"an array of {results.main.dtype}{results.main.shape}"
+    if cell.work == "backward" and (results.dgamma is None or results.dbeta is None):
+        return "no dgamma or dbeta"
+    for channel in sorted({0, data.channels // 2, data.channels - 1}):
+        for name, wanted in expected(cell, data, channel).items():
+            whole = getattr(results, name)
+            got = row(whole, channel, data.axis) if name == "main" else whole[channel]
+            off = float(np.max(np.abs(got - wanted)))
+            if not off <= TOLERANCE * (1 + float(np.max(np.abs(wanted)))):
+                return f"{name} of channel {channel} is off by {off:.3g}"
+    return None
+
+
+def expected(cell: Cell, data: Data, channel: int) -> dict[str, Array]:
+    """The oracle: one channel by the formulas, in float64."""
+    gamma, beta, mean, var = (
+        float(v[channel]) for v in (data.gamma, data.beta, data.mean, data.var)
+    )
+    if cell.work == "frozen":
+        return {"main": row(data.dy, channel, data.axis) * (gamma / np.sqrt(var + EPS))}
+    x = row(data.x, channel, data.axis)
+    if cell.work in ("forward", "backward"):
+        mean, var = float(x.mean()), float(x.var())
+    xhat = (x - mean) / np.sqrt(var + EPS)
+    if cell.work != "backward":
+        return {"main": gamma * xhat + beta}
+    dy = row(data.dy, channel, data.axis)
+    dbeta, dgamma = dy.sum(), (dy * xhat).sum()
+    dx = gamma / np.sqrt(var + EPS) * (dy - dbeta / x.size - xhat * (dgamma / x.size))
+    return {"main": dx, "dgamma": dgamma, "dbeta": dbeta}
+
+
+def row(a: Array, channel: int, axis: int) -> Array:
+    """The values of one channel."""
+    values: Array = np.take(a, channel, axis).astype(np.float64).ravel()
+    return values

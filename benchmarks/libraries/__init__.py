@@ -1,0 +1,88 @@
+"""What is timed: fastbn, its peers, and the limits that the memory sets.
+
+A library is a module of this package with two functions:
+
+* ``version()``: what runs, in words.
+* ``prepare(cell, data)``: the `Task` of a cell, or None where the library has nothing for it.
+
+A module imports its package at its top, so that it fails to import where that is not installed;
+only the library's own worker process imports it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol, cast
+
+from benchmarks.cells import Cell
+from benchmarks.data import Data, Results
+
+OURS = "fastbn cython"
+"""What is compared with the peers and held to the targets."""
+
+
+class Task(NamedTuple):
+    """One cell's work, ready to run."""
+
+    call: Callable[[], Any]
+    """Does the work once, to its end; what is timed."""
+    read: Callable[[Any], Results] | None
+    """What a call returned, as arrays in the cell's layout; None for a limit."""
+    note: str = ""
+    """What the library says about how it does this cell."""
+
+
+class Module(Protocol):
+    """The interface of a library's module."""
+
+    def version(self) -> str: ...
+
+    def prepare(self, cell: Cell, data: Data) -> Task | None: ...
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library by its name in the tables."""
+
+    name: str
+    module: str
+    kind: Literal["fastbn", "peer", "other layout", "limit"]
+    """Only a peer counts in "the best peer"; another layout's times are shown, not compared."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    in_series: bool = False
+    """Whether it is drawn in the plot of time against size."""
+
+    def load(self) -> Module:
+        """Its module; ImportError or another error where it cannot run here."""
+        return cast(Module, importlib.import_module(f"{__name__}.{self.module}"))
+
+
+def _fastbn(name: str, **environment: str) -> Library:
+    return Library(name, "of_fastbn", "fastbn", environment, in_series=True)
+
+
+LIBRARIES: dict[str, Library] = {
+    library.name: library
+    for library in (
+        _fastbn(OURS, FASTBN_BACKEND="cython"),
+        _fastbn("fastbn cython avx2", FASTBN_BACKEND="cython", FASTBN_ISA="avx2"),
+        _fastbn("fastbn numba", FASTBN_BACKEND="numba"),
+        _fastbn("fastbn numpy", FASTBN_BACKEND="numpy"),
+        Library("NumPy", "of_numpy", "peer"),
+        Library("PyTorch", "of_torch", "peer", in_series=True),
+        Library("oneDNN", "of_onednn", "peer"),
+        Library("JAX", "of_jax", "peer", {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}),
+        Library("TensorFlow", "of_tensorflow", "peer", {"TF_CPP_MIN_LOG_LEVEL": "3"}),
+        Library("ONNX Runtime", "of_onnxruntime", "peer"),
+        Library("OpenVINO", "of_openvino", "peer"),
+        Library("oneDNN nChw16c", "of_onednn_blocked", "other layout"),
+        Library("numpy.copyto", "numpy_copyto", "limit", in_series=True),
+        Library("copy, ordinary stores", "copy_ordinary", "limit", in_series=True),
+        Library("copy, streaming stores", "copy_streaming", "limit", in_series=True),
+    )
+}
+
+BEST_COPY = tuple(library.name for library in LIBRARIES.values() if library.kind == "limit")
+"""The unit "a copy" is the fastest of these: NumPy's own where a call costs more than its bytes."""

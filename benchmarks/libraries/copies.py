@@ -1,0 +1,45 @@
+"""A limit: the same bytes copied by all threads, with ordinary or with streaming stores."""
+
+from __future__ import annotations
+
+from ctypes import Structure, byref, c_int, c_ssize_t, c_void_p
+
+from benchmarks.cells import Cell
+from benchmarks.data import Data
+from benchmarks.libraries import Task, build
+
+_copy = build.load("copies.c", "-fopenmp", "-fno-tree-loop-distribute-patterns").copy
+_copy.restype = None
+
+
+class Job(Structure):
+    """`struct job` of copies.c."""
+
+    _fields_ = (
+        ("out", c_void_p),
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("n", c_ssize_t),
+        ("threads", c_int),
+        ("streaming", c_int),
+    )
+
+
+def version() -> str:
+    return "copies.c"
+
+
+def prepare(cell: Cell, data: Data, *, streaming: bool) -> Task:
+    """One read and one write; for a backward two reads and one write."""
+    sources = {"backward": (data.dy, data.x), "frozen": (data.dy,)}.get(cell.work, (data.x,))
+    addresses = dict(zip("ab", (a.ctypes.data for a in sources), strict=False))
+    job = byref(
+        Job(
+            out=data.out.ctypes.data,
+            n=cell.bytes // 4,
+            threads=cell.threads,
+            streaming=streaming,
+            **addresses,
+        )
+    )
+    return Task(lambda: _copy(job), None)

@@ -1,0 +1,64 @@
+"""Plain NumPy expressions, as one writes them; a ready output takes the last step's result."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from benchmarks.cells import Cell
+from benchmarks.data import EPS, Array, Data, Results
+from benchmarks.libraries import Task
+
+
+def version() -> str:
+    return np.__version__
+
+
+def prepare(cell: Cell, data: Data) -> Task:
+    gamma, beta = data.column(data.gamma), data.column(data.beta)
+    out = data.out if cell.output == "ready" else None
+    over = tuple(axis for axis in range(len(data.shape)) if axis != data.axis)
+    if cell.work == "forward":
+        x = data.x
+        return Task(lambda: forward(x, gamma, beta, over, out), Results)
+    if cell.work == "backward":
+        dy, x = data.dy, data.x
+        mean, var = (data.column(v.astype(data.dtype)) for v in data.batch_statistics)
+        return Task(
+            lambda: backward(dy, x, mean, var, gamma, over, out),
+            lambda r: Results(r[0], r[1].ravel(), r[2].ravel()),
+        )
+    mean, var = data.column(data.mean), data.column(data.var)
+    if cell.work == "inference":
+        x = data.x
+        return Task(lambda: inference(x, mean, var, gamma, beta, out), Results)
+    dy = data.dy
+    return Task(lambda: np.multiply(dy, gamma / np.sqrt(var + EPS), out=out), Results)
+
+
+def inference(
+    x: Array, mean: Array, var: Array, gamma: Array, beta: Array, out: Array | None
+) -> Array:
+    y: Array = np.add(gamma * (x - mean) / np.sqrt(var + EPS), beta, out=out)
+    return y
+
+
+def forward(x: Array, gamma: Array, beta: Array, over: tuple[int, ...], out: Array | None) -> Array:
+    mean, var = x.mean(over, keepdims=True), x.var(over, keepdims=True)
+    return inference(x, mean, var, gamma, beta, out)
+
+
+def backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    var: Array,
+    gamma: Array,
+    over: tuple[int, ...],
+    out: Array | None,
+) -> tuple[Array, Array, Array]:
+    rstd = 1 / np.sqrt(var + EPS)
+    xhat = (x - mean) * rstd
+    dgamma, dbeta = (dy * xhat).sum(over, keepdims=True), dy.sum(over, keepdims=True)
+    n = x.size // gamma.size
+    dx = np.multiply(gamma * rstd, dy - dbeta / n - xhat * (dgamma / n), out=out)
+    return dx, dgamma, dbeta

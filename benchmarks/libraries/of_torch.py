@@ -1,0 +1,69 @@
+"""PyTorch's own operators on the same memory; its backward has no ready output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.cells import Cell
+from benchmarks.data import EPS, Array, Data, Results
+from benchmarks.libraries import Task
+
+BACKWARD = torch.ops.aten.native_batch_norm_backward.default
+
+
+def version() -> str:
+    return str(torch.__version__)
+
+
+def prepare(cell: Cell, data: Data) -> Task:
+    torch.set_num_threads(cell.threads)
+    gamma = torch.from_numpy(data.gamma)
+    if cell.work in ("forward", "inference"):
+        call = normalization(cell, data, gamma)
+        return Task(call, lambda r: Results(array(cell, r[0])))
+    dy = tensor(cell, data.dy)
+    if cell.work == "backward":
+        x = tensor(cell, data.x)
+        mean, var = data.batch_statistics
+        kind = gamma.dtype
+        save_mean, rstd = (torch.from_numpy(v).to(kind) for v in (mean, (var + EPS) ** -0.5))
+        return Task(
+            lambda: BACKWARD(
+                dy, x, gamma, None, None, save_mean, rstd, True, EPS, [True, True, True]
+            ),
+            lambda r: Results(array(cell, r[0]), r[1].numpy(), r[2].numpy()),
+        )
+    mean, var = torch.from_numpy(data.mean), torch.from_numpy(data.var)
+    wanted = [True, False, False]
+    # x is not read where its gradient alone is wanted, but must be there.
+    return Task(
+        lambda: BACKWARD(dy, dy, gamma, mean, var, None, None, False, EPS, wanted),
+        lambda r: Results(array(cell, r[0])),
+    )
+
+
+def normalization(cell: Cell, data: Data, gamma: Any) -> Any:
+    """A forward, by the batch's statistics or by given ones."""
+    x, beta = tensor(cell, data.x), torch.from_numpy(data.beta)
+    training = cell.work == "forward"
+    mean = None if training else torch.from_numpy(data.mean)
+    var = None if training else torch.from_numpy(data.var)
+    call = torch.native_batch_norm
+    if cell.output == "fresh":
+        return lambda: call(x, gamma, beta, mean, var, training, 0.1, EPS)
+    saved = (torch.empty(cell.channels if training else 0, dtype=x.dtype) for _ in range(2))
+    out = (tensor(cell, data.out), *saved)
+    return lambda: call(x, gamma, beta, mean, var, training, 0.1, EPS, out=out)
+
+
+def tensor(cell: Cell, a: Array) -> Any:
+    """The same memory; channels last, as PyTorch has it, is a permuted NHWC array."""
+    t = torch.from_numpy(a)
+    return t.permute(0, 3, 1, 2) if cell.layout == "NHWC" else t
+
+
+def array(cell: Cell, t: Any) -> Array:
+    a: Array = (t.permute(0, 2, 3, 1) if cell.layout == "NHWC" else t).numpy()
+    return a

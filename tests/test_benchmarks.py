@@ -1,0 +1,397 @@
+"""The benchmark measures what it says: cells, right results, targets, comparison, reports.
+
+No time is asserted. Peers are optional: the test of one that is not installed is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import compare, report, rounds, targets
+from benchmarks.__main__ import chosen
+from benchmarks.cells import MB, ROWS, SERIES, WORKS, Cell, all_cells, layouts_of, quick_cells
+from benchmarks.data import Data, Results, complaint, expected
+from benchmarks.libraries import LIBRARIES, OURS, of_numpy
+from benchmarks.machine import Machine, cache_size
+from benchmarks.results import Measured, Outcome, Run
+
+ROOT = Path(__file__).parents[1]
+PNG = b"\x89PNG\r\n\x1a\n"
+THREADS = 2
+
+ALWAYS = [name for name, library in LIBRARIES.items() if library.kind in ("fastbn", "limit")]
+ALWAYS.append("NumPy")
+
+MACHINE = Machine("a processor", THREADS, 1 << 15, 1 << 20, 1 << 25, 1 << 34, "Linux", "3.11")
+
+
+# --- cells --------------------------------------------------------------------------------------
+
+
+def test_no_cell_is_listed_twice() -> None:
+    for threads in (1, THREADS):
+        for cells in (all_cells(threads), quick_cells(threads)):
+            assert len(cells) == len(set(cells))
+
+
+@pytest.mark.parametrize("work", WORKS)
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_cells_cover_every_kind(work: str, layout: str) -> None:
+    cells = [c for c in all_cells(THREADS) if (c.work, c.layout) == (work, layout)]
+    plain = [c for c in cells if (c.dtype, c.output, c.threads) == ("float32", "ready", THREADS)]
+    assert {c.channels for c in plain} >= {1, 3}
+    assert any(c.channels % 16 and c.channels > 3 for c in plain)
+    assert {c.shape[2:] for c in plain} >= {(7, 7), (1, 1), (13, 17)}
+    assert any(c.shape[0] == 1 for c in plain)
+    assert min(c.bytes for c in plain) < 0.5 * MB
+    assert max(c.bytes for c in plain) > 400 * MB
+    for field, value in (("dtype", "float64"), ("output", "fresh"), ("threads", 1)):
+        assert any(getattr(c, field) == value for c in cells)
+
+
+def test_rows_and_the_series_span_their_sizes() -> None:
+    assert {shape[0] for shape in ROWS} >= {1, 65536}
+    assert all(layouts_of(shape) == ("NC",) for shape in ROWS)
+    sizes = [4 * math.prod(shape) for shape in SERIES]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == 1024
+    assert sizes[-1] > 400 * MB
+
+
+def test_a_cell_survives_json() -> None:
+    for cell in quick_cells(THREADS):
+        assert Cell.from_json(json.loads(json.dumps(cell.to_json()))) == cell
+
+
+def test_only_takes_any_of_one_kind_and_all_of_several() -> None:
+    cells, libraries = chosen(
+        all_cells(THREADS), ["forward", "inference", "nhwc", "60x100", "pytorch", "NC", "1 thread"]
+    )
+    assert {c.work for c in cells} == {"forward", "inference"}
+    assert {c.name.split(maxsplit=1)[1] for c in cells} == {"NC float32 60x100 ready 1 thread"}
+    assert libraries == ["PyTorch"]
+    with pytest.raises(ValueError, match=r"'sideways' is none of: .*; a library: fastbn cython"):
+        chosen(cells, ["sideways"])
+    with pytest.raises(ValueError, match="no cell is left by: NCHW, 60x100"):
+        chosen(all_cells(THREADS), ["NCHW", "60x100"])
+
+
+# --- libraries ----------------------------------------------------------------------------------
+
+SMALL = [
+    Cell(work, layout, dtype, shape, output, THREADS)
+    for shape in ((3, 16, 5, 4), (2, 5, 3, 3), (12, 20))
+    for layout in layouts_of(shape)
+    for dtype, output in (("float32", "ready"), ("float32", "fresh"), ("float64", "ready"))
+    for work in WORKS
+]
+
+
+@pytest.fixture
+def worker(request: pytest.FixtureRequest) -> Iterator[rounds.Worker]:
+    """The process of the library named by the test's parameter."""
+    made = rounds.Worker(LIBRARIES[request.param], THREADS)
+    try:
+        made.started()
+    except rounds.MissingError as why:
+        made.stop()
+        pytest.skip(f"{request.param} cannot run here: {why}")
+    yield made
+    made.stop()
+
+
+@pytest.mark.parametrize("worker", LIBRARIES, indirect=True)
+def test_a_library_is_right(worker: rounds.Worker, request: pytest.FixtureRequest) -> None:
+    """A worker says "ready" only of a cell whose results it has compared with the oracle."""
+    name = request.node.callspec.params["worker"]
+    able = 0
+    for cell in SMALL:
+        if (name, cell.dtype) == ("fastbn numba", "float64"):
+            continue  # everything would be compiled once more
+        answer = worker.ask(do="prepare", cell=cell.to_json())
+        assert answer["status"] in ("ready", "cannot"), (cell.name, answer)
+        if answer["status"] == "ready":
+            able += 1
+            assert len(worker.ask(do="run", samples=2, loops=2, budget=9)["seconds"]) == 2
+        elif name in ALWAYS:
+            assert (name, cell.work) == ("numpy.copyto", "backward")
+        worker.ask(do="release", keep=True)
+    assert able
+
+
+@pytest.mark.parametrize("cell", SMALL, ids=lambda cell: cell.name)
+def test_a_wrong_result_is_noticed(cell: Cell) -> None:
+    data = Data(cell)
+    task = of_numpy.prepare(cell, data)
+    assert task.read is not None
+    results = task.read(task.call())
+    assert complaint(cell, data, results) is None
+    assert complaint(cell, data, results._replace(main=results.main * 1.01))
+    assert complaint(cell, data, results._replace(main=results.main[:-1]))
+    assert complaint(cell, data, results._replace(main=np.full_like(results.main, np.nan)))
+    if cell.work == "backward":
+        assert results.dgamma is not None
+        assert complaint(cell, data, results._replace(dgamma=results.dgamma * 1.01))
+        assert complaint(cell, data, Results(results.main))
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "streaming"])
+@pytest.mark.parametrize("values", [1, 15, 16, 17, 1000, 40001])
+def test_a_copy_copies(kind: str, values: int) -> None:
+    pytest.importorskip("benchmarks.libraries.copies", exc_type=ImportError)
+    library = LIBRARIES[f"copy, {kind} stores"].load()
+    for work in WORKS:
+        cell = Cell(work, "NC", "float32", (1, values), "ready", THREADS)
+        data = Data(cell)
+        task = library.prepare(cell, data)
+        assert task is not None
+        task.call()
+        wanted = {"backward": data.dy + data.x, "frozen": data.dy}.get(work, data.x)
+        assert np.array_equal(data.out, wanted)
+
+
+def test_the_oracle_is_batch_norm() -> None:
+    cell = Cell("backward", "NC", "float64", (50, 3), "ready", 1)
+    data = Data(cell)
+    forward = expected(replace(cell, work="forward"), data, 1)["main"]
+    assert forward.mean() == pytest.approx(data.beta[1])
+    assert forward.std() == pytest.approx(data.gamma[1], rel=1e-4)
+    gradients = expected(cell, data, 1)
+    assert abs(gradients["main"].mean()) < 1e-12
+    assert gradients["dbeta"] == pytest.approx(data.dy[:, 1].sum())
+
+
+# --- a process that fails -----------------------------------------------------------------------
+
+
+def test_a_worker_that_dies_marks_its_cell_and_is_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cell = Cell("forward", "NC", "float32", (12, 20), "ready", THREADS)
+    team = rounds.Team(["NumPy"], THREADS)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(rounds, "TURN", "no number")
+            outcome = team.measure(cell, ["NumPy"], 1).outcomes["NumPy"]
+        assert outcome.status == "died"
+        assert "TypeError" in outcome.note
+        assert team.measure(cell, ["NumPy"], 1).outcomes["NumPy"].status == "timed"
+    finally:
+        team.stop()
+
+
+def test_a_worker_that_hangs_is_given_up() -> None:
+    worker = rounds.Worker(LIBRARIES["NumPy"], THREADS)
+    try:
+        worker.started()
+        with pytest.raises(rounds.DiedError, match="no answer for 0 s"):
+            worker.receive(limit=0.01)
+    finally:
+        worker.stop()
+
+
+def test_a_library_that_is_not_there_says_so() -> None:
+    worker = rounds.Worker(replace(LIBRARIES["NumPy"], name="no such library"), THREADS)
+    try:
+        with pytest.raises(rounds.MissingError, match="no such library"):
+            worker.started()
+    finally:
+        worker.stop()
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def made_up(cell: Cell, **seconds: float) -> Measured:
+    """A cell with exact times, by names with _ for spaces."""
+    outcomes = {name.replace("_", " "): Outcome.of([value] * 3) for name, value in seconds.items()}
+    return Measured(cell, outcomes)
+
+
+def times(outcome: Outcome, factor: float) -> Outcome:
+    """The same, so many times slower."""
+    numbers = {name: getattr(outcome, name) * factor for name in ("median", "q1", "q3")}
+    return replace(outcome, **numbers)
+
+
+def run_of(*measured: Measured) -> Run:
+    return Run(MACHINE, "2026-01-01", {}, {}, 0.015, list(measured), 9)
+
+
+LARGE = Cell("forward", "NCHW", "float32", (32, 256, 56, 56), "ready", THREADS)
+COPY = "copy, streaming stores"
+
+
+def answers(run: Run) -> dict[tuple[str, str], str]:
+    return {(v.target.work, v.target.demand): v.answer for v in targets.verdicts(run)}
+
+
+def test_targets_are_judged() -> None:
+    fast = made_up(LARGE, fastbn_cython=0.005, PyTorch=0.030, **{COPY: 0.0041})
+    found = answers(run_of(fast))
+    peers = "forward, NCHW, 50 MB and up", "4 times the best peer"
+    limit = "forward, NCHW, 50 MB and up, two channels in L2", "at most 1.25 copies"
+    one = "forward, NCHW, 50 MB and up, one channel in L2", "at most 1.6 copies"
+    importing = "import fastbn", "at most 20 ms over import numpy"
+    assert found[peers] == found[importing] == "yes"
+    assert found[limit] == "yes"
+    assert found[one] == "not measured"
+    slow = made_up(LARGE, fastbn_cython=0.008, PyTorch=0.030, **{COPY: 0.0041})
+    found = answers(run_of(slow))
+    assert found[peers] == found[limit] == "no"
+
+
+def test_targets_that_need_another_cell_or_library() -> None:
+    image = replace(LARGE, shape=(1, 64, 224, 224))
+    both = (
+        made_up(image, fastbn_cython=0.001, fastbn_numba=0.00125),
+        made_up(replace(image, threads=1), fastbn_cython=0.0016),
+    )
+    found = answers(run_of(*both))
+    team = "C = 3, C = 1, C odd, one image; 4 MB and up", "1.7 times its own one thread"
+    assert found[team] == "no"
+    assert found["numba backend, 1 to 32 MB", "at most 1.3 times the cython backend"] == "yes"
+    assert answers(run_of(both[0]))[team] == "not measured"
+
+
+def test_small_backward_need_only_be_level_with_a_peer_at_the_limit() -> None:
+    cell = replace(LARGE, work="backward", shape=(8, 64, 56, 56))
+    demand = "1.5 times the best peer; level where that is at 1.2 copies"
+    for copy, answer in ((0.0009, "yes"), (0.0005, "no")):
+        run = run_of(made_up(cell, fastbn_cython=0.001, PyTorch=0.001, **{COPY: copy}))
+        assert answers(run)["backward, NCHW, under 50 MB", demand] == answer
+
+
+def test_every_target_speaks_of_a_cell_that_is_measured() -> None:
+    everything = dict.fromkeys(LIBRARIES, 0.001)
+    jit = Outcome.of([0.001], "bnorm_jit")
+    measured = [made_up(cell, **everything) for cell in all_cells(THREADS)]
+    for m in measured:
+        if m.cell.layout == "NHWC":
+            m.outcomes["oneDNN"] = jit
+    found = answers(run_of(*measured))
+    assert [target for target, answer in found.items() if answer == "not measured"] == []
+
+
+def test_what_is_lost_comes_first() -> None:
+    lost = made_up(LARGE, fastbn_cython=0.03, PyTorch=0.02, oneDNN=0.01)
+    won = made_up(replace(LARGE, layout="NHWC"), fastbn_cython=0.01, PyTorch=0.02)
+    run = run_of(won, lost)
+    assert run.lost == [lost]
+    assert report.lost_grid(run).rows == [(LARGE.name, "oneDNN", "30 ms", "10 ms", "0.33")]
+    text = report.markdown(run)
+    assert text.index("peer is faster") < text.index("### Targets") < text.index("### forward")
+
+
+def test_another_layout_and_the_limits_are_no_peers() -> None:
+    m = made_up(LARGE, fastbn_cython=0.03, oneDNN_nChw16c=0.01, **{COPY: 0.005, "JAX": 0.06})
+    assert m.best_peer == ("JAX", 0.06)
+    assert m.copies() == pytest.approx(6)
+
+
+# --- keeping and comparing ----------------------------------------------------------------------
+
+
+def test_a_run_survives_json(tmp_path: Path) -> None:
+    run = run_of(made_up(LARGE, fastbn_cython=0.03), Measured(LARGE, {OURS: Outcome("wrong", "?")}))
+    run.save(tmp_path / "run.json")
+    assert Run.load(tmp_path / "run.json") == run
+    (tmp_path / "other.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"other\.json holds no results of this benchmark"):
+        Run.load(tmp_path / "other.json")
+
+
+def test_compare_finds_regressions_beyond_the_spread() -> None:
+    old = run_of(made_up(LARGE, fastbn_cython=0.010, fastbn_numba=0.02, PyTorch=0.1))
+    new = run_of(made_up(LARGE, fastbn_cython=0.012, fastbn_numba=0.02, PyTorch=0.9))
+    assert [c.library for c in compare.regressions(old, new, 0.1)] == [OURS]
+    assert compare.regressions(old, new, 0.3) == []
+    assert compare.regressions(new, old, 0.1) == []
+    wide = Measured(LARGE, {OURS: Outcome("timed", "", 0.010, 0.008, 0.013, 9)})
+    assert compare.regressions(run_of(wide), new, 0.1) == []
+    gone = run_of(Measured(LARGE, {OURS: Outcome("died", "why")}))
+    assert [found[1:] for found in compare.broken(old, gone)] == [(OURS, Outcome("died", "why"))]
+
+
+def test_cache_sizes_are_read(tmp_path: Path) -> None:
+    for name, level, kind, size in (
+        ("index0", "1", "Data", "48K"),
+        ("index2", "2", "Unified", "2048K"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, text in (("level", level), ("type", kind), ("size", size)):
+            (folder / file).write_text(text + "\n")
+    assert cache_size("1", "Data", tmp_path) == 48 << 10
+    assert cache_size("2", "Unified", tmp_path) == 2 << 20
+    assert cache_size("3", "Unified", tmp_path) is None
+
+
+# --- from end to end ----------------------------------------------------------------------------
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m benchmarks`` with `arguments`."""
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_a_tiny_run_writes_everything(tmp_path: Path) -> None:
+    output = tmp_path / "results"
+    only = ("60x100", "1x64x2x2", "forward", "fastbn cython", "NumPy", "numpy.copyto")
+    words = [argument for text in only for argument in ("--only", text)]
+    done = command("--quick", *words, "--output", str(output), NO_COLOR="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.index("Cells where a peer is faster") < done.stdout.index("Targets")
+    run = Run.load(output / "results.json")
+    assert {m.cell.shape for m in run.measured} == {(60, 100), (1, 64, 2, 2)}
+    assert all(o.status == "timed" for m in run.measured for o in m.outcomes.values())
+    assert "### Targets" in (output / "results.md").read_text()
+    for name in ("ratio-forward.png", "sizes.png"):
+        assert (output / name).read_bytes().startswith(PNG)
+
+    again = tmp_path / "again"
+    saved = str(output / "results.json")
+    done = command("--report", saved, "--output", str(again))
+    assert done.returncode == 0, done.stderr
+    assert (again / "results.md").read_text() == (output / "results.md").read_text()
+
+    slower = [
+        replace(m, outcomes={n: times(o, 9) for n, o in m.outcomes.items()}) for m in run.measured
+    ]
+    replace(run, measured=slower).save(tmp_path / "slower.json")
+    done = command("--compare", saved, str(tmp_path / "slower.json"))
+    assert done.returncode == 1, done.stderr
+    assert "9.00" in done.stdout
+    assert command("--compare", saved, saved).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--only", "sideways"), "'sideways' is none of"),
+        (("--rounds", "0"), "is no whole number from 1 up"),
+        (("--report", "no-such-file.json"), "No such file"),
+    ],
+)
+def test_refusals(arguments: tuple[str, ...], said: str) -> None:
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert said in " ".join(done.stderr.split())
