@@ -11,7 +11,7 @@ import fastbn
 from fastbn import backends
 from fastbn.backends.base import Backend
 
-PLAIN = ("plain_batch_norm", "plain_normalize", "plain_backward")
+PLAIN = ("plain_moments", "plain_batch_norm", "plain_normalize", "plain_backward")
 EXTRAS = {"cython": {"isa", "calls"}}
 """What a backend may have beyond the interface: how Cython tells its instruction sets apart."""
 

@@ -456,6 +456,20 @@ cdef class Engine:
 
     # The plain entries
 
+    def plain_moments(self, x, layout, int threads):
+        cdef Task t
+        cdef cnp.ndarray mean, var
+        memset(&t, 0, sizeof(Task))
+        if not set_plain_shape(&t, x, layout):
+            return None
+        t.reduce, t.map = MOMENTS, NO_MAP
+        t.x = dense(&t, x)
+        mean = new_vector(t.channels, cnp.NPY_FLOAT64)
+        var = new_vector(t.channels, cnp.NPY_FLOAT64)
+        t.first, t.second = <double*> cnp.PyArray_DATA(mean), <double*> cnp.PyArray_DATA(var)
+        self.go(&t, cnp.PyArray_TYPE(x), threads)
+        return mean, var
+
     def plain_batch_norm(self, x, gamma, beta, eps, layout, out, int threads):
         cdef Task t
         cdef cnp.ndarray mean, var
@@ -536,9 +550,11 @@ cdef class Engine:
             t.x = dense(&t, x)
             if not frozen:
                 t.source = t.x
-        dgamma = new_vector(t.channels, cnp.NPY_FLOAT64)
-        dbeta = new_vector(t.channels, cnp.NPY_FLOAT64)
-        t.first, t.second = <double*> cnp.PyArray_DATA(dgamma), <double*> cnp.PyArray_DATA(dbeta)
+        if not lone:
+            dgamma = new_vector(t.channels, cnp.NPY_FLOAT64)
+            dbeta = new_vector(t.channels, cnp.NPY_FLOAT64)
+            t.first = <double*> cnp.PyArray_DATA(dgamma)
+            t.second = <double*> cnp.PyArray_DATA(dbeta)
         self.go(&t, cnp.PyArray_TYPE(dy), threads)
         if params is False:
             return out, None, None

@@ -88,6 +88,7 @@ class Backend(ABC):
     """
 
     name: str
+    plain_moments: Callable[..., tuple[Table, Table] | None] = staticmethod(_never_plain)
     plain_batch_norm: Callable[..., tuple[Array, Table, Table] | None] = staticmethod(_never_plain)
     plain_normalize: Callable[..., Array | None] = staticmethod(_never_plain)
     plain_backward: Callable[..., tuple[Array, Array | None, Array | None] | None] = staticmethod(

@@ -24,6 +24,7 @@ class NativeBackend(Backend):
             for element in ("f32", "f64")
         )
         self._engine = entry.Engine(isa, *kernels)
+        self.plain_moments = self._engine.plain_moments
         self.plain_batch_norm = self._engine.plain_batch_norm
         self.plain_normalize = self._engine.plain_normalize
         self.plain_backward = self._engine.plain_backward
