@@ -44,6 +44,8 @@ cdef extern from "simd.h" nogil:
     void vstore_part(real* p, vec v, long n)
     void vstream(real* p, vec v)
     vec vsplat(double a)
+    void vsplat_each(vec* v, const real* p, long pitch, int count)
+    void vload_each(vec* v, const real* p, long pitch, int count)
     vec vadd(vec a, vec b)
     vec vsub(vec a, vec b)
     vec vmul(vec a, vec b)
@@ -58,9 +60,13 @@ cdef extern from "simd.h" nogil:
     wide wmul(wide a, wide b)
     wide wfirst(wide a, long n)
     double wsum(wide a)
-    const double LARGEST, LARGEST_POWER, SMALLEST_POWER
-    double without_fraction(double a)
+    double inverse_root(double a)
+    double power_of_two(double a)
+    double half_way(double a)
     double inverse_of_power(double a)
+    double saturated(double a)
+    double product(double difference, double factor)
+    double choose(bint condition, double a, double b)
     void stream_fence()
     void prefetch(const real* p)
     long fetch_add(long* counter, long by)
@@ -356,133 +362,214 @@ cdef void sum_again(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) n
         merge(t, g, c0, c1)
 
 
+# Channels are finished sixteen at a time, in arrays of their own and without branches, so that
+# the compiler does square roots and divisions for several at once.
+
+cdef inline Py_ssize_t channels_of_run(const Task* t, Py_ssize_t c1) noexcept nogil:
+    """Where the channels of a block of columns end: folded rows hold each several times."""
+    return min(c1, t.channels)
+
+
+cdef inline void load_doubles(double* values, const double* row, Py_ssize_t count) noexcept nogil:
+    memset(values, 0, 16 * sizeof(double))
+    memcpy(values, row, count * sizeof(double))
+
+
+cdef inline void gather(const Table* table, Py_ssize_t g, Py_ssize_t c, Py_ssize_t count,
+                        double default, double* values) noexcept nogil:
+    """`count` entries from channel c on; the default where there are none."""
+    cdef const char* row = table.data + g * table.g + c * table.c
+    cdef Py_ssize_t i
+    if table.data == NULL:
+        for i in range(16):
+            values[i] = default
+    elif table.single and table.c == sizeof(float):
+        for i in range(count):
+            values[i] = (<const float*> row)[i]
+    elif not table.single and table.c == sizeof(double):
+        load_doubles(values, <const double*> row, count)
+    else:
+        for i in range(count):
+            values[i] = entry(table, g, c + i, default)
+
+
+cdef inline void store_rounded(real* row, const double* values, Py_ssize_t count) noexcept nogil:
+    cdef real[16] rounded
+    cdef Py_ssize_t i
+    for i in range(16):
+        rounded[i] = <real> values[i]
+    memcpy(row, rounded, count * sizeof(real))
+
+
 cdef void finish_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
     """Sums -> mean and biased variance, into the results."""
-    cdef Py_ssize_t c
-    cdef double m, unit
+    cdef Py_ssize_t c, i, count, end = channels_of_run(t, c1)
+    cdef const double* total = t.total + g * 2 * t.pitch
+    cdef double[16] mean, var, shift, unit
+    cdef double m
     sum_again(t, g, c0, c1)
-    for c in range(c0, min(c1, t.channels)):
-        unit = inverse_of_power(t.unit[g * t.pitch + c])
-        m = t.total[g * 2 * t.pitch + c] / t.count
-        t.first[g * t.channels + c] = t.shift[g * t.pitch + c] + m * unit
-        m = t.total[(g * 2 + 1) * t.pitch + c] / t.count - m * m
-        t.second[g * t.channels + c] = (0 if m < 0 else m) * unit * unit
+    for c in range(c0, end, 16):
+        count = min(16, end - c)
+        load_doubles(mean, total + c, count)
+        load_doubles(var, total + t.pitch + c, count)
+        load_doubles(shift, t.shift + g * t.pitch + c, count)
+        load_doubles(unit, t.unit + g * t.pitch + c, count)
+        for i in range(16):
+            m = mean[i] / t.count
+            unit[i] = inverse_of_power(unit[i])
+            mean[i] = shift[i] + m * unit[i]
+            m = var[i] / t.count - m * m
+            var[i] = choose(m < 0, 0, m) * unit[i] * unit[i]
+        memcpy(t.first + g * t.channels + c, mean, count * sizeof(double))
+        memcpy(t.second + g * t.channels + c, var, count * sizeof(double))
 
 
-cdef inline double inverse_deviation(double var, double eps) noexcept nogil:
+cdef inline void invert_deviations(double* var, Py_ssize_t count, double eps) noexcept nogil:
     """1 / sqrt(var + eps), and 0 where that sum is 0: the channel is constant, y = beta."""
-    return 1 / sqrt(var + eps) if var + eps != 0 else 0
+    cdef Py_ssize_t i
+    for i in range(count):
+        var[i] = inverse_root(var[i] + eps)
 
 
-cdef inline double given_deviation(const Task* t, Py_ssize_t g, Py_ssize_t c) noexcept nogil:
-    """The same for the given variance; 1 without one, when gamma already is the scale."""
-    return inverse_deviation(entry(&t.var, g, c, 0), t.eps) if t.var.data != NULL else 1
+cdef inline void given_deviations(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t count,
+                                  double* rstd) noexcept nogil:
+    """The same for the given variances; 1 without any, when gamma already is the scale."""
+    gather(&t.var, g, c, count, 1, rstd)
+    if t.var.data != NULL:
+        invert_deviations(rstd, count, t.eps)
 
 
-cdef inline double power_of_two(double a) noexcept nogil:
-    """A power of two near |a|, in the range of float32; 1 for 0, infinity and NaN."""
-    if a == 0 or not isfinite(a):
-        return 1
-    return min(max(without_fraction(a), SMALLEST_POWER), LARGEST_POWER)
-
-
-cdef inline double half_way(double a) noexcept nogil:
-    """1 where float32 takes |a| in its stride; else a power of two near its square root."""
-    return 1 if 1e-18 < fabs(a) < 1e18 else power_of_two(sqrt(fabs(a)))
-
-
-cdef inline double saturated(double a) noexcept nogil:
-    """a, or if it is finite the element type's largest value: 0 times a factor stays 0."""
-    return min(max(a, -LARGEST), LARGEST) if isfinite(a) else a
-
-
-cdef inline double product(double difference, double factor) noexcept nogil:
-    """Their product, and 0 for a difference of 0, whatever the factor."""
-    return difference * factor if difference != 0 else 0
+cdef inline void pack_affine(real* row, Py_ssize_t pitch, Py_ssize_t count, double* mean,
+                             double* scale, double* beta) noexcept nogil:
+    """Some channels' coefficients near, hi, scale, shift of y = (x*near - hi)*scale + shift."""
+    cdef double[16] near
+    cdef double hi
+    cdef Py_ssize_t i
+    for i in range(16):
+        near[i] = half_way(scale[i])
+    for i in range(16):
+        mean[i] *= near[i]
+        scale[i] *= inverse_of_power(near[i])
+        hi = <real> mean[i]
+        beta[i] -= product(mean[i] - hi, scale[i])
+    for i in range(16):
+        scale[i] = saturated(scale[i])
+    store_rounded(row, near, count)
+    store_rounded(row + pitch, mean, count)
+    store_rounded(row + 2 * pitch, scale, count)
+    store_rounded(row + 3 * pitch, beta, count)
 
 
 cdef void finish_affine(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
-    """mean, var, gamma, beta -> packed near, hi, scale, shift: y = (x*near - hi)*scale + shift."""
-    cdef real* near = packed(t, g)
-    cdef real* hi = near + t.pitch
-    cdef real* scale = hi + t.pitch
-    cdef real* shift = scale + t.pitch
-    cdef Py_ssize_t c
-    cdef double mean, factor, p
-    for c in range(c0, min(c1, t.channels)):
+    """mean, var, gamma, beta -> the packed coefficients of y."""
+    cdef Py_ssize_t c, i, count, end = channels_of_run(t, c1)
+    cdef double[16] mean, scale, gamma, beta
+    for c in range(c0, end, 16):
+        count = min(16, end - c)
         if t.reduce == MOMENTS:
-            mean = t.first[g * t.channels + c]
-            factor = inverse_deviation(t.second[g * t.channels + c], t.eps)
+            load_doubles(mean, t.first + g * t.channels + c, count)
+            load_doubles(scale, t.second + g * t.channels + c, count)
+            invert_deviations(scale, count, t.eps)
         else:
-            mean = entry(&t.mean, g, c, 0)
-            factor = given_deviation(t, g, c)
-        factor *= entry(&t.gamma, g, c, 1)
-        p = half_way(factor)
-        mean *= p
-        factor *= inverse_of_power(p)
-        near[c] = p
-        hi[c] = mean
-        scale[c] = saturated(factor)
-        shift[c] = entry(&t.beta, g, c, 0) - product(mean - hi[c], factor)
-    repeat(t, near, c0, 4)
+            gather(&t.mean, g, c, count, 0, mean)
+            given_deviations(t, g, c, count, scale)
+        gather(&t.gamma, g, c, count, 1, gamma)
+        gather(&t.beta, g, c, count, 0, beta)
+        for i in range(16):
+            scale[i] *= gamma[i]
+        pack_affine(packed(t, g) + c, t.pitch, count, mean, scale, beta)
+    repeat(t, packed(t, g), c0, 4)
+
+
+cdef struct Gradients:
+    # Sixteen channels' dx = a*(dy - dy_mean) + b*xhat, xhat = (x - mean)*rstd.
+    double[16] a, b, dy_mean, mean, rstd
+
+
+cdef inline void sums_to_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t count,
+                                   Gradients* k) noexcept nogil:
+    """Sums -> dgamma and dbeta, into the results, and what dx is made of."""
+    cdef const double* total = t.total + g * 2 * t.pitch
+    cdef double[16] dgamma, dbeta
+    cdef Py_ssize_t i
+    load_doubles(dgamma, total + c, count)
+    load_doubles(dbeta, total + t.pitch + c, count)
+    given_deviations(t, g, c, count, k.rstd)
+    gather(&t.gamma, g, c, count, 1, k.a)
+    for i in range(16):
+        dgamma[i] *= k.rstd[i]
+        k.a[i] *= k.rstd[i]
+        k.b[i] = -k.a[i] * (dgamma[i] / t.count)
+        k.dy_mean[i] = dbeta[i] / t.count
+    memcpy(t.first + g * t.channels + c, dgamma, count * sizeof(double))
+    memcpy(t.second + g * t.channels + c, dbeta, count * sizeof(double))
 
 
 cdef void finish_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
-    """Sums -> results, and the packed coefficients of dx where a map follows.
+    """Sums, or given coefficients -> results, and the packed coefficients of dx.
 
-    dx = (dy*far - dhi)*a + (((x*near - hi) - lo)*b + c): mean(dy) is taken off where a value of dy
-    equal to it leaves 0, and all of x - mean is kept, in hi, lo and, in c, the rest.
-    Without gradients through the statistics it is the affine map of dy with scale a.
+    Without gradients through the statistics dx is the affine map of dy with scale a.
     """
+    cdef Py_ssize_t c, count, end = channels_of_run(t, c1)
     cdef real* row = packed(t, g)
-    cdef Py_ssize_t c
-    cdef double rstd, a, b, dgamma, dbeta, dy_mean, mean
-    for c in range(c0, min(c1, t.channels)):
-        mean = entry(&t.mean, g, c, 0)
+    cdef Gradients k
+    for c in range(c0, end, 16):
+        count = min(16, end - c)
+        gather(&t.mean, g, c, count, 0, k.mean)
         if t.reduce == GRADIENT_MOMENTS:
-            rstd = given_deviation(t, g, c)
-            dgamma = t.total[g * 2 * t.pitch + c] * rstd
-            dbeta = t.total[(g * 2 + 1) * t.pitch + c]
-            t.first[g * t.channels + c] = dgamma
-            t.second[g * t.channels + c] = dbeta
-            a = entry(&t.gamma, g, c, 1) * rstd
-            b = -a * (dgamma / t.count)
-            dy_mean = dbeta / t.count
+            sums_to_gradients(t, g, c, count, &k)
         else:
-            rstd = entry(&t.rstd, g, c, 1)
-            a = entry(&t.a, g, c, 0)
-            b = entry(&t.b, g, c, 0)
-            dy_mean = entry(&t.dy_mean, g, c, 0)
+            gather(&t.a, g, c, count, 0, k.a)
+            gather(&t.b, g, c, count, 0, k.b)
+            gather(&t.dy_mean, g, c, count, 0, k.dy_mean)
+            gather(&t.rstd, g, c, count, 1, k.rstd)
         if t.map == INPUT_GRADIENT:
-            pack_gradient(row + c, t.pitch, a, b, dy_mean, mean, rstd)
+            pack_gradient(row + c, t.pitch, count, &k)
         elif t.map == AFFINE:
-            row[c] = half_way(a)
-            row[t.pitch + c] = 0
-            row[2 * t.pitch + c] = saturated(a * inverse_of_power(row[c]))
-            row[3 * t.pitch + c] = 0
+            memset(k.mean, 0, sizeof(k.mean))
+            memset(k.b, 0, sizeof(k.b))
+            pack_affine(row + c, t.pitch, count, k.mean, k.a, k.b)
     repeat(t, row, c0, PACKED if t.map == INPUT_GRADIENT else 4)
 
 
-cdef inline void pack_gradient(real* row, Py_ssize_t pitch, double a, double b, double dy_mean,
-                               double mean, double rstd) noexcept nogil:
-    """One channel's coefficients of dx = a*(dy - dy_mean) + b*xhat."""
-    # b*xhat is ((x - mean)*near)*b': `near` goes half of b's way, so that all stays in range.
-    cdef double far = half_way(a), near = rstd if b == 0 else rstd * sqrt(fabs(b)), rest
-    near = power_of_two(near if near * fabs(mean) < 1e36 else 1e36 / fabs(mean))
-    a *= inverse_of_power(far)
-    b *= rstd * inverse_of_power(near)
-    mean *= near
-    dy_mean *= far
-    row[0] = far
-    row[pitch] = dy_mean
-    row[2 * pitch] = saturated(a)
-    row[3 * pitch] = near
-    row[4 * pitch] = mean
-    rest = mean - row[4 * pitch]
-    row[5 * pitch] = rest
-    rest -= row[5 * pitch]
-    row[6 * pitch] = saturated(b)
-    row[7 * pitch] = -product(dy_mean - row[pitch], a) - product(rest, b)
+cdef inline void pack_gradient(real* row, Py_ssize_t pitch, Py_ssize_t count,
+                               Gradients* k) noexcept nogil:
+    """Some channels' coefficients of dx = (dy*far - dhi)*a + (((x*near - hi) - lo)*b + rest):
+    mean(dy) is taken off where a value of dy equal to it leaves 0, and all of x - mean is kept,
+    in hi, lo and, in the rest, what remains."""
+    cdef double[16] far, near, lo, rest
+    cdef double half, wanted, most, hi
+    cdef Py_ssize_t i
+    for i in range(16):
+        far[i] = half_way(k.a[i])
+    for i in range(16):
+        # b*xhat is ((x - mean)*near)*b': `near` goes half of b's way, so that all stays in range.
+        half = sqrt(fabs(k.b[i]))
+        wanted = k.rstd[i] * choose(half != 0, half, 1)
+        most = 1e36 / fabs(k.mean[i])
+        near[i] = power_of_two(choose(wanted < most, wanted, most))
+    for i in range(16):
+        k.a[i] *= inverse_of_power(far[i])
+        k.dy_mean[i] *= far[i]
+        k.b[i] *= k.rstd[i] * inverse_of_power(near[i])
+        k.mean[i] *= near[i]
+        hi = <real> k.mean[i]
+        lo[i] = k.mean[i] - hi
+        hi = <real> lo[i]
+        rest[i] = product(lo[i] - hi, k.b[i])
+        hi = <real> k.dy_mean[i]
+        rest[i] = -product(k.dy_mean[i] - hi, k.a[i]) - rest[i]
+    for i in range(16):
+        k.a[i] = saturated(k.a[i])
+        k.b[i] = saturated(k.b[i])
+    store_rounded(row, far, count)
+    store_rounded(row + pitch, k.dy_mean, count)
+    store_rounded(row + 2 * pitch, k.a, count)
+    store_rounded(row + 3 * pitch, near, count)
+    store_rounded(row + 4 * pitch, k.mean, count)
+    store_rounded(row + 5 * pitch, lo, count)
+    store_rounded(row + 6 * pitch, k.b, count)
+    store_rounded(row + 7 * pitch, rest, count)
 
 
 cdef void repeat(const Task* t, real* row, Py_ssize_t c0, int rows) noexcept nogil:
@@ -542,8 +629,7 @@ cdef void affine_plane(const real* x, real* out, Py_ssize_t n, const real* row, 
     `ahead` of x are fetched."""
     cdef Coefficients k
     cdef Py_ssize_t i, s = unaligned(out, n) if stream else 0
-    for i in range(4):
-        k.k[i] = vsplat(row[i * pitch])
+    vsplat_each(k.k, row, pitch, 4)
     if s > 0:
         vstore_part(out, affine(vload_part(x, s), &k), s)
     while s + 16 <= n:
@@ -561,8 +647,7 @@ cdef void gradient_plane(const real* dy, const real* x, real* out, Py_ssize_t n,
     ahead of dy and x are fetched."""
     cdef Coefficients k
     cdef Py_ssize_t i, s = unaligned(out, n) if stream else 0
-    for i in range(PACKED):
-        k.k[i] = vsplat(row[i * pitch])
+    vsplat_each(k.k, row, pitch, PACKED)
     if s > 0:
         vstore_part(out, gradient(vload_part(dy, s), vload_part(x, s), &k), s)
     while s + 16 <= n:
@@ -629,19 +714,12 @@ cdef void map_outside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
             map_plane(t, g, n, c, k.s0, k.s1, <real*> at(&t.out, g, n, c) + k.s0, t.stream, ahead)
 
 
-cdef inline void load_coefficients(Coefficients* k, const real* row, Py_ssize_t pitch,
-                                   Py_ssize_t count) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(count):
-        k.k[i] = vload(row + i * pitch)
-
-
 cdef void affine_part(const real* x, Py_ssize_t x_stride, real* out, Py_ssize_t stride,
                       Py_ssize_t rows, Py_ssize_t width, const real* row, Py_ssize_t pitch) noexcept nogil:
     """Fewer than 16 columns of a few rows."""
     cdef Coefficients k
     cdef Py_ssize_t r
-    load_coefficients(&k, row, pitch, 4)
+    vload_each(k.k, row, pitch, 4)
     for r in range(rows):
         vstore_part(out + r * stride, affine(vload_part(x + r * x_stride, width), &k), width)
 
@@ -657,7 +735,7 @@ cdef void affine_rows(const real* x, Py_ssize_t x_stride, real* out, Py_ssize_t 
     if c > 0:
         affine_part(x, x_stride, out, stride, rows, c, row, pitch)
     while c + 16 <= width:
-        load_coefficients(&k, row + c, pitch, 4)
+        vload_each(k.k, row + c, pitch, 4)
         source, target = x + c, out + c
         for r in range(rows):
             prefetch(source + AHEAD // 2)
@@ -676,7 +754,7 @@ cdef void gradient_part(const real* dy, Py_ssize_t dy_stride, const real* x, Py_
     cdef Coefficients k
     cdef Py_ssize_t r
     cdef vec d, v
-    load_coefficients(&k, row, pitch, PACKED)
+    vload_each(k.k, row, pitch, PACKED)
     for r in range(rows):
         d, v = vload_part(dy + r * dy_stride, width), vload_part(x + r * x_stride, width)
         vstore_part(out + r * stride, gradient(d, v, &k), width)
@@ -694,7 +772,7 @@ cdef void gradient_rows(const real* dy, Py_ssize_t dy_stride, const real* x, Py_
     if c > 0:
         gradient_part(dy, dy_stride, x, x_stride, out, stride, rows, c, row, pitch)
     while c + 16 <= width:
-        load_coefficients(&k, row + c, pitch, PACKED)
+        vload_each(k.k, row + c, pitch, PACKED)
         source, slope, target = x + c, dy + c, out + c
         for r in range(rows):
             prefetch(source + AHEAD // 2)

@@ -15,6 +15,7 @@
 #define FASTBN_SIMD_H
 
 #include <float.h>
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -185,6 +186,13 @@ INLINE vec vsplat(real a) {
         v.r[i] = a - (vec_register){0};
     return v;
 }
+/* `count` vectors, each of one element or of sixteen, that stand `pitch` apart. */
+INLINE void vsplat_each(vec *v, const real *p, long pitch, int count) {
+    UNROLLED (int i = 0; i < count; i++) v[i] = vsplat(p[i * pitch]);
+}
+INLINE void vload_each(vec *v, const real *p, long pitch, int count) {
+    UNROLLED (int i = 0; i < count; i++) v[i] = vload(p + i * pitch);
+}
 INLINE vec vadd(vec a, vec b) {
     UNROLLED (int i = 0; i < VEC_REGISTERS; i++) a.r[i] += b.r[i];
     return a;
@@ -278,21 +286,32 @@ INLINE double wsum(wide a) {
     return pair[0][0] + pair[0][1];
 }
 
-/* ---- Scalars ---- */
+/* ---- Scalars: without branches, so that loops over channels become vectors ---- */
 
-/* The powers of two that float32 has in full. */
-#define SMALLEST_POWER 0x1p-126
-#define LARGEST_POWER 0x1p127
+INLINE double choose(int condition, double a, double b) { return condition ? a : b; }
+INLINE int is_finite(double a) { return fabs(a) <= DBL_MAX; }
 
-/* The power of two just below |a|, or |a| itself if it is one. */
-INLINE double without_fraction(double a) {
+/* 1 / sqrt(a), and 0 for 0. */
+INLINE double inverse_root(double a) {
+    double inverse = 1 / sqrt(a);
+    return choose(a != 0, inverse, 0);
+}
+/* A power of two near |a|, in the range of float32; 1 for 0, infinity and NaN. */
+INLINE double power_of_two(double a) {
+    double power;
     uint64_t bits;
     memcpy(&bits, &a, sizeof bits);
     bits &= UINT64_C(0x7ff0000000000000);
-    memcpy(&a, &bits, sizeof a);
-    return a;
+    memcpy(&power, &bits, sizeof power);
+    power = choose(power < 0x1p-126, 0x1p-126, power);
+    power = choose(power > 0x1p127, 0x1p127, power);
+    return choose((a != 0) & is_finite(a), power, 1);
 }
-
+/* 1 where float32 takes |a| in its stride; else a power of two near its square root. */
+INLINE double half_way(double a) {
+    double power = power_of_two(sqrt(fabs(a)));
+    return choose((fabs(a) > 1e-18) & (fabs(a) < 1e18), 1, power);
+}
 /* 1 / a for a power of two: the exponent mirrored about 0. */
 INLINE double inverse_of_power(double a) {
     uint64_t bits;
@@ -300,6 +319,17 @@ INLINE double inverse_of_power(double a) {
     bits = (UINT64_C(2046) << 52) - bits;
     memcpy(&a, &bits, sizeof a);
     return a;
+}
+/* a, or if it is finite the element type's largest value: 0 times a factor stays 0. */
+INLINE double saturated(double a) {
+    double nearest = choose(a < -LARGEST, -LARGEST, a);
+    nearest = choose(nearest > LARGEST, LARGEST, nearest);
+    return choose(is_finite(a), nearest, a);
+}
+/* The product, and 0 for a difference of 0, whatever the factor. */
+INLINE double product(double difference, double factor) {
+    double usual = difference * factor;
+    return choose(difference != 0, usual, 0);
 }
 
 /* ---- Machine ---- */
