@@ -173,15 +173,20 @@ cdef void schedule(Task* t, int threads, Py_ssize_t itemsize) noexcept nogil:
         block = 1 if t.split else tuning.l2 // 4 // column
         # While one channel is written the next one is fetched, where the cache holds both.
         t.lookahead = not t.split and t.map != NO_MAP and 2 * column <= tuning.l2 * 9 // 10
-    # Whoever is free takes the next block; small arrays are worked on where they were last time.
-    t.shared = not t.split and total > t.threads * tuning.l2
     if is_serial:
         t.threads = 1
-    while block > 16 and t.threads * 4 > t.G * ceil_div(t.C, block) * (t.chunks if t.split else 1):
-        block //= 2
-    if t.inside:
-        block = max(block // 16, 1) * 16
-    t.block = t.C if t.fold > 1 else min(max(block, 1), t.C)
+    # Whoever is free takes the next block; small arrays are worked on where they were last time.
+    t.shared = not t.split and total > t.threads * tuning.l2
+    set_block(t, block)
+
+
+cdef void set_block(Task* t, Py_ssize_t most) noexcept nogil:
+    """Columns or channels in a block: at most so many, and enough blocks for all threads."""
+    cdef Py_ssize_t units = t.G * (t.chunks if t.split else 1)
+    cdef Py_ssize_t blocks = ceil_div(t.threads * (4 if t.shared else 1), units)
+    cdef Py_ssize_t whole = 16 if t.inside else 1   # vectors are not divided
+    t.block = min(max(most // whole, 1), ceil_div(ceil_div(t.C, blocks), whole)) * whole
+    t.block = t.C if t.fold > 1 else min(t.block, t.C)
 
 
 cdef char* take(char** free, Py_ssize_t size) noexcept nogil:
