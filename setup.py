@@ -26,7 +26,7 @@ INSTRUCTION_SETS = {"portable": (16, ["-DFASTBN_PORTABLE"])}
 if platform.machine() == "x86_64":
     INSTRUCTION_SETS |= {
         "sse2": (16, []),
-        "avx2": (32, ["-mavx2"]),
+        "avx2": (32, ["-mavx2", "-mfma"]),
         "avx512": (
             64,
             ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],

@@ -101,7 +101,7 @@ def test_instruction_sets_are_what_numpy_finds() -> None:
     features = np._core._multiarray_umath.__cpu_features__  # type: ignore[attr-defined]
     wanted = {
         "avx512": all(features[f] for f in ("AVX512F", "AVX512BW", "AVX512DQ", "AVX512VL")),
-        "avx2": features["AVX2"],
+        "avx2": features["AVX2"] and features["FMA3"],
         "sse2": features["SSE2"],
         "portable": True,
     }

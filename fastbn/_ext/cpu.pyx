@@ -7,7 +7,7 @@ cdef extern from *:
     """
     #ifdef __x86_64__
     #define runs_sse2() 1
-    #define runs_avx2() __builtin_cpu_supports("avx2")
+    #define runs_avx2() (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     #define runs_avx512() (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") \
         && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     #else

@@ -49,17 +49,15 @@ cdef extern from "simd.h" nogil:
     vec vadd(vec a, vec b)
     vec vsub(vec a, vec b)
     vec vmul(vec a, vec b)
-    wide wload(const real* p)
-    wide wload_part(const real* p, long n)
     wide wload_table(const double* p)
     wide wload_table_part(const double* p, long n)
     void wstore_table(double* p, wide w)
     wide wsplat(double a)
     wide wadd(wide a, wide b)
     wide wsub(wide a, wide b)
-    wide wmul(wide a, wide b)
-    wide wfirst(wide a, long n)
     double wsum(wide a)
+    void add_moments(const real* x, long n, wide shift, wide unit, wide* first, wide* second)
+    void add_gradients(const real* dy, const real* x, long n, wide mean, wide* first, wide* second)
     double inverse_root(double a)
     double power_of_two(double a)
     double half_way(double a)
@@ -115,18 +113,6 @@ cdef inline Chunk chunk(const Task* t, Py_ssize_t j) noexcept nogil:
 
 # ---- Reductions ----
 
-cdef inline void add_moments(wide d, wide unit, wide* first, wide* second) noexcept nogil:
-    if sizeof(real) == 8:
-        d = wmul(d, unit)   # float32 squares cannot overflow float64
-    first[0] = wadd(first[0], d)
-    second[0] = wadd(second[0], wmul(d, d))
-
-
-cdef inline void add_gradients(wide dy, wide d, wide* first, wide* second) noexcept nogil:
-    first[0] = wadd(first[0], wmul(dy, d))
-    second[0] = wadd(second[0], dy)
-
-
 cdef inline Py_ssize_t later(const Task* t, const Operand* a, Py_ssize_t n) noexcept nogil:
     """From a value of plane n to the one that comes about AHEAD values later: in the same plane,
     a few planes on or, past the last, in the next channel."""
@@ -161,10 +147,9 @@ cdef void moments_outside(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t 
         ahead = x + later(t, &t.x, n)
         for s in range(k.s0, whole, 16):
             prefetch(ahead + s)
-            add_moments(wsub(wload(x + s), shift), unit, &first, &second)
+            add_moments(x + s, 16, shift, unit, &first, &second)
         if whole < k.s1:
-            s = k.s1 - whole
-            add_moments(wfirst(wsub(wload_part(x + whole, s), shift), s), unit, &first, &second)
+            add_moments(x + whole, k.s1 - whole, shift, unit, &first, &second)
     sums(t, g, j)[c] = wsum(first)
     sums(t, g, j)[t.pitch + c] = wsum(second)
 
@@ -187,11 +172,9 @@ cdef void gradients_outside(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_
         for s in range(k.s0, whole, 16):
             prefetch(ahead_x + s)
             prefetch(ahead_dy + s)
-            add_gradients(wload(dy + s), wsub(wload(x + s), mean), &first, &second)
+            add_gradients(dy + s, x + s, 16, mean, &first, &second)
         if whole < k.s1:
-            s = k.s1 - whole
-            add_gradients(wload_part(dy + whole, s), wfirst(wsub(wload_part(x + whole, s), mean), s),
-                          &first, &second)
+            add_gradients(dy + whole, x + whole, k.s1 - whole, mean, &first, &second)
     sums(t, g, j)[c] = wsum(first)
     sums(t, g, j)[t.pitch + c] = wsum(second)
 
@@ -202,7 +185,7 @@ cdef void add_moments_rows(const real* x, Py_ssize_t stride, Py_ssize_t rows, Py
     """Add a few rows to the sums of `width` columns, whose tables start at the first."""
     cdef Py_ssize_t c, r, part = width % 16
     cdef Py_ssize_t ahead = rows_later(stride, width)
-    cdef wide k, u, d, a, b
+    cdef wide k, u, a, b
     cdef const real* at
     for c in range(0, width - part, 16):
         at = x + c
@@ -210,7 +193,7 @@ cdef void add_moments_rows(const real* x, Py_ssize_t stride, Py_ssize_t rows, Py
         a, b = wload_table(first + c), wload_table(second + c)
         for r in range(rows):
             prefetch(at + ahead)
-            add_moments(wsub(wload(at), k), u, &a, &b)
+            add_moments(at, 16, k, u, &a, &b)
             at += stride
         wstore_table(first + c, a)
         wstore_table(second + c, b)
@@ -219,8 +202,7 @@ cdef void add_moments_rows(const real* x, Py_ssize_t stride, Py_ssize_t rows, Py
         k, u = wload_table(shift + c), wload_table(unit + c)
         a, b = wload_table(first + c), wload_table(second + c)
         for r in range(rows):
-            d = wfirst(wsub(wload_part(x + r * stride + c, part), k), part)
-            add_moments(d, u, &a, &b)
+            add_moments(x + r * stride + c, part, k, u, &a, &b)
         wstore_table(first + c, a)
         wstore_table(second + c, b)
 
@@ -230,7 +212,7 @@ cdef void add_gradients_rows(const real* dy, Py_ssize_t dy_stride, const real* x
                              const double* mean, double* first, double* second) noexcept nogil:
     """Add a few rows to the gradient sums of `width` columns, whose tables start at the first."""
     cdef Py_ssize_t c, r, part = width % 16
-    cdef wide k, d, a, b
+    cdef wide k, a, b
     cdef Py_ssize_t x_ahead = rows_later(x_stride, width)
     cdef Py_ssize_t dy_ahead = rows_later(dy_stride, width)
     for c in range(0, width - part, 16):
@@ -238,16 +220,14 @@ cdef void add_gradients_rows(const real* dy, Py_ssize_t dy_stride, const real* x
         for r in range(rows):
             prefetch(dy + r * dy_stride + c + dy_ahead)
             prefetch(x + r * x_stride + c + x_ahead)
-            add_gradients(wload(dy + r * dy_stride + c), wsub(wload(x + r * x_stride + c), k),
-                          &a, &b)
+            add_gradients(dy + r * dy_stride + c, x + r * x_stride + c, 16, k, &a, &b)
         wstore_table(first + c, a)
         wstore_table(second + c, b)
     if part > 0:
         c = width - part
         k, a, b = wload_table(mean + c), wload_table(first + c), wload_table(second + c)
         for r in range(rows):
-            d = wfirst(wsub(wload_part(x + r * x_stride + c, part), k), part)
-            add_gradients(wload_part(dy + r * dy_stride + c, part), d, &a, &b)
+            add_gradients(dy + r * dy_stride + c, x + r * x_stride + c, part, k, &a, &b)
         wstore_table(first + c, a)
         wstore_table(second + c, b)
 

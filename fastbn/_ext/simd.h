@@ -7,7 +7,8 @@
  *    16 float64 accumulators, for sums. They are structs of native registers: a vector type wider
  *    than the register would be spilled to memory by the compiler.
  * 3. The arithmetic is the compiler's own on vector types. Intrinsics stand only where it has no
- *    word for what is meant: loads and stores of part of a vector, and streaming stores.
+ *    word for what is meant, or finds too many: loads and stores of part of a vector, streaming
+ *    stores, conversions, and sums on the pipes that multiply.
  * 4. The build defines FASTBN_WIDTH (bytes in a register), FASTBN_F32 or FASTBN_F64 (the element
  *    type), and FASTBN_PORTABLE where no intrinsic may be used.
  */
@@ -226,19 +227,11 @@ INLINE f64_register widen(const real *p) {
 #endif
     return v;
 }
-INLINE wide wload(const real *p) {
-    wide w;
-    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) w.r[i] = widen(p + i * DOUBLES);
-    return w;
-}
-INLINE wide wload_part(const real *p, long n) {
-    wide w;
-    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) w.r[i] = widen_part(p + i * DOUBLES, n, i);
-    return w;
-}
+/* Register by register: a struct copied whole would live in memory. */
 INLINE wide wload_table(const double *p) {
     wide w;
-    memcpy(&w, p, sizeof w);
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++)
+        memcpy(&w.r[i], p + i * DOUBLES, sizeof w.r[i]);
     return w;
 }
 INLINE wide wload_table_part(const double *p, long n) {
@@ -248,7 +241,10 @@ INLINE wide wload_table_part(const double *p, long n) {
     memcpy(&w, p, n * sizeof(double));
     return w;
 }
-INLINE void wstore_table(double *p, wide w) { memcpy(p, &w, sizeof w); }
+INLINE void wstore_table(double *p, wide w) {
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++)
+        memcpy(p + i * DOUBLES, &w.r[i], sizeof w.r[i]);
+}
 INLINE wide wsplat(double a) {
     wide w;
     UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) w.r[i] = a - (f64_register){0};
@@ -262,19 +258,6 @@ INLINE wide wsub(wide a, wide b) {
     UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) a.r[i] -= b.r[i];
     return a;
 }
-INLINE wide wmul(wide a, wide b) {
-    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) a.r[i] *= b.r[i];
-    return a;
-}
-/* The first n lanes; the others become 0. */
-INLINE wide wfirst(wide a, long n) {
-    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) {
-        i64_register mask;
-        memcpy(&mask, LANE_MASK64 + LANES - n + i * DOUBLES, sizeof mask);
-        a.r[i] = (f64_register)((i64_register)a.r[i] & mask);
-    }
-    return a;
-}
 /* The sum of the lanes, halves onto halves: the same tree on every instruction set. */
 INLINE double wsum(wide a) {
     f64_pair pair[DOUBLES / 2];
@@ -284,6 +267,58 @@ INLINE double wsum(wide a) {
     UNROLLED (int half = DOUBLES / 4; half > 0; half /= 2)
         UNROLLED (int i = 0; i < half; i++) pair[i] += pair[i + half];
     return pair[0][0] + pair[0][1];
+}
+
+/* ---- What reductions add up, a register after the other: more would not fit at once ---- */
+
+/* The first n of 16 lanes' part in register i; the others become 0. */
+INLINE f64_register first_lanes(f64_register a, long n, int i) {
+    i64_register mask;
+    memcpy(&mask, LANE_MASK64 + LANES - n + i * DOUBLES, sizeof mask);
+    return (f64_register)((i64_register)a & mask);
+}
+/* The sum on the pipes that multiply: conversions leave little room on those that add. */
+INLINE f64_register add_beside(f64_register a, f64_register b) {
+#if FASTBN_WIDTH > 16 && !defined(FASTBN_PORTABLE)
+    f64_register one = 1 - (f64_register){0};
+    __asm__("" : "+v"(one)); /* or the compiler adds after all */
+#if FASTBN_WIDTH == 64
+    return _mm512_fmadd_pd(b, one, a);
+#else
+    return _mm256_fmadd_pd(b, one, a);
+#endif
+#else
+    return a + b;
+#endif
+}
+/* Add (x - shift) * unit and its square, of n values. */
+INLINE void add_moments(const real *x, long n, wide shift, wide unit, wide *first, wide *second) {
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) {
+        const real *p = x + i * DOUBLES;
+        f64_register d = (n < LANES ? widen_part(p, n, i) : widen(p)) - shift.r[i];
+        if (n < LANES)
+            d = first_lanes(d, n, i);
+#ifdef FASTBN_F64
+        d *= unit.r[i]; /* float32 squares cannot overflow float64 */
+#else
+        (void)unit;
+#endif
+        first->r[i] = add_beside(first->r[i], d);
+        second->r[i] += d * d;
+    }
+}
+/* Add dy * (x - mean) and dy, of n values. */
+INLINE void add_gradients(const real *dy, const real *x, long n, wide mean, wide *first,
+                          wide *second) {
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) {
+        const real *p = x + i * DOUBLES, *q = dy + i * DOUBLES;
+        f64_register d = (n < LANES ? widen_part(p, n, i) : widen(p)) - mean.r[i];
+        f64_register slope = n < LANES ? widen_part(q, n, i) : widen(q);
+        if (n < LANES)
+            d = first_lanes(d, n, i);
+        first->r[i] = add_beside(first->r[i], slope * d);
+        second->r[i] = add_beside(second->r[i], slope);
+    }
 }
 
 /* ---- Scalars: without branches, so that loops over channels become vectors ---- */
