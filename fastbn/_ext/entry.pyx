@@ -181,11 +181,14 @@ cdef void schedule(Task* t, int threads, Py_ssize_t itemsize) noexcept nogil:
 
 
 cdef void set_block(Task* t, Py_ssize_t most) noexcept nogil:
-    """Columns or channels in a block: at most so many, and enough blocks for all threads."""
+    """Columns or channels in a block: about so many at most, and the same work for all threads."""
     cdef Py_ssize_t units = t.G * (t.chunks if t.split else 1)
-    cdef Py_ssize_t blocks = ceil_div(t.threads * (4 if t.shared else 1), units)
     cdef Py_ssize_t whole = 16 if t.inside else 1   # vectors are not divided
-    t.block = min(max(most // whole, 1), ceil_div(ceil_div(t.C, blocks), whole)) * whole
+    cdef Py_ssize_t blocks = max(ceil_div(t.threads * (4 if t.shared else 1), units),
+                                 ceil_div(t.C, max(most, whole)))
+    if not t.split:
+        blocks = ceil_div(blocks, t.threads) * t.threads
+    t.block = ceil_div(ceil_div(t.C, blocks), whole) * whole
     t.block = t.C if t.fold > 1 else min(t.block, t.C)
 
 

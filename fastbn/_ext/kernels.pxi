@@ -123,15 +123,13 @@ cdef inline Py_ssize_t later(const Task* t, const Operand* a, Py_ssize_t n) noex
     return (t.planes_ahead - t.N) * a.n + a.c
 
 
-cdef inline Py_ssize_t rows_at_once(Py_ssize_t columns) noexcept nogil:
-    """Rows that are summed together, so that a vector of sums is fetched once for all of them."""
-    return 8 if columns <= 512 else 4
+cdef enum:
+    SUMMED = 4      # rows that are summed together: a vector of sums is fetched once for them
 
 
 cdef inline Py_ssize_t rows_later(Py_ssize_t stride, Py_ssize_t columns) noexcept nogil:
     """From a value to the one in its column AHEAD values or more later, in whole steps of rows."""
-    cdef Py_ssize_t rows = rows_at_once(columns)
-    return (AHEAD // (rows * columns) + 1) * rows * stride
+    return (AHEAD // (SUMMED * columns) + 1) * SUMMED * stride
 
 
 cdef void moments_outside(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t j) noexcept nogil:
@@ -251,7 +249,7 @@ cdef void reduce_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c
     memset(sum + c0, 0, padded * sizeof(double))
     memset(sum + t.pitch + c0, 0, padded * sizeof(double))
     while n < k.n1:
-        rows = min(rows_at_once(c1 - c0), k.n1 - n)
+        rows = min(SUMMED, k.n1 - n)
         add_rows(t, g, n, rows, c0, c1 - c0, sum)
         n += rows
     if k.n1 == t.N and c0 < t.tail:
@@ -794,8 +792,8 @@ cdef void map_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
     """
     cdef Chunk k = chunk(t, j)
     cdef bint whole_lines = t.stream and t.out.n * sizeof(real) % 64 == 0
-    # Narrow rows share the fetching of coefficients, if lines begin at the same columns.
-    cdef Py_ssize_t together = max(1, 1024 // t.C) if whole_lines or not t.stream else 1
+    # In the cache narrow rows share the fetching of coefficients; memory wants its own order.
+    cdef Py_ssize_t together = 1 if t.stream else max(1, 1024 // t.C)
     cdef Py_ssize_t n = k.n0, n1 = k.n1, c = c0, rows
     if whole_lines and c1 - c0 == t.C and is_dense(t) and n1 > n:
         c = unaligned(at(&t.out, g, n, 0), t.C)
