@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from benchmarks import compare, report, rounds, targets
-from benchmarks.__main__ import chosen
 from benchmarks.cells import MB, ROWS, SERIES, WORKS, Cell, all_cells, layouts_of, quick_cells
+from benchmarks.cli import chosen
 from benchmarks.data import Data, Results, complaint, expected
 from benchmarks.libraries import LIBRARIES, OURS, of_numpy
 from benchmarks.machine import Machine, cache_size
