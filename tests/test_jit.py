@@ -43,7 +43,7 @@ before = numba.get_num_threads()
 @pytest.fixture(autouse=True)
 def _on_numba(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Numba, with threads even for the smallest array."""
-    monkeypatch.setattr(jit, "PARALLEL", 0)
+    monkeypatch.setattr(jit, "SERIAL_BELOW", 0)
     with fastbn.use_backend("numba"):
         yield
 
@@ -66,7 +66,7 @@ def test_cuts_leave_the_bits_alone(
         expected = run_all(x, dy, layout=layout)
     for streamed in (False, True):
         if streamed:
-            monkeypatch.setattr(jit, "STREAM", 0)
+            monkeypatch.setattr(jit, "STREAM_FROM", 0)
             monkeypatch.setattr(jit, "STREAMED_ROW", 0)
         for threads in (2, 3):
             with fastbn.use_num_threads(threads):
@@ -96,7 +96,7 @@ def test_stores_stay_inside_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.random.default_rng(3).normal(size=(3, 2, 43)).astype(np.float32)
     expected = fastbn.batch_norm(x).y
     for stream in (1 << 30, 0):
-        monkeypatch.setattr(jit, "STREAM", stream)
+        monkeypatch.setattr(jit, "STREAM_FROM", stream)
         monkeypatch.setattr(jit, "STREAMED_ROW", 0)
         for start in range(0, 20, 3):
             memory = np.full(x.size + 40, 7.0, np.float32)

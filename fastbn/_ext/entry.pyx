@@ -9,7 +9,7 @@
    the module's `tuning`, a dictionary that experiments may change.
 """
 
-import os
+from fastbn._caches import L2, SERIAL_BELOW, STREAM_FROM
 
 cimport numpy as cnp
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
@@ -62,34 +62,14 @@ cdef enum:
     MOST_ROWS = 512
 
 
-def _cache_size(level, default):
-    """Bytes of the processor's data cache at `level`, as the operating system tells it."""
-    folder = "/sys/devices/system/cpu/cpu0/cache"
-    try:
-        for index in sorted(os.listdir(folder)):
-            with open(f"{folder}/{index}/level") as file:
-                found = file.read().strip()
-            if found != str(level):
-                continue
-            with open(f"{folder}/{index}/size") as file:
-                size = file.read().strip()
-            return int(size.removesuffix("K")) * 1024
-    except (OSError, ValueError):
-        pass
-    return default
-
-
-# The thresholds by which work is ordered, in bytes; `tune` overrides them in experiments.
+# The thresholds of `fastbn._caches`, in bytes; `tune` overrides them in experiments.
 cdef struct Tuning:
-    Py_ssize_t l2           # a core's own cache: a trip's block should stay in it
-    Py_ssize_t serial_below # operands this small: a second thread costs more than it brings
-    Py_ssize_t stream_from  # a trip's operands this large: results go past the caches; elementwise
-                            # work alone, which needs nothing else to stay there, from twice that
+    Py_ssize_t l2
+    Py_ssize_t serial_below
+    Py_ssize_t stream_from
 
 cdef Tuning tuning
-tuning.l2 = _cache_size(2, 1 << 20)
-tuning.serial_below = 128 << 10
-tuning.stream_from = min(48 << 20, _cache_size(3, 96 << 20) // 2)
+tuning.l2, tuning.serial_below, tuning.stream_from = L2, SERIAL_BELOW, STREAM_FROM
 
 
 def tune(**thresholds):

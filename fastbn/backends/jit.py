@@ -37,6 +37,7 @@ from llvmlite import ir
 from numba import prange, types
 from numba.core import extending
 
+from fastbn._caches import SERIAL_BELOW, STREAM_FROM
 from fastbn.backends.base import (
     Affine,
     Array,
@@ -58,10 +59,6 @@ TILE = 1 << 12
 """Bytes of neighbouring short planes that a trip walks together."""
 CACHE = 1 << 19
 """Bytes of a trip's group of channels that surely stay in a core's cache."""
-PARALLEL = 1 << 17
-"""Bytes below which waking threads costs more than they bring."""
-STREAM = 1 << 25
-"""Bytes from which an output bypasses the cache; below, its next reader finds it there."""
 STREAMED_ROW = 1 << 10
 """Bytes from which a row's unaligned ends do not matter to streaming."""
 
@@ -1023,9 +1020,10 @@ def _strided(x: Array) -> _Strided:
     return _Strided(x.ctypes.data, *x.strides[:3])
 
 
-def _streams(row: int, out: Array, *inputs: Array) -> bool:
-    """Whether to write `out`, in rows of `row` bytes, past the cache; never in place."""
-    if out.nbytes < STREAM or row < STREAMED_ROW:
+def _streams(row: int, least: int, out: Array, *inputs: Array) -> bool:
+    """Whether `out`, in rows of `row` bytes, goes past the cache: never in place, and only if
+    the operands have at least so many bytes."""
+    if out.nbytes * (1 + len(inputs)) < least or row < STREAMED_ROW:
         return False
     return all(out.ctypes.data != array.ctypes.data for array in inputs)
 
@@ -1037,7 +1035,7 @@ class _Planes:
         runs, n, channels, s = x.shape
         self.count, self.row = n * s, s * x.itemsize
         self.element = x.dtype.type(0)
-        self.threads = threads if x.nbytes >= PARALLEL else 1
+        self.threads = threads if x.nbytes >= SERIAL_BELOW else 1
         height, pieces = max(1, CHUNK // s), -(-s // CHUNK)
         chunks, spans = -(-n // height) * pieces, -(-runs * n * channels // height) * pieces
         block = min(TILE // self.row, CACHE // (n * self.row), channels // self.threads)
@@ -1066,14 +1064,14 @@ class _Planes:
 
     def normalize(self, x: Array, lines: Table, out: Array) -> None:
         """The second pass of the forward trip."""
-        stream = _streams(self.row, out, x)
+        stream = _streams(self.row, 2 * STREAM_FROM, out, x)
         views = _strided(x), _strided(out)
         _planes_normalize(self.threads, *views, self.plan, lines, stream, self.element)
 
     def input_gradient(self, dy: Array, x: Array | None, lines: Table, out: Array) -> None:
         """The second pass of the backward trip."""
         with_x, x = x is not None, dy if x is None else x
-        stream = _streams(self.row, out, dy, x)
+        stream = _streams(self.row, 2 * STREAM_FROM, out, dy, x)
         views = _strided(dy), _strided(x), _strided(out)
         _planes_input_gradient(self.threads, *views, self.plan, lines, with_x, stream, self.element)
 
@@ -1083,7 +1081,7 @@ class _Planes:
         """The forward trip."""
         table, lines = np.empty((4, gamma.size)), np.empty((4, gamma.size))
         table[0], table[1] = gamma.ravel(), beta.ravel()
-        stream = _streams(self.row, out, x)
+        stream = _streams(self.row, STREAM_FROM, out, x)
         views = _strided(x), _strided(out)
         _planes_forward(self.threads, *views, self.plan, eps, table, lines, stream, self.element)
         return table[2].reshape(gamma.shape), table[3].reshape(gamma.shape)
@@ -1094,7 +1092,7 @@ class _Planes:
         """The backward trip."""
         table, lines = np.empty((3, gamma.size)), np.empty((5, gamma.size))
         table[0], lines[3], lines[4] = gamma.ravel(), mean.ravel(), rstd.ravel()
-        stream = _streams(self.row, out, dy, x)
+        stream = _streams(self.row, STREAM_FROM, out, dy, x)
         views = _strided(dy), _strided(x), _strided(out)
         _planes_backward(
             self.threads, *views, self.plan, frozen, table, lines, stream, self.element
@@ -1109,7 +1107,7 @@ class _Rows:
         runs, n, channels, s = self.shape = x.shape
         self.count = n * s
         self.element = x.dtype.type(0)
-        self.threads = threads if x.nbytes >= PARALLEL else 1
+        self.threads = threads if x.nbytes >= SERIAL_BELOW else 1
         fold = max(1, FOLDED // (channels * s))
         columns = fold * channels * s
         rows, rest = divmod(n, fold)
@@ -1141,7 +1139,7 @@ class _Rows:
     def normalize(self, x: Array, lines: Table, out: Array) -> None:
         """The second pass of the forward trip."""
         tables, x, target = self._columns(lines), self._source(x), self._target(out)
-        stream = _streams(self.plan.width * x.itemsize, target, x)
+        stream = _streams(self.plan.width * x.itemsize, 2 * STREAM_FROM, target, x)
         plan = self.plan, tables.ctypes.data, stream
         _rows_normalize(self.threads, self._strided(x), self._strided(target), *plan, self.element)
         if target is not out:
@@ -1151,7 +1149,7 @@ class _Rows:
         """The second pass of the backward trip."""
         tables, dy, target = self._columns(lines), self._source(dy), self._target(out)
         with_x, x = x is not None, dy if x is None else self._source(x)
-        stream = _streams(self.plan.width * x.itemsize, target, dy, x)
+        stream = _streams(self.plan.width * x.itemsize, 2 * STREAM_FROM, target, dy, x)
         views = self._strided(dy), self._strided(x), self._strided(target)
         plan = self.plan, tables.ctypes.data, with_x, stream
         _rows_input_gradient(self.threads, *views, *plan, self.element)

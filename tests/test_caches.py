@@ -1,0 +1,33 @@
+"""The caches as the operating system tells them, and thresholds where it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastbn import _caches
+
+
+def describe(root: Path, index: int, level: str, kind: str, size: str) -> None:
+    """One cache, as Linux does."""
+    folder = root / f"index{index}"
+    folder.mkdir()
+    for name, text in (("level", level), ("type", kind), ("size", size)):
+        (folder / name).write_text(text + "\n")
+
+
+def test_cache_bytes(tmp_path: Path) -> None:
+    """The data or unified cache of a level; the default where it is unknown or unreadable."""
+    describe(tmp_path, 0, "1", "Instruction", "32K")
+    describe(tmp_path, 1, "1", "Data", "48K")
+    describe(tmp_path, 2, "2", "Unified", "1024K")
+    describe(tmp_path, 3, "3", "Unified", "huge")
+    assert _caches.cache_bytes(1, 7, tmp_path) == 48 << 10
+    assert _caches.cache_bytes(2, 7, tmp_path) == 1 << 20
+    assert _caches.cache_bytes(3, 7, tmp_path) == 7
+    assert _caches.cache_bytes(4, 7, tmp_path / "absent") == 7
+
+
+def test_thresholds_are_possible() -> None:
+    """Whatever this machine tells: no threshold is 0, and a trip's block fits before it streams."""
+    assert 0 < _caches.L2 < _caches.STREAM_FROM <= 48 << 20
+    assert _caches.SERIAL_BELOW > 0
