@@ -28,11 +28,23 @@ L2 = cache_bytes(2, 1 << 20)
 SERIAL_BELOW = 128 << 10
 """Operands this small: a second thread costs more than it brings."""
 
-STREAM_FROM = min(48 << 20, cache_bytes(3, 96 << 20) // 2)
-"""Operands of a trip this large: results go past the caches, which x and dy need for themselves.
+LAST = min(96 << 20, cache_bytes(3, 96 << 20))
+"""The cache that cores share."""
 
-Half of the last cache: with 32 MiB of it, trips on 19 MB of operands gained up to 25 % by
-streaming, those on 13 MB lost 20 %. Elementwise work alone streams from twice that: until its
-operands exceed the last cache, ordinary stores leave the result where its reader finds it (26 MB:
-120 against 165 us).
+STREAM_PLANES = LAST // 2
+"""Operands of a trip over planes this large: results go past the caches, which x and dy need for
+themselves.
+
+With 32 MiB of last cache, streaming lost 20 % at 15 MiB of operands, was level at 18 and gained
+24 to 30 % at 23.
+"""
+
+STREAM_ROWS = LAST * 3 // 4
+"""The same for rows, of which the second walk wants everything again: ordinary stores won by 20 to
+40 % up to 23 MiB, streaming by 15 to 70 % at 24 to 37.
+"""
+
+STREAM_MAPS = LAST
+"""The same for elementwise work alone: until its operands exceed the last cache, ordinary stores
+leave the result where its reader finds it (24 MiB: 220 to 270 against 305 us).
 """

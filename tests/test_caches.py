@@ -29,5 +29,5 @@ def test_cache_bytes(tmp_path: Path) -> None:
 
 def test_thresholds_are_possible() -> None:
     """Whatever this machine tells: no threshold is 0, and a trip's block fits before it streams."""
-    assert 0 < _caches.L2 < _caches.STREAM_FROM <= 48 << 20
+    assert 0 < _caches.L2 < _caches.STREAM_PLANES <= _caches.STREAM_MAPS <= 96 << 20
     assert _caches.SERIAL_BELOW > 0

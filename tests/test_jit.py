@@ -30,6 +30,7 @@ SHAPES = [
     ((2, 5000), "NHWC"),
     ((401, 5, 3), "NCHW"),
 ]
+STREAMING = ("STREAM_MAPS", "STREAM_PLANES")
 
 CALLS = """
 import sys, threading
@@ -66,7 +67,8 @@ def test_cuts_leave_the_bits_alone(
         expected = run_all(x, dy, layout=layout)
     for streamed in (False, True):
         if streamed:
-            monkeypatch.setattr(jit, "STREAM_FROM", 0)
+            for threshold in STREAMING:
+                monkeypatch.setattr(jit, threshold, 0)
             monkeypatch.setattr(jit, "STREAMED_ROW", 0)
         for threads in (2, 3):
             with fastbn.use_num_threads(threads):
@@ -96,7 +98,8 @@ def test_stores_stay_inside_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.random.default_rng(3).normal(size=(3, 2, 43)).astype(np.float32)
     expected = fastbn.batch_norm(x).y
     for stream in (1 << 30, 0):
-        monkeypatch.setattr(jit, "STREAM_FROM", stream)
+        for threshold in STREAMING:
+            monkeypatch.setattr(jit, threshold, stream)
         monkeypatch.setattr(jit, "STREAMED_ROW", 0)
         for start in range(0, 20, 3):
             memory = np.full(x.size + 40, 7.0, np.float32)

@@ -34,10 +34,12 @@ SHAPES = [
     (130, 64, 3, 3),
     (33, 72),
 ]
+ALWAYS = dict.fromkeys(("stream_planes", "stream_rows", "stream_maps"), 0)
+NEVER = dict.fromkeys(ALWAYS, 1 << 40)
 PRETENDED = [
-    {"serial_below": 1, "stream_from": 0, "l2": 1 << 20},
-    {"serial_below": 1, "stream_from": 0, "l2": 1 << 12},
-    {"serial_below": 1 << 40, "stream_from": 1 << 40, "l2": 1 << 30},
+    {"serial_below": 1, "l2": 1 << 20, **ALWAYS},
+    {"serial_below": 1, "l2": 1 << 12, **ALWAYS},
+    {"serial_below": 1 << 40, "l2": 1 << 30, **NEVER},
 ]
 
 
@@ -76,7 +78,7 @@ def test_pretended_machines_agree(name: str, dtype: Any, layout: str) -> None:
 @pytest.mark.parametrize("name", CYTHON)
 def test_streams_to_any_address(name: str, dtype: Any, layout: str) -> None:
     """Streaming stores reach every value, wherever in a line an output begins, and no other."""
-    entry.tune(stream_from=0)
+    entry.tune(**ALWAYS)
     for shape in [(5, 64, 30), (3, 2, 300), (40, 300), (9, 16, 4, 4)]:
         x = to_layout(np.random.default_rng(0).normal(size=shape), layout).astype(dtype)
         with activate(name):
@@ -92,7 +94,7 @@ def test_streams_to_any_address(name: str, dtype: Any, layout: str) -> None:
 
 def test_thresholds_are_named() -> None:
     """A threshold that does not exist is refused, with those that do."""
-    with pytest.raises(ValueError, match=r"l2.*serial_below.*stream_from"):
+    with pytest.raises(ValueError, match=r"l2.*serial_below.*stream_planes"):
         entry.tune(l3=1)
 
 

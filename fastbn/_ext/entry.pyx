@@ -9,7 +9,7 @@
    the module's `tuning`, a dictionary that experiments may change.
 """
 
-from fastbn._caches import L2, SERIAL_BELOW, STREAM_FROM
+from fastbn._caches import L2, SERIAL_BELOW, STREAM_MAPS, STREAM_PLANES, STREAM_ROWS
 
 cimport numpy as cnp
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
@@ -66,10 +66,14 @@ cdef enum:
 cdef struct Tuning:
     Py_ssize_t l2
     Py_ssize_t serial_below
-    Py_ssize_t stream_from
+    Py_ssize_t stream_planes
+    Py_ssize_t stream_rows
+    Py_ssize_t stream_maps
 
 cdef Tuning tuning
-tuning.l2, tuning.serial_below, tuning.stream_from = L2, SERIAL_BELOW, STREAM_FROM
+tuning.l2, tuning.serial_below = L2, SERIAL_BELOW
+tuning.stream_planes, tuning.stream_rows = STREAM_PLANES, STREAM_ROWS
+tuning.stream_maps = STREAM_MAPS
 
 
 def tune(**thresholds):
@@ -124,6 +128,12 @@ cdef Py_ssize_t bytes_of(Task* t, Py_ssize_t itemsize) noexcept nogil:
     return t.G * (t.N * t.C + t.tail) * t.S * itemsize * operands
 
 
+cdef Py_ssize_t streams_from(Task* t) noexcept nogil:
+    if t.reduce == NO_REDUCE:
+        return tuning.stream_maps
+    return tuning.stream_rows if t.inside else tuning.stream_planes
+
+
 cdef void schedule(Task* t, int threads, Py_ssize_t itemsize) noexcept nogil:
     """The order of work: blocks of channels through the whole trip, or chunks shared by all."""
     cdef Py_ssize_t total = bytes_of(t, itemsize)
@@ -133,21 +143,15 @@ cdef void schedule(Task* t, int threads, Py_ssize_t itemsize) noexcept nogil:
     cdef Py_ssize_t row = (t.C if t.inside else t.S) * itemsize
     # Past the caches go whole lines only; rows of a few lines would mostly be ends. Short planes
     # are joined where they follow each other.
-    t.stream = t.map != NO_MAP and total >= tuning.stream_from * (2 if t.reduce == NO_REDUCE else 1)
+    t.stream = t.map != NO_MAP and total >= streams_from(t)
     t.joined = t.stream and not t.inside and t.S <= JOINED and t.out.c == t.S
     t.stream = t.stream and (t.joined or row % LINE == 0 or row >= 1024)
     t.planes_ahead = 0 if t.inside or t.S > 4 * AHEAD else AHEAD // t.S + 1
     t.threads = min(<Py_ssize_t> threads, max(1, 2 * total // tuning.serial_below - 1))
-    if t.reduce == NO_REDUCE:
-        # Elementwise: in the order of memory, which is whole rows, or planes side by side.
+    if t.reduce == NO_REDUCE or t.inside:
+        # In the order of memory: planes side by side, or rows, a stretch whose tables stay in L1.
         t.split = True
-        block = t.C
-    elif t.inside:
-        # Whole rows are walked fastest; columns alone pay only where they stay in the cache.
-        block = tuning.l2 * 3 // 4 // column
-        t.split = t.fold > 1 or block < 64 or total >= tuning.stream_from
-        if t.split:
-            block = 1024
+        block = t.C if t.reduce == NO_REDUCE else 1024 // inputs
     else:
         t.split = 10 * channels < 9 * ceil_div(channels, t.threads) * t.threads
         block = 1 if t.split else tuning.l2 // 4 // column

@@ -17,13 +17,14 @@
 #    exact near the mean, and lo goes into the last constant, so that y = (x - hi) * scale +
 #    (beta - lo * scale) keeps what one multiply-add of x would lose. Powers of two (`near`, `far`)
 #    keep extreme scales in the range of float32; multiplying by them is exact.
-# 5. A trip runs both passes on one block of channels, the second walk in reverse, so that it starts
-#    on what the cache still holds. Where single blocks would leave threads idle (few channels),
-#    all threads share the chunks of all channels instead, and meet between the passes.
+# 5. A trip over planes runs both passes on one block of channels, the second walk in reverse, so
+#    that it starts on what the cache still holds. Rows are walked whole, in the order of memory, by
+#    all threads together, which meet between the passes; so are planes where single blocks would
+#    leave threads idle (few channels). Elementwise work alone goes forward: it has seen nothing.
 
 from cython.parallel cimport parallel
 from cpython.pycapsule cimport PyCapsule_New
-from libc.math cimport fabs, isfinite, ldexp, sqrt
+from libc.math cimport fabs, ldexp
 from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy, memset
 
@@ -60,11 +61,13 @@ cdef extern from "simd.h" nogil:
     void add_gradients(const real* dy, const real* x, long n, wide mean, wide* first, wide* second)
     double inverse_root(double a)
     double power_of_two(double a)
+    double rough_root(double a)
     double half_way(double a)
     double inverse_of_power(double a)
     double saturated(double a)
     double product(double difference, double factor)
     double choose(bint condition, double a, double b)
+    bint is_finite(double a)
     void stream_fence()
     void prefetch(const real* p)
     long fetch_add(long* counter, long by)
@@ -123,66 +126,66 @@ cdef inline Py_ssize_t later(const Task* t, const Operand* a, Py_ssize_t n) noex
     return (t.planes_ahead - t.N) * a.n + a.c
 
 
-cdef enum:
-    SUMMED = 4      # rows that are summed together: a vector of sums is fetched once for them
-
-
-cdef inline Py_ssize_t rows_later(Py_ssize_t stride, Py_ssize_t columns) noexcept nogil:
-    """From a value to the one in its column AHEAD values or more later, in whole steps of rows."""
-    return (AHEAD // (SUMMED * columns) + 1) * SUMMED * stride
-
-
-cdef void moments_outside(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t j) noexcept nogil:
-    """One channel's sums over chunk j, its planes S apart or further."""
+cdef void moments_outside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
+                          Py_ssize_t j) noexcept nogil:
+    """The sums of channels [c0, c1) over chunk j."""
     cdef Chunk k = chunk(t, j)
-    cdef wide shift = wsplat(t.shift[g * t.pitch + c]), unit = wsplat(t.unit[g * t.pitch + c])
-    cdef wide first = wsplat(0), second = wsplat(0)
-    cdef Py_ssize_t n, s, whole = k.s0 + (k.s1 - k.s0) // 16 * 16
+    cdef Py_ssize_t c, n, s, size = k.s1 - k.s0, whole = size // 16 * 16
+    cdef const double* shift = t.shift + g * t.pitch
+    cdef const double* unit = t.unit + g * t.pitch
+    cdef double* sum = sums(t, g, j)
+    cdef wide shifts, units, first, second
     cdef const real* x
     cdef const real* ahead
-    for n in range(k.n0, k.n1):
-        x = at(&t.x, g, n, c)
-        ahead = x + later(t, &t.x, n)
-        for s in range(k.s0, whole, 16):
-            prefetch(ahead + s)
-            add_moments(x + s, 16, shift, unit, &first, &second)
-        if whole < k.s1:
-            add_moments(x + whole, k.s1 - whole, shift, unit, &first, &second)
-    sums(t, g, j)[c] = wsum(first)
-    sums(t, g, j)[t.pitch + c] = wsum(second)
+    for c in range(c0, c1):
+        shifts, units = wsplat(shift[c]), wsplat(unit[c])
+        first, second = wsplat(0), wsplat(0)
+        x = at(&t.x, g, k.n0, c) + k.s0
+        for n in range(k.n0, k.n1):
+            ahead = x + later(t, &t.x, n)
+            for s in range(0, whole, 16):
+                prefetch(ahead + s)
+                add_moments(x + s, 16, shifts, units, &first, &second)
+            if whole < size:
+                add_moments(x + whole, size - whole, shifts, units, &first, &second)
+            x += t.x.n
+        sum[c], sum[t.pitch + c] = wsum(first), wsum(second)
 
 
-cdef void gradients_outside(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t j) noexcept nogil:
-    """One channel's gradient sums over chunk j."""
+cdef void gradients_outside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
+                            Py_ssize_t j) noexcept nogil:
+    """The gradient sums of channels [c0, c1) over chunk j."""
     cdef Chunk k = chunk(t, j)
-    cdef wide mean = wsplat(t.shift[g * t.pitch + c])
-    cdef wide first = wsplat(0), second = wsplat(0)
-    cdef Py_ssize_t n, s, whole = k.s0 + (k.s1 - k.s0) // 16 * 16
+    cdef Py_ssize_t c, n, s, size = k.s1 - k.s0, whole = size // 16 * 16
+    cdef const double* mean = t.shift + g * t.pitch
+    cdef double* sum = sums(t, g, j)
+    cdef wide means, first, second
     cdef const real* x
     cdef const real* dy
     cdef const real* ahead_x
     cdef const real* ahead_dy
-    for n in range(k.n0, k.n1):
-        x = at(&t.x, g, n, c)
-        dy = at(&t.dy, g, n, c)
-        ahead_x = x + later(t, &t.x, n)
-        ahead_dy = dy + later(t, &t.dy, n)
-        for s in range(k.s0, whole, 16):
-            prefetch(ahead_x + s)
-            prefetch(ahead_dy + s)
-            add_gradients(dy + s, x + s, 16, mean, &first, &second)
-        if whole < k.s1:
-            add_gradients(dy + whole, x + whole, k.s1 - whole, mean, &first, &second)
-    sums(t, g, j)[c] = wsum(first)
-    sums(t, g, j)[t.pitch + c] = wsum(second)
+    for c in range(c0, c1):
+        means, first, second = wsplat(mean[c]), wsplat(0), wsplat(0)
+        x, dy = at(&t.x, g, k.n0, c) + k.s0, at(&t.dy, g, k.n0, c) + k.s0
+        for n in range(k.n0, k.n1):
+            ahead_x, ahead_dy = x + later(t, &t.x, n), dy + later(t, &t.dy, n)
+            for s in range(0, whole, 16):
+                prefetch(ahead_x + s)
+                prefetch(ahead_dy + s)
+                add_gradients(dy + s, x + s, 16, means, &first, &second)
+            if whole < size:
+                add_gradients(dy + whole, x + whole, size - whole, means, &first, &second)
+            x += t.x.n
+            dy += t.dy.n
+        sum[c], sum[t.pitch + c] = wsum(first), wsum(second)
 
 
 cdef void add_moments_rows(const real* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t width,
                            const double* shift, const double* unit, double* first,
-                           double* second) noexcept nogil:
-    """Add a few rows to the sums of `width` columns, whose tables start at the first."""
+                           double* second, Py_ssize_t ahead) noexcept nogil:
+    """Add a few rows to the sums of `width` columns, whose tables start at the first; meanwhile
+    the rows `ahead` are fetched."""
     cdef Py_ssize_t c, r, part = width % 16
-    cdef Py_ssize_t ahead = rows_later(stride, width)
     cdef wide k, u, a, b
     cdef const real* at
     for c in range(0, width - part, 16):
@@ -190,7 +193,7 @@ cdef void add_moments_rows(const real* x, Py_ssize_t stride, Py_ssize_t rows, Py
         k, u = wload_table(shift + c), wload_table(unit + c)
         a, b = wload_table(first + c), wload_table(second + c)
         for r in range(rows):
-            prefetch(at + ahead)
+            prefetch(at + ahead * stride)
             add_moments(at, 16, k, u, &a, &b)
             at += stride
         wstore_table(first + c, a)
@@ -207,17 +210,16 @@ cdef void add_moments_rows(const real* x, Py_ssize_t stride, Py_ssize_t rows, Py
 
 cdef void add_gradients_rows(const real* dy, Py_ssize_t dy_stride, const real* x,
                              Py_ssize_t x_stride, Py_ssize_t rows, Py_ssize_t width,
-                             const double* mean, double* first, double* second) noexcept nogil:
+                             const double* mean, double* first, double* second,
+                             Py_ssize_t ahead) noexcept nogil:
     """Add a few rows to the gradient sums of `width` columns, whose tables start at the first."""
     cdef Py_ssize_t c, r, part = width % 16
     cdef wide k, a, b
-    cdef Py_ssize_t x_ahead = rows_later(x_stride, width)
-    cdef Py_ssize_t dy_ahead = rows_later(dy_stride, width)
     for c in range(0, width - part, 16):
         k, a, b = wload_table(mean + c), wload_table(first + c), wload_table(second + c)
         for r in range(rows):
-            prefetch(dy + r * dy_stride + c + dy_ahead)
-            prefetch(x + r * x_stride + c + x_ahead)
+            prefetch(dy + (r + ahead) * dy_stride + c)
+            prefetch(x + (r + ahead) * x_stride + c)
             add_gradients(dy + r * dy_stride + c, x + r * x_stride + c, 16, k, &a, &b)
         wstore_table(first + c, a)
         wstore_table(second + c, b)
@@ -231,13 +233,13 @@ cdef void add_gradients_rows(const real* dy, Py_ssize_t dy_stride, const real* x
 
 
 cdef inline void add_rows(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t rows, Py_ssize_t c0,
-                          Py_ssize_t width, double* sum) noexcept nogil:
+                          Py_ssize_t width, double* sum, Py_ssize_t ahead) noexcept nogil:
     if t.reduce == MOMENTS:
         add_moments_rows(at(&t.x, g, n, c0), t.x.n, rows, width, t.shift + g * t.pitch + c0,
-                         t.unit + g * t.pitch + c0, sum + c0, sum + t.pitch + c0)
+                         t.unit + g * t.pitch + c0, sum + c0, sum + t.pitch + c0, ahead)
     else:
         add_gradients_rows(at(&t.dy, g, n, c0), t.dy.n, at(&t.x, g, n, c0), t.x.n, rows, width,
-                           t.shift + g * t.pitch + c0, sum + c0, sum + t.pitch + c0)
+                           t.shift + g * t.pitch + c0, sum + c0, sum + t.pitch + c0, ahead)
 
 
 cdef void reduce_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
@@ -246,27 +248,27 @@ cdef void reduce_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c
     cdef Chunk k = chunk(t, j)
     cdef double* sum = sums(t, g, j)
     cdef Py_ssize_t n = k.n0, rows, padded = (c1 - c0 + 15) // 16 * 16
+    # A vector of sums is fetched once for so many rows; AHEAD values are in whole steps of them.
+    cdef Py_ssize_t together = max(4, 1024 // padded)
+    cdef Py_ssize_t ahead = (AHEAD // (together * padded) + 1) * together
     memset(sum + c0, 0, padded * sizeof(double))
     memset(sum + t.pitch + c0, 0, padded * sizeof(double))
     while n < k.n1:
-        rows = min(SUMMED, k.n1 - n)
-        add_rows(t, g, n, rows, c0, c1 - c0, sum)
+        rows = min(together, k.n1 - n)
+        add_rows(t, g, n, rows, c0, c1 - c0, sum, ahead)
         n += rows
     if k.n1 == t.N and c0 < t.tail:
-        add_rows(t, g, t.N, 1, c0, min(c1, t.tail) - c0, sum)
+        add_rows(t, g, t.N, 1, c0, min(c1, t.tail) - c0, sum, 0)
 
 
 cdef void reduce_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
                        Py_ssize_t j) noexcept nogil:
-    cdef Py_ssize_t c
     if t.inside:
         reduce_inside(t, g, c0, c1, j)
     elif t.reduce == MOMENTS:
-        for c in range(c0, c1):
-            moments_outside(t, g, c, j)
+        moments_outside(t, g, c0, c1, j)
     else:
-        for c in range(c0, c1):
-            gradients_outside(t, g, c, j)
+        gradients_outside(t, g, c0, c1, j)
 
 
 cdef void merge(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
@@ -295,51 +297,6 @@ cdef void merge(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexc
 
 # ---- The small step: from sums to coefficients, in float64, for channels [c0, c1) of run g ----
 
-cdef void set_shift(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
-    """What is subtracted before summing: each channel's first value, or its given mean."""
-    cdef Py_ssize_t c
-    cdef double* shift = t.shift + g * t.pitch
-    cdef double* unit = t.unit + g * t.pitch
-    for c in range(c0, c1):
-        unit[c] = 1
-    for c in range(c0, min(c1, t.channels)):
-        if t.reduce == MOMENTS:
-            shift[c] = at(&t.x, g, 0, c)[0]
-        else:
-            shift[c] = entry(&t.mean, g, c, 0)
-    for c in range(t.channels, t.C if t.fold > 1 else 0):
-        shift[c] = shift[c - t.channels]
-
-
-cdef inline bint is_doubtful(const Task* t, Py_ssize_t g, Py_ssize_t c,
-                             double per_value) noexcept nogil:
-    """Whether the shift was too far from the mean, or the squares too large, for the sums."""
-    cdef double m = t.total[g * 2 * t.pitch + c]
-    cdef double square = t.total[(g * 2 + 1) * t.pitch + c]
-    # The mean of d*d is (1 + (m/s)**2) variances: beyond 16 deviations digits go missing.
-    cdef bint fits = isfinite(square) and m * (m * per_value) * (257 / 256.) <= square
-    return isfinite(m) and not fits
-
-
-cdef void sum_again(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
-    """Sum the doubtful channels about the mean just found; the others come out as they were."""
-    cdef Py_ssize_t c, v, j
-    cdef double m, per_value = 1 / t.count
-    cdef bint any_doubtful = False
-    for c in range(c0, min(c1, t.channels)):
-        if is_doubtful(t, g, c, per_value):
-            any_doubtful = True
-            m = t.total[g * 2 * t.pitch + c] / t.count
-            for v in range(t.fold):
-                t.shift[g * t.pitch + v * t.channels + c] += m
-                if not isfinite(t.total[(g * 2 + 1) * t.pitch + c]):
-                    t.unit[g * t.pitch + v * t.channels + c] = ldexp(1, -600)
-    if any_doubtful:
-        for j in range(t.chunks):
-            reduce_chunk(t, g, c0, c1, j)
-        merge(t, g, c0, c1)
-
-
 # Channels are finished sixteen at a time, in arrays of their own and without branches, so that
 # the compiler does square roots and divisions for several at once.
 
@@ -349,8 +306,18 @@ cdef inline Py_ssize_t channels_of_run(const Task* t, Py_ssize_t c1) noexcept no
 
 
 cdef inline void load_doubles(double* values, const double* row, Py_ssize_t count) noexcept nogil:
-    memset(values, 0, 16 * sizeof(double))
-    memcpy(values, row, count * sizeof(double))
+    if count == 16:
+        memcpy(values, row, 16 * sizeof(double))
+    else:
+        memset(values, 0, 16 * sizeof(double))
+        memcpy(values, row, count * sizeof(double))
+
+
+cdef inline void store_doubles(double* row, const double* values, Py_ssize_t count) noexcept nogil:
+    if count == 16:
+        memcpy(row, values, 16 * sizeof(double))
+    else:
+        memcpy(row, values, count * sizeof(double))
 
 
 cdef inline void gather(const Table* table, Py_ssize_t g, Py_ssize_t c, Py_ssize_t count,
@@ -371,12 +338,77 @@ cdef inline void gather(const Table* table, Py_ssize_t g, Py_ssize_t c, Py_ssize
             values[i] = entry(table, g, c + i, default)
 
 
+cdef inline void first_values(const real* x, Py_ssize_t stride, Py_ssize_t count,
+                              double* values) noexcept nogil:
+    """The values of some channels at one place."""
+    cdef Py_ssize_t i
+    if stride == 1:
+        for i in range(count):
+            values[i] = x[i]
+    else:
+        for i in range(count):
+            values[i] = x[i * stride]
+
+
+cdef void set_shift(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    """What is subtracted before summing: each channel's first value, or its given mean."""
+    cdef Py_ssize_t c, count, end = channels_of_run(t, c1)
+    cdef double* shift = t.shift + g * t.pitch
+    cdef double* unit = t.unit + g * t.pitch
+    cdef double[16] values
+    for c in range(c0, c1):
+        unit[c] = 1
+    for c in range(c0, end, 16):
+        count = min(16, end - c)
+        if t.reduce == MOMENTS:
+            first_values(at(&t.x, g, 0, c), t.x.c, count, values)
+        else:
+            gather(&t.mean, g, c, count, 0, values)
+        store_doubles(shift + c, values, count)
+    for c in range(t.channels, t.C if t.fold > 1 else 0):
+        shift[c] = shift[c - t.channels]
+
+
+cdef inline bint is_doubtful(const Task* t, Py_ssize_t g, Py_ssize_t c,
+                             double per_value) noexcept nogil:
+    """Whether the shift was too far from the mean, or the squares too large, for the sums."""
+    cdef double m = t.total[g * 2 * t.pitch + c]
+    cdef double square = t.total[(g * 2 + 1) * t.pitch + c]
+    # The mean of d*d is (1 + (m/s)**2) variances: beyond 16 deviations digits go missing.
+    cdef bint fits = is_finite(square) & (m * (m * per_value) * (257 / 256.) <= square)
+    return is_finite(m) & (not fits)
+
+
+cdef void sum_again(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    """Sum the doubtful channels about the mean just found; the others come out as they were."""
+    cdef Py_ssize_t c, v, j
+    cdef double m, per_value = 1 / t.count
+    cdef bint any_doubtful = False
+    for c in range(c0, channels_of_run(t, c1)):
+        any_doubtful |= is_doubtful(t, g, c, per_value)
+    if not any_doubtful:
+        return
+    for c in range(c0, channels_of_run(t, c1)):
+        if is_doubtful(t, g, c, per_value):
+            m = t.total[g * 2 * t.pitch + c] / t.count
+            for v in range(t.fold):
+                t.shift[g * t.pitch + v * t.channels + c] += m
+                if not is_finite(t.total[(g * 2 + 1) * t.pitch + c]):
+                    t.unit[g * t.pitch + v * t.channels + c] = ldexp(1, -600)
+    for j in range(t.chunks):
+        reduce_chunk(t, g, c0, c1, j)
+    merge(t, g, c0, c1)
+
+
 cdef inline void store_rounded(real* row, const double* values, Py_ssize_t count) noexcept nogil:
     cdef real[16] rounded
     cdef Py_ssize_t i
     for i in range(16):
         rounded[i] = <real> values[i]
-    memcpy(row, rounded, count * sizeof(real))
+    if count == 16:
+        memcpy(row, rounded, 16 * sizeof(real))
+    else:
+        memcpy(row, rounded, count * sizeof(real))
 
 
 cdef void finish_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
@@ -398,8 +430,8 @@ cdef void finish_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t 
             mean[i] = shift[i] + m * unit[i]
             m = var[i] / t.count - m * m
             var[i] = choose(m < 0, 0, m) * unit[i] * unit[i]
-        memcpy(t.first + g * t.channels + c, mean, count * sizeof(double))
-        memcpy(t.second + g * t.channels + c, var, count * sizeof(double))
+        store_doubles(t.first + g * t.channels + c, mean, count)
+        store_doubles(t.second + g * t.channels + c, var, count)
 
 
 cdef inline void invert_deviations(double* var, Py_ssize_t count, double eps) noexcept nogil:
@@ -479,8 +511,8 @@ cdef inline void sums_to_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c, Py
         k.a[i] *= k.rstd[i]
         k.b[i] = -k.a[i] * (dgamma[i] / t.count)
         k.dy_mean[i] = dbeta[i] / t.count
-    memcpy(t.first + g * t.channels + c, dgamma, count * sizeof(double))
-    memcpy(t.second + g * t.channels + c, dbeta, count * sizeof(double))
+    store_doubles(t.first + g * t.channels + c, dgamma, count)
+    store_doubles(t.second + g * t.channels + c, dbeta, count)
 
 
 cdef void finish_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
@@ -522,8 +554,8 @@ cdef inline void pack_gradient(real* row, Py_ssize_t pitch, Py_ssize_t count,
         far[i] = half_way(k.a[i])
     for i in range(16):
         # b*xhat is ((x - mean)*near)*b': `near` goes half of b's way, so that all stays in range.
-        half = sqrt(fabs(k.b[i]))
-        wanted = k.rstd[i] * choose(half != 0, half, 1)
+        half = rough_root(k.b[i])
+        wanted = k.rstd[i] * choose(k.b[i] != 0, half, 1)
         most = 1e36 / fabs(k.mean[i])
         near[i] = power_of_two(choose(wanted < most, wanted, most))
     for i in range(16):
@@ -885,9 +917,10 @@ cdef void run_split(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
         finish(t, k.g, k.c0, k.c1)
     if t.map != NO_MAP:
         team_barrier()
-        for u in range(last - 1, first - 1, -1):
-            k = block(t, u % blocks)
-            map_chunk(t, k.g, k.c0, k.c1, u // blocks, 0)
+        for u in range(first, last):
+            b = u if t.reduce == NO_REDUCE else first + last - 1 - u
+            k = block(t, b % blocks)
+            map_chunk(t, k.g, k.c0, k.c1, b // blocks, 0)
 
 
 cdef void work(Task* t, int thread, int team) noexcept nogil:

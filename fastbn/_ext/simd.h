@@ -342,10 +342,19 @@ INLINE double power_of_two(double a) {
     power = choose(power > 0x1p127, 0x1p127, power);
     return choose((a != 0) & is_finite(a), power, 1);
 }
+/* A number within a factor of two of sqrt(|a|), by halving the exponent; some power for 0. */
+INLINE double rough_root(double a) {
+    uint64_t bits;
+    memcpy(&bits, &a, sizeof bits);
+    bits = ((bits & INT64_MAX) >> 1) + (UINT64_C(1023) << 51);
+    memcpy(&a, &bits, sizeof a);
+    return a;
+}
 /* 1 where float32 takes |a| in its stride; else a power of two near its square root. */
 INLINE double half_way(double a) {
-    double power = power_of_two(sqrt(fabs(a)));
-    return choose((fabs(a) > 1e-18) & (fabs(a) < 1e18), 1, power);
+    double power = power_of_two(rough_root(a));
+    int usual = (fabs(a) > 1e-18) & (fabs(a) < 1e18);
+    return choose(usual | !is_finite(a) | (a == 0), 1, power);
 }
 /* 1 / a for a power of two: the exponent mirrored about 0. */
 INLINE double inverse_of_power(double a) {

@@ -37,7 +37,7 @@ from llvmlite import ir
 from numba import prange, types
 from numba.core import extending
 
-from fastbn._caches import SERIAL_BELOW, STREAM_FROM
+from fastbn._caches import SERIAL_BELOW, STREAM_MAPS, STREAM_PLANES
 from fastbn.backends.base import (
     Affine,
     Array,
@@ -1064,14 +1064,14 @@ class _Planes:
 
     def normalize(self, x: Array, lines: Table, out: Array) -> None:
         """The second pass of the forward trip."""
-        stream = _streams(self.row, 2 * STREAM_FROM, out, x)
+        stream = _streams(self.row, STREAM_MAPS, out, x)
         views = _strided(x), _strided(out)
         _planes_normalize(self.threads, *views, self.plan, lines, stream, self.element)
 
     def input_gradient(self, dy: Array, x: Array | None, lines: Table, out: Array) -> None:
         """The second pass of the backward trip."""
         with_x, x = x is not None, dy if x is None else x
-        stream = _streams(self.row, 2 * STREAM_FROM, out, dy, x)
+        stream = _streams(self.row, STREAM_MAPS, out, dy, x)
         views = _strided(dy), _strided(x), _strided(out)
         _planes_input_gradient(self.threads, *views, self.plan, lines, with_x, stream, self.element)
 
@@ -1081,7 +1081,7 @@ class _Planes:
         """The forward trip."""
         table, lines = np.empty((4, gamma.size)), np.empty((4, gamma.size))
         table[0], table[1] = gamma.ravel(), beta.ravel()
-        stream = _streams(self.row, STREAM_FROM, out, x)
+        stream = _streams(self.row, STREAM_PLANES, out, x)
         views = _strided(x), _strided(out)
         _planes_forward(self.threads, *views, self.plan, eps, table, lines, stream, self.element)
         return table[2].reshape(gamma.shape), table[3].reshape(gamma.shape)
@@ -1092,7 +1092,7 @@ class _Planes:
         """The backward trip."""
         table, lines = np.empty((3, gamma.size)), np.empty((5, gamma.size))
         table[0], lines[3], lines[4] = gamma.ravel(), mean.ravel(), rstd.ravel()
-        stream = _streams(self.row, STREAM_FROM, out, dy, x)
+        stream = _streams(self.row, STREAM_PLANES, out, dy, x)
         views = _strided(dy), _strided(x), _strided(out)
         _planes_backward(
             self.threads, *views, self.plan, frozen, table, lines, stream, self.element
@@ -1139,7 +1139,7 @@ class _Rows:
     def normalize(self, x: Array, lines: Table, out: Array) -> None:
         """The second pass of the forward trip."""
         tables, x, target = self._columns(lines), self._source(x), self._target(out)
-        stream = _streams(self.plan.width * x.itemsize, 2 * STREAM_FROM, target, x)
+        stream = _streams(self.plan.width * x.itemsize, STREAM_MAPS, target, x)
         plan = self.plan, tables.ctypes.data, stream
         _rows_normalize(self.threads, self._strided(x), self._strided(target), *plan, self.element)
         if target is not out:
@@ -1149,7 +1149,7 @@ class _Rows:
         """The second pass of the backward trip."""
         tables, dy, target = self._columns(lines), self._source(dy), self._target(out)
         with_x, x = x is not None, dy if x is None else self._source(x)
-        stream = _streams(self.plan.width * x.itemsize, 2 * STREAM_FROM, target, dy, x)
+        stream = _streams(self.plan.width * x.itemsize, STREAM_MAPS, target, dy, x)
         views = self._strided(dy), self._strided(x), self._strided(target)
         plan = self.plan, tables.ctypes.data, with_x, stream
         _rows_input_gradient(self.threads, *views, *plan, self.element)
