@@ -18,7 +18,7 @@ from libc.math cimport isfinite
 from libc.string cimport memset
 
 from fastbn._ext.task cimport (
-    AFFINE, AHEAD, GRADIENT_MOMENTS, INPUT_GRADIENT, JOINED, MOMENTS, NO_MAP, NO_REDUCE, PACKED,
+    AFFINE, AHEAD, GRADIENT_MOMENTS, INPUT_GRADIENT, MOMENTS, NO_MAP, NO_REDUCE, PACKED,
     Map, Operand, Reduce, Run, Table, Task,
 )
 
@@ -141,10 +141,10 @@ cdef void schedule(Task* t, int threads, Py_ssize_t itemsize) noexcept nogil:
     cdef Py_ssize_t column = max((t.N + (t.tail > 0)) * t.S * itemsize * inputs, 1)
     cdef Py_ssize_t channels = t.G * t.C, block
     cdef Py_ssize_t row = (t.C if t.inside else t.S) * itemsize
-    # Past the caches go whole lines only; rows of a few lines would mostly be ends. Short planes
-    # are joined where they follow each other.
+    # Past the caches go whole lines only; rows of a few lines would mostly be ends. Planes that
+    # follow each other are joined.
     t.stream = t.map != NO_MAP and total >= streams_from(t)
-    t.joined = t.stream and not t.inside and t.S <= JOINED and t.out.c == t.S
+    t.joined = t.stream and not t.inside and t.pieces == 1 and t.out.c == t.S
     t.stream = t.stream and (t.joined or row % LINE == 0 or row >= 1024)
     t.planes_ahead = 0 if t.inside or t.S > 4 * AHEAD else AHEAD // t.S + 1
     t.threads = min(<Py_ssize_t> threads, max(1, 2 * total // tuning.serial_below - 1))

@@ -29,7 +29,7 @@ from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy, memset
 
 from fastbn._ext.task cimport (
-    AFFINE, AHEAD, GRADIENT_MOMENTS, INPUT_GRADIENT, JOINED, MOMENTS, NO_MAP, NO_REDUCE, PACKED,
+    AFFINE, AHEAD, GRADIENT_MOMENTS, INPUT_GRADIENT, MOMENTS, NO_MAP, NO_REDUCE, PACKED,
     Operand, Table, Task,
 )
 
@@ -633,95 +633,114 @@ cdef inline void put(real* out, vec y, bint stream) noexcept nogil:
         vstore(out, y)
 
 
+cdef struct Line:
+    # The line of a streamed run that is not full yet: what waits, after what is not the run's own.
+    real[32] values
+    Py_ssize_t foreign, waiting
+
+
+cdef inline void begin_run(Line* line, const real* out) noexcept nogil:
+    line.foreign = -unaligned(out, 16) & 15
+    line.waiting = line.foreign
+
+
+cdef inline void end_run(Line* line, real* end) noexcept nogil:
+    cdef Py_ssize_t own = line.waiting - line.foreign
+    if own > 0:
+        vstore_part(end - own, vload(line.values + line.foreign), own)
+
+
+cdef inline void fill_line(Line* line, real* out, vec y, Py_ssize_t n) noexcept nogil:
+    """The next n values of the run, no more than the line takes; they belong at `out`."""
+    vstore(line.values + line.waiting, y)
+    line.waiting += n
+    out += n
+    if line.waiting < 16:
+        return
+    if line.foreign > 0:
+        end_run(line, out)
+    else:
+        vstream(out - 16, vload(line.values))
+    line.foreign = line.waiting = 0
+
+
 cdef void affine_plane(const real* x, real* out, Py_ssize_t n, const real* row, Py_ssize_t pitch,
-                       bint stream, Py_ssize_t ahead) noexcept nogil:
+                       bint stream, Line* line, Py_ssize_t ahead) noexcept nogil:
     """n contiguous values of one channel, whose coefficients stand `pitch` apart; meanwhile those
     `ahead` of x are fetched."""
     cdef Coefficients k
-    cdef Py_ssize_t i, s = unaligned(out, n) if stream else 0
+    cdef Py_ssize_t s = 0
     vsplat_each(k.k, row, pitch, 4)
-    if s > 0:
-        vstore_part(out, affine(vload_part(x, s), &k), s)
+    if stream and line.waiting > 0:
+        s = min(16 - line.waiting, n)
+        fill_line(line, out, affine(vload_part(x, s), &k), s)
     while s + 16 <= n:
         prefetch(x + s + ahead)
         put(out + s, affine(vload(x + s), &k), stream)
         s += 16
-    if s < n:
+    if s == n:
+        return
+    if stream:
+        fill_line(line, out + s, affine(vload_part(x + s, n - s), &k), n - s)
+    else:
         vstore_part(out + s, affine(vload_part(x + s, n - s), &k), n - s)
 
 
 cdef void gradient_plane(const real* dy, const real* x, real* out, Py_ssize_t n, const real* row,
-                         Py_ssize_t pitch, bint stream, Py_ssize_t dy_ahead,
+                         Py_ssize_t pitch, bint stream, Line* line, Py_ssize_t dy_ahead,
                          Py_ssize_t x_ahead) noexcept nogil:
     """n contiguous values of one channel, whose coefficients stand `pitch` apart; meanwhile those
     ahead of dy and x are fetched."""
     cdef Coefficients k
-    cdef Py_ssize_t i, s = unaligned(out, n) if stream else 0
+    cdef Py_ssize_t s = 0
+    cdef vec y
     vsplat_each(k.k, row, pitch, PACKED)
-    if s > 0:
-        vstore_part(out, gradient(vload_part(dy, s), vload_part(x, s), &k), s)
+    if stream and line.waiting > 0:
+        s = min(16 - line.waiting, n)
+        fill_line(line, out, gradient(vload_part(dy, s), vload_part(x, s), &k), s)
     while s + 16 <= n:
         prefetch(dy + s + dy_ahead)
         prefetch(x + s + x_ahead)
         put(out + s, gradient(vload(dy + s), vload(x + s), &k), stream)
         s += 16
-    if s < n:
-        i = n - s
-        vstore_part(out + s, gradient(vload_part(dy + s, i), vload_part(x + s, i), &k), i)
+    if s == n:
+        return
+    y = gradient(vload_part(dy + s, n - s), vload_part(x + s, n - s), &k)
+    if stream:
+        fill_line(line, out + s, y, n - s)
+    else:
+        vstore_part(out + s, y, n - s)
 
 
 cdef inline void map_plane(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s0,
-                           Py_ssize_t s1, real* out, bint stream, Py_ssize_t ahead) noexcept nogil:
-    """Values s0 to s1 of one plane to `out`, while those of the channels `ahead` are fetched."""
+                           Py_ssize_t s1, Line* line, Py_ssize_t ahead) noexcept nogil:
+    """Values s0 to s1 of one plane, while those of the channels `ahead` are fetched."""
     cdef const real* row = packed(t, g) + c
     cdef const real* source = at(&t.source, g, n, c) + s0
+    cdef real* out = <real*> at(&t.out, g, n, c) + s0
     if t.map == AFFINE:
-        affine_plane(source, out, s1 - s0, row, t.pitch, stream, ahead * t.source.c)
+        affine_plane(source, out, s1 - s0, row, t.pitch, t.stream, line, ahead * t.source.c)
     else:
-        gradient_plane(at(&t.dy, g, n, c) + s0, source, out, s1 - s0, row, t.pitch, stream,
-                       ahead * t.dy.c, ahead * t.source.c)
-
-
-cdef Py_ssize_t send(real* out, const real* values, Py_ssize_t n) noexcept nogil:
-    """Stream the whole lines of n values, and store what lies before them; gives how many went."""
-    cdef Py_ssize_t s = unaligned(out, n)
-    if s > 0:
-        vstore_part(out, vload(values), s)
-    while s + 16 <= n:
-        vstream(out + s, vload(values + s))
-        s += 16
-    return s
-
-
-cdef void map_joined(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t c0, Py_ssize_t c1,
-                     Py_ssize_t ahead) noexcept nogil:
-    """Short planes of channels [c0, c1), one behind the other: streamed as one run of lines."""
-    cdef real[2 * JOINED + 16] values
-    cdef Py_ssize_t c, sent, waiting = 0
-    cdef real* out = <real*> at(&t.out, g, n, c0)
-    for c in range(c0, c1):
-        map_plane(t, g, n, c, 0, t.S, values + waiting, False, ahead)
-        waiting += t.S
-        if waiting >= JOINED or c + 1 == c1:
-            sent = send(out, values, waiting)
-            out += sent
-            waiting -= sent
-            vstore(values, vload(values + sent))
-    if waiting > 0:
-        vstore_part(out, vload(values), waiting)
+        gradient_plane(at(&t.dy, g, n, c) + s0, source, out, s1 - s0, row, t.pitch, t.stream,
+                       line, ahead * t.dy.c, ahead * t.source.c)
 
 
 cdef void map_outside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t j,
                       Py_ssize_t ahead) noexcept nogil:
-    """Chunk j of channels [c0, c1), while that of the channels `ahead` is fetched."""
+    """Chunk j of channels [c0, c1), while that of the channels `ahead` is fetched.
+
+    Planes that follow each other are streamed as one run, or what they share lines with.
+    """
     cdef Chunk k = chunk(t, j)
     cdef Py_ssize_t n, c
+    cdef Line line
     for n in range(k.n0, k.n1):
-        if t.joined:
-            map_joined(t, g, n, c0, c1, ahead)
-            continue
         for c in range(c0, c1):
-            map_plane(t, g, n, c, k.s0, k.s1, <real*> at(&t.out, g, n, c) + k.s0, t.stream, ahead)
+            if t.stream and (c == c0 or not t.joined):
+                begin_run(&line, at(&t.out, g, n, c) + k.s0)
+            map_plane(t, g, n, c, k.s0, k.s1, &line, ahead)
+            if t.stream and (c + 1 == c1 or not t.joined):
+                end_run(&line, <real*> at(&t.out, g, n, c) + k.s1)
 
 
 cdef void affine_part(const real* x, Py_ssize_t x_stride, real* out, Py_ssize_t stride,

@@ -63,4 +63,3 @@ ctypedef void (*Run)(Task*) noexcept nogil
 cdef enum:
     PACKED = 8          # the most coefficients that a map has
     AHEAD = 4096        # elements from a value to the one fetched meanwhile: 16 or 32 KiB
-    JOINED = 1024       # elements: planes up to this long are streamed several at a time
