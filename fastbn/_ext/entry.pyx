@@ -143,15 +143,17 @@ cdef void schedule(Task* t, int threads, Py_ssize_t itemsize) noexcept nogil:
     cdef Py_ssize_t row = (t.C if t.inside else t.S) * itemsize
     # Past the caches go whole lines only; rows of a few lines would mostly be ends. Planes that
     # follow each other are joined.
-    t.stream = t.map != NO_MAP and total >= streams_from(t)
+    t.large = total >= streams_from(t)
+    t.stream = t.large and t.map != NO_MAP
     t.joined = t.stream and not t.inside and t.pieces == 1 and t.out.c == t.S
     t.stream = t.stream and (t.joined or row % LINE == 0 or row >= 1024)
     t.planes_ahead = 0 if t.inside or t.S > 4 * AHEAD else AHEAD // t.S + 1
     t.threads = min(<Py_ssize_t> threads, max(1, 2 * total // tuning.serial_below - 1))
     if t.reduce == NO_REDUCE or t.inside:
-        # In the order of memory: planes side by side, or rows, a stretch whose tables stay in L1.
+        # In the order of memory: planes side by side, or rows, of which stretches have their
+        # tables in L1, but memory wants long ones.
         t.split = True
-        block = t.C if t.reduce == NO_REDUCE else 1024 // inputs
+        block = t.C if t.reduce == NO_REDUCE else 4096 if t.large else 1024 // inputs
     else:
         t.split = 10 * channels < 9 * ceil_div(channels, t.threads) * t.threads
         block = 1 if t.split else tuning.l2 // 4 // column
@@ -161,10 +163,11 @@ cdef void schedule(Task* t, int threads, Py_ssize_t itemsize) noexcept nogil:
         t.threads = 1
     # Whoever is free takes the next block; small arrays are worked on where they were last time.
     t.shared = not t.split and total > t.threads * tuning.l2
-    set_block(t, block)
+    t.block = even_block(t, block)
+    t.map_block = even_block(t, t.C)
 
 
-cdef void set_block(Task* t, Py_ssize_t most) noexcept nogil:
+cdef Py_ssize_t even_block(Task* t, Py_ssize_t most) noexcept nogil:
     """Columns or channels in a block: about so many at most, and the same work for all threads."""
     cdef Py_ssize_t units = t.G * (t.chunks if t.split else 1)
     cdef Py_ssize_t whole = 16 if t.inside else 1   # vectors are not divided
@@ -172,8 +175,9 @@ cdef void set_block(Task* t, Py_ssize_t most) noexcept nogil:
                                  ceil_div(t.C, max(most, whole)))
     if not t.split:
         blocks = ceil_div(blocks, t.threads) * t.threads
-    t.block = ceil_div(ceil_div(t.C, blocks), whole) * whole
-    t.block = t.C if t.fold > 1 else min(t.block, t.C)
+    if t.fold > 1:
+        return t.C
+    return min(ceil_div(ceil_div(t.C, blocks), whole) * whole, t.C)
 
 
 cdef char* take(char** free, Py_ssize_t size) noexcept nogil:

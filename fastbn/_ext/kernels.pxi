@@ -18,9 +18,9 @@
 #    (beta - lo * scale) keeps what one multiply-add of x would lose. Powers of two (`near`, `far`)
 #    keep extreme scales in the range of float32; multiplying by them is exact.
 # 5. A trip over planes runs both passes on one block of channels, the second walk in reverse, so
-#    that it starts on what the cache still holds. Rows are walked whole, in the order of memory, by
-#    all threads together, which meet between the passes; so are planes where single blocks would
-#    leave threads idle (few channels). Elementwise work alone goes forward: it has seen nothing.
+#    that it starts on what the cache still holds. Rows are walked in the order of memory, by all
+#    threads together, which meet between the passes; so are planes where single blocks would leave
+#    threads idle (few channels).
 
 from cython.parallel cimport parallel
 from cpython.pycapsule cimport PyCapsule_New
@@ -248,8 +248,10 @@ cdef void reduce_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c
     cdef Chunk k = chunk(t, j)
     cdef double* sum = sums(t, g, j)
     cdef Py_ssize_t n = k.n0, rows, padded = (c1 - c0 + 15) // 16 * 16
-    # A vector of sums is fetched once for so many rows; AHEAD values are in whole steps of them.
-    cdef Py_ssize_t together = max(4, 1024 // padded)
+    # Rows share the fetching of sums; but two arrays' rows are many streams for the memory.
+    cdef bint sparing = t.large and t.reduce == GRADIENT_MOMENTS
+    cdef Py_ssize_t together = max(1, 128 // padded) if sparing else max(4, 1024 // padded)
+    # AHEAD values are in whole steps of so many rows.
     cdef Py_ssize_t ahead = (AHEAD // (together * padded) + 1) * together
     memset(sum + c0, 0, padded * sizeof(double))
     memset(sum + t.pitch + c0, 0, padded * sizeof(double))
@@ -843,8 +845,8 @@ cdef void map_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
     """
     cdef Chunk k = chunk(t, j)
     cdef bint whole_lines = t.stream and t.out.n * sizeof(real) % 64 == 0
-    # In the cache narrow rows share the fetching of coefficients; memory wants its own order.
-    cdef Py_ssize_t together = 1 if t.stream else max(1, 1024 // t.C)
+    # Narrow rows share the fetching of coefficients.
+    cdef Py_ssize_t together = max(1, (128 if t.large else 1024) // t.C)
     cdef Py_ssize_t n = k.n0, n1 = k.n1, c = c0, rows
     if whole_lines and c1 - c0 == t.C and is_dense(t) and n1 > n:
         c = unaligned(at(&t.out, g, n, 0), t.C)
@@ -875,17 +877,17 @@ cdef struct Block:
     Py_ssize_t g, c0, c1    # channels [c0, c1) of run g
 
 
-cdef inline Block block(const Task* t, Py_ssize_t b) noexcept nogil:
-    cdef Py_ssize_t per_run = (t.C + t.block - 1) // t.block
+cdef inline Block block(const Task* t, Py_ssize_t b, Py_ssize_t size) noexcept nogil:
+    cdef Py_ssize_t per_run = (t.C + size - 1) // size
     cdef Block k
     k.g = b // per_run
-    k.c0 = b % per_run * t.block
-    k.c1 = min(k.c0 + t.block, t.C)
+    k.c0 = b % per_run * size
+    k.c1 = min(k.c0 + size, t.C)
     return k
 
 
-cdef inline Py_ssize_t count_blocks(const Task* t) noexcept nogil:
-    return t.G * ((t.C + t.block - 1) // t.block)
+cdef inline Py_ssize_t count_blocks(const Task* t, Py_ssize_t size) noexcept nogil:
+    return t.G * ((t.C + size - 1) // size)
 
 
 cdef inline Py_ssize_t next_block(Task* t, Py_ssize_t b, Py_ssize_t end) noexcept nogil:
@@ -897,11 +899,11 @@ cdef void run_blocks(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil
     """Each thread takes a block of channels at a time through the whole trip; the second walk may
     fetch the block that comes after it."""
     cdef Block k
-    cdef Py_ssize_t blocks = count_blocks(t), later, ahead, j
+    cdef Py_ssize_t blocks = count_blocks(t, t.block), later, ahead, j
     cdef Py_ssize_t end = blocks if t.shared else blocks * (thread + 1) // team
     cdef Py_ssize_t b = next_block(t, blocks * thread // team - 1, end)
     while b < end:
-        k = block(t, b)
+        k = block(t, b, t.block)
         if t.reduce != NO_REDUCE:
             set_shift(t, k.g, k.c0, k.c1)
             for j in range(t.chunks):
@@ -917,29 +919,30 @@ cdef void run_blocks(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil
 
 cdef void run_split(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
     """All threads share the chunks of all channels, in the order in which memory has them: unit
-    u is chunk u // blocks of block u % blocks. Each thread walks its own units, then back."""
-    cdef Py_ssize_t blocks = count_blocks(t), units = blocks * t.chunks, u, b
-    cdef Py_ssize_t first = units * thread // team, last = units * (thread + 1) // team
+    u is chunk u // blocks of block u % blocks."""
+    cdef Py_ssize_t blocks = count_blocks(t, t.block), units = blocks * t.chunks, u, b
     cdef Py_ssize_t b0 = blocks * thread // team, b1 = blocks * (thread + 1) // team
     cdef Block k
     if t.reduce != NO_REDUCE:
         for b in range(b0, b1):
-            k = block(t, b)
+            k = block(t, b, t.block)
             set_shift(t, k.g, k.c0, k.c1)
         team_barrier()
-        for u in range(first, last):
-            k = block(t, u % blocks)
+        for u in range(units * thread // team, units * (thread + 1) // team):
+            k = block(t, u % blocks, t.block)
             reduce_chunk(t, k.g, k.c0, k.c1, u // blocks)
         team_barrier()
     for b in range(b0, b1):
-        k = block(t, b)
+        k = block(t, b, t.block)
         finish(t, k.g, k.c0, k.c1)
-    if t.map != NO_MAP:
-        team_barrier()
-        for u in range(first, last):
-            b = u if t.reduce == NO_REDUCE else first + last - 1 - u
-            k = block(t, b % blocks)
-            map_chunk(t, k.g, k.c0, k.c1, b // blocks, 0)
+    if t.map == NO_MAP:
+        return
+    team_barrier()
+    blocks = count_blocks(t, t.map_block)
+    units = blocks * t.chunks
+    for u in range(units * thread // team, units * (thread + 1) // team):
+        k = block(t, u % blocks, t.map_block)
+        map_chunk(t, k.g, k.c0, k.c1, u // blocks, 0)
 
 
 cdef void work(Task* t, int thread, int team) noexcept nogil:

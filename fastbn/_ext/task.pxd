@@ -46,8 +46,9 @@ cdef struct Task:
     # Channels outside: planes from one to the one to be fetched meanwhile; 0: in the same plane.
     Py_ssize_t planes_ahead
     # Order of work, kind of store, size of the team: decided by the machine; no bit depends on it.
-    bint split, shared, stream, joined, lookahead
-    Py_ssize_t block
+    # Blocks are of channels; the map of a split trip has its own. Large: beyond the caches.
+    bint split, shared, large, stream, joined, lookahead
+    Py_ssize_t block, map_block
     int threads
     long next_block
     # Scratch, `pitch` (C rounded up to whole vectors) apart: (G, ...) tables.
@@ -62,4 +63,4 @@ ctypedef void (*Run)(Task*) noexcept nogil
 
 cdef enum:
     PACKED = 8          # the most coefficients that a map has
-    AHEAD = 4096        # elements from a value to the one fetched meanwhile: 16 or 32 KiB
+    AHEAD = 1024        # elements from a value to the one fetched meanwhile: 4 or 8 KiB
