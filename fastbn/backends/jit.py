@@ -124,6 +124,7 @@ def _define(op: Callable[..., Any], instruction: str) -> None:
 _define(operator.add, "fadd")
 _define(operator.sub, "fsub")
 _define(operator.mul, "fmul")
+_define(operator.truediv, "fdiv")
 
 
 def _indices(start: int, count: int) -> ir.Constant:
@@ -168,14 +169,14 @@ def _itemsize(context: Any, element: Any) -> Any:
 
 
 @_intrinsic
-def _rounded(context: Any, value: Any, element: Any) -> Any:
-    """The float64 `value`, rounded to `element`."""
+def _narrow(context: Any, value: Any, element: Any) -> Any:
+    """Float64 lanes, rounded to `element`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = context.cast(builder, args[0], types.float64, element)
-        return context.cast(builder, value, element, types.float64)
+        same = element == types.float64
+        return args[0] if same else builder.fptrunc(args[0], _vector(element))
 
-    return types.float64(types.float64, element), generate
+    return Lanes(element)(_DOUBLES, element), generate
 
 
 @_intrinsic
@@ -415,13 +416,50 @@ def _invoke(
     return types.void(*[types.int64] * 7), generate
 
 
+def _of_doubles(name: str) -> Callable[..., Any]:
+    """One of LLVM's functions on each float64 lane."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = _vector(types.float64)
+        full = f"llvm.{name}.v{LANES}f64"
+        known = builder.module.globals.get(full)
+        kind = ir.FunctionType(lanes, [lanes])
+        return builder.call(known or ir.Function(builder.module, kind, full), args)
+
+    return generate
+
+
 @_intrinsic
-def _cast(context: Any, value: Any) -> Any:
-    """The bits of a float64 as an integer, or the other way round."""
-    result, kind = (
-        (types.int64, _INT64) if value == types.float64 else (types.float64, ir.DoubleType())
-    )
-    return result(value), lambda context, builder, signature, args: builder.bitcast(args[0], kind)
+def _root(context: Any, value: Any) -> Any:
+    return _DOUBLES(_DOUBLES), _of_doubles("sqrt")
+
+
+@_intrinsic
+def _absolute(context: Any, value: Any) -> Any:
+    return _DOUBLES(_DOUBLES), _of_doubles("fabs")
+
+
+@_intrinsic
+def _exponent(context: Any, value: Any) -> Any:
+    """The power of two just below each float64 lane; subnormal ones give 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = ir.VectorType(_INT64, LANES)
+        mask = ir.Constant(bits, [0x7FF << 52] * LANES)
+        power = builder.and_(builder.bitcast(args[0], bits), mask)
+        return builder.bitcast(power, _vector(types.float64))
+
+    return _DOUBLES(_DOUBLES), generate
+
+
+@_intrinsic
+def _if_less(context: Any, a: Any, b: Any, then: Any, other: Any) -> Any:
+    """`then` in the lanes in which a < b, and not NaN; else `other`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered("<", args[0], args[1]), *args[2:])
+
+    return _DOUBLES(*[_DOUBLES] * 4), generate
 
 
 # ---- Compiling -----------------------------------------------------------------------------------
@@ -849,118 +887,151 @@ def _is_doubtful(job: Any, run: int, c0: int, c1: int, work: Table) -> bool:
 
 
 @_inline
-def _power(a: float) -> float:
+def _power(a: Any) -> Any:
     """A power of two near a >= 0, in the range of float32; 1 for 0, infinity and NaN."""
-    power = _cast(_cast(a) & 0x7FF0000000000000)
-    power = 2.0**-126 if power < 2.0**-126 else power
-    power = 2.0**127 if power > 2.0**127 else power
-    return power if 0.0 < a < math.inf else 1.0
+    one, least, most = _spread(1.0), _spread(2.0**-126), _spread(2.0**127)
+    power = _exponent(a)
+    power = _if_less(power, least, least, power)
+    power = _if_less(most, power, most, power)
+    return _if_less(a, _spread(math.inf), _if_less(_spread(0.0), a, power, one), one)
 
 
 @_inline
-def _half_way(a: float) -> float:
-    """1 where float32 takes |a| in its stride; else a power of two near its square root."""
-    power = _power(math.sqrt(abs(a)))
-    return 1.0 if 1e-18 < abs(a) < 1e18 else power
+def _half_way(a: Any) -> Any:
+    """1 where float32 takes a >= 0 in its stride; else a power of two near its square root."""
+    power = _power(_root(a))
+    usual = _if_less(_spread(1e-18), a, _spread(1.0), power)
+    return _if_less(a, _spread(1e18), usual, power)
 
 
 @_inline
-def _saturated(a: float, element: Any) -> float:
+def _saturated(a: Any, element: Any) -> Any:
     """a or, where it is finite, the largest float32 for larger ones: 0 times it stays 0."""
-    if _itemsize(element) == 8 or not abs(a) < math.inf:
+    if _itemsize(element) == 8:
         return a
-    a = -_LARGEST if a < -_LARGEST else a
-    return _LARGEST if a > _LARGEST else a
+    least, most = _spread(-_LARGEST), _spread(_LARGEST)
+    nearest = _if_less(a, least, least, a)
+    nearest = _if_less(most, nearest, most, nearest)
+    return _if_less(_absolute(a), _spread(math.inf), nearest, a)
 
 
 @_inline
-def _product(difference: float, factor: float) -> float:
-    """0 for a difference of 0, whatever the factor."""
-    return difference * factor if difference != 0.0 else 0.0
+def _unless_0(a: Any, then: Any, other: Any) -> Any:
+    """`other` where a is 0."""
+    return _if_less(_absolute(a), _spread(5e-324), other, then)
+
+
+@_inline
+def _lost(a: Any, factor: Any, element: Any) -> Any:
+    """What rounding a to `element` takes off it, times a factor that may be infinite."""
+    low = a - _widen(_narrow(a, element))
+    return _unless_0(low, low * factor, _spread(0.0))
 
 
 @_inline
 def _coefficients(
-    a: float,
-    shift: float,
-    rest: float,
-    b: float,
-    mean: float,
-    rstd: float,
-    both: bool,
-    element: Any,
-) -> tuple[float, float, float, float, float, float, float, float]:
+    a: Any, shift: Any, rest: Any, b: Any, mean: Any, rstd: Any, both: bool, element: Any
+) -> Any:
     """k of (source*k0 - k1)*k2 + k3 = (source - shift)*a + rest, to which `both` adds
     b*xhat = ((x*k4 - k5) - k6)*k7, xhat = (x - mean)*rstd.
 
     Powers of two (k0, k4) keep all in the range of float32. What k1 (and k5, k6) cannot hold of
     the mean goes into k3.
     """
-    far = _half_way(a)
+    far = _half_way(_absolute(a))
     a, shift = a / far, shift * far
-    low = shift - _rounded(shift, element)
-    rest -= _product(low, a)
-    near = high = middle = factor = 0.0
+    rest = rest - _lost(shift, a, element)
+    near = high = middle = factor = _spread(0.0)
     if both:
         # `near` goes half of b's way, so that both factors stay in range.
-        half = math.sqrt(abs(b))
-        wanted = rstd * (half if half != 0.0 else 1.0)
-        most = 1e36 / abs(mean)
-        near = _power(wanted if wanted < most else most)
+        half = _root(_absolute(b))
+        wanted = rstd * _unless_0(half, half, _spread(1.0))
+        most = _spread(1e36) / _absolute(mean)
+        near = _power(_if_less(wanted, most, wanted, most))
         factor, high = b * (rstd / near), mean * near
-        middle = high - _rounded(high, element)
-        rest -= _product(middle - _rounded(middle, element), factor)
+        middle = high - _widen(_narrow(high, element))
+        rest = rest - _lost(middle, factor, element)
     a, factor = _saturated(a, element), _saturated(factor, element)
     return far, shift, a, rest, near, high, middle, factor
 
 
 @_inline
+def _save(address: int, value: Any, count: int) -> None:
+    """Store up to `count` lanes."""
+    if count < LANES:
+        _store_some(address, value, count)
+    else:
+        _store(address, value)
+
+
+@_inline
 def _small_step(job: Any, run: int, c0: int, c1: int, both: bool, element: Any) -> None:
     """What stands between the passes: operation by operation as in `backends.base`."""
-    table, work, sums = _table(job), _work(job), _sums(job)
     again = job.summed != NOTHING
     while again:
-        _merge(job, run, c0, c1, work, sums)
-        again = job.summed == MOMENTS and _is_doubtful(job, run, c0, c1, work)
+        _merge(job, run, c0, c1, _work(job), _sums(job))
+        again = job.summed == MOMENTS and _is_doubtful(job, run, c0, c1, _work(job))
         for index in range(job.chunks if again else 0):
             _invoke(job.sum, job.here, run, c0, c1, index, 0)
-    size = _itemsize(element)
-    pitch = job.pitch * size
-    lines = job.packed + run * 8 * pitch
-    for c in range(c0, min(c1, job.channels)):
-        channel, column = run * job.channels + c, run * job.pitch + c
+    if job.spread > 1 and job.summed == MOMENTS:
+        work, first = _work(job), run * job.pitch
+        for c in range(job.channels):
+            column = first + c * job.spread
+            work[0, first + c], work[1, first + c] = work[0, column], work[1, column]
+    size, n, zero, one = _itemsize(element), _spread(float(job.count)), _spread(0.0), _spread(1.0)
+    pitch, end, step = job.pitch * size, min(c1, job.channels), job.runs * job.channels * 8
+    lines, wide = job.packed + run * 8 * pitch, job.runs * job.pitch * 8
+    for c in range(c0, end, LANES):
+        count = end - c
+        given = job.table + (run * job.channels + c) * 8
+        sums = job.work + 2 * wide + (run * job.pitch + c) * 8
         if job.summed == MOMENTS:
-            shift = work[0, run * job.pitch + c * job.spread]
-            unit = work[1, run * job.pitch + c * job.spread]
-            offset = work[2, column] / job.count
-            var = work[3, column] / job.count - offset * offset
-            table[MEAN, channel] = shift + offset / unit
-            table[VAR, channel] = 0.0 if var < 0.0 else var / unit / unit
-        gamma, beta = table[GAMMA, channel], table[BETA, channel]
-        mean, total = table[MEAN, channel], table[VAR, channel] + job.eps
-        rstd = 1.0 / math.sqrt(total)
-        rstd = rstd if total != 0.0 else 0.0
-        a, shift, rest, b = gamma * rstd, mean, beta, 0.0
+            unit = _values(sums - wide, count, 0.0)
+            offset = _values(sums, count, 0.0) / n
+            var = _values(sums + wide, count, 0.0) / n - offset * offset
+            mean = _values(sums - 2 * wide, count, 0.0) + offset / unit
+            _save(given + MEAN * step, mean, count)
+            _save(given + VAR * step, _if_less(var, zero, zero, var / unit / unit), count)
+        a, beta = _values(given, count, 0.0), _values(given + BETA * step, count, 0.0)
+        mean, var = (
+            _values(given + MEAN * step, count, 0.0),
+            _values(given + VAR * step, count, 0.0),
+        )
+        total = var + _spread(job.eps)
+        rstd = _unless_0(total, one / _root(total), zero)
+        b, shift, rest = beta, mean, beta
+        if both:
+            shift, rest = _values(given + DY_MEAN * step, count, 0.0), zero
+        if both and job.summed == NOTHING:
+            rstd = var
+        else:
+            a = a * rstd
         if job.summed == GRADIENTS:
-            dbeta, dgamma = work[2, column], work[3, column] * rstd
-            table[DBETA, channel], table[DGAMMA, channel] = dbeta, dgamma
-            b, rest = -a * (dgamma / job.count), 0.0
-            shift = dbeta / job.count if both else 0.0
-        elif both:
-            a, b, shift, rstd = gamma, beta, table[DY_MEAN, channel], table[VAR, channel]
-            rest = 0.0
+            dbeta, dgamma = _values(sums, count, 0.0), _values(sums + wide, count, 0.0) * rstd
+            _save(given + DBETA * step, dbeta, count)
+            _save(given + DGAMMA * step, dgamma, count)
+            b, shift, rest = (zero - a) * (dgamma / n), (dbeta / n if both else zero), zero
         if job.written != NOTHING:
             k = _coefficients(a, shift, rest, b, mean, rstd, both, element)
             for i in range(8):
-                for copy in range(job.spread):
-                    _set_value(lines + i * pitch + (c * job.spread + copy) * size, k[i], element)
-    # Once more for each sample in a row, and behind the end for vectors that go round it.
+                _save(lines + i * pitch + c * size, _narrow(k[i], element), count)
     if job.inside and c0 == 0 and job.written != NOTHING:
-        period = job.channels * job.spread
-        for i in range(8):
-            for column in range(period, job.columns + LANES):
-                at = lines + i * pitch + column * size
-                _set_value(at, _value(at - period * size, element), element)
+        _repeat(job, lines, element)
+
+
+@_inline
+def _repeat(job: Any, lines: int, element: Any) -> None:
+    """Coefficients for all values of a tiny plane, then for each sample in a row, and behind the
+    end for vectors that go round it."""
+    size, period = _itemsize(element), job.channels * job.spread
+    for i in range(8):
+        line = lines + i * job.pitch * size
+        for column in range(period - 1 if job.spread > 1 else 0, 0, -1):
+            value = _value(line + column // job.spread * size, element)
+            _set_value(line + column * size, value, element)
+        for column in range(period, job.columns + LANES):
+            value = _value(line + (column - period) * size, element)
+            _set_value(line + column * size, value, element)
 
 
 # ---- Maps ----------------------------------------------------------------------------------------
@@ -1073,15 +1144,17 @@ def _map_few(
     size = _itemsize(element)
     lines = job.packed + (run * 8 * job.pitch + c) * size
     p, q, target = _at(job.dy, run, n, c), _at(job.x, run, n, c), _at(job.out, run, n, c)
-    head, s = _head(target, width, job.stream, size), 0
-    while s < width:
-        span, step = head - s if s < head else width - s, s * size
-        at = (p + step, q + step, target + step)
-        if span >= LANES:
-            _map_columns(job, at, rows, LANES, lines + step, job.stream, both, element)
-        else:
-            _map_columns(job, at, rows, span, lines + step, 0, both, element)
-        s += min(span, LANES)
+    head = _head(target, width, job.stream, size)
+    if head > 0:
+        _map_columns(job, (p, q, target), rows, head, lines, 0, both, element)
+    whole = (head + (width - head) // LANES * LANES) * size
+    for s in range(head * size, whole, LANES * size):
+        at = (p + s, q + s, target + s)
+        _map_columns(job, at, rows, LANES, lines + s, job.stream, both, element)
+    rest = width - whole // size
+    if rest > 0:
+        at = (p + whole, q + whole, target + whole)
+        _map_columns(job, at, rows, rest, lines + whole, 0, both, element)
 
 
 @_inline
