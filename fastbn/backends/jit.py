@@ -51,7 +51,8 @@ LANES = 16
 CHUNK = 16384
 """Values of a channel whose sums are kept apart before they are added."""
 SUMMED = 8
-"""Rows of channels that are summed together, so that their sums stay in registers meanwhile."""
+"""Rows that are summed together, so that sums stay in registers meanwhile, of all operands: where
+rows lie a power of two apart, the first cache keeps no more lines."""
 FOLD_BELOW = 64
 """Columns; narrower rows are taken several at a time,"""
 MANY = 1 << 16
@@ -796,10 +797,11 @@ def _sum_rows(
     for c in range(0, (c1 - c0) * 8, LANES * 8):
         _store(sums + c, _spread(0.0))
         _store(sums + pitch + c, _spread(0.0))
-    ahead = (AHEAD // (SUMMED * (c1 - c0)) + 1) * SUMMED
+    few = SUMMED // 2 if with_dy else SUMMED
+    ahead = (AHEAD // (few * (c1 - c0)) + 1) * few
     n, end = n0, job.rows + 1 if job.rest and n1 == job.rows else n1
     while n < end:
-        rows, width = min(SUMMED, n1 - n), c1 - c0
+        rows, width = min(few, n1 - n), c1 - c0
         if n == job.rows:
             rows, width = 1, min(c1, job.rest) - c0
         for c in range(0, width, LANES):
@@ -847,40 +849,46 @@ def _set_shifts(job: Any, run: int, c0: int, c1: int, element: Any) -> None:
 
 
 @_inline
-def _merge(job: Any, run: int, c0: int, c1: int, work: Table, sums: Table) -> None:
-    """The sums of chunks added in order, then those of the columns of a channel."""
-    start, stop = run * job.pitch + c0, run * job.pitch + c1
-    for kind in range(2):
-        total = work[2 + kind]
-        for column in range(start, stop):
-            total[column] = 0.0
-        for index in range(job.chunks):
-            part = sums[index, kind]
-            for column in range(start, stop):
-                total[column] += part[column]
-        if job.columns > job.channels:
-            for c in range(job.channels):
-                merged = 0.0
-                for copy in range(job.fold):
-                    first = start + (copy * job.channels + c) * job.spread
-                    for column in range(first, first + job.spread):
-                        merged += total[column]
-                total[start + c] = merged
+def _save(address: int, value: Any, count: int) -> None:
+    """Store up to `count` lanes."""
+    if count < LANES:
+        _store_some(address, value, count)
+    else:
+        _store(address, value)
 
 
 @_inline
-def _is_doubtful(job: Any, run: int, c0: int, c1: int, work: Table) -> bool:
+def _merge(job: Any, run: int, c0: int, c1: int) -> None:
+    """The sums of chunks added in order, then those of the columns of a channel."""
+    work, row = _work(job), job.runs * job.pitch * 8
+    for kind in range(2):
+        for c in range(c0, c1, LANES):
+            offset, total = kind * row + (run * job.pitch + c) * 8, _spread(0.0)
+            for index in range(job.chunks):
+                total = total + _values(job.sums + index * 2 * row + offset, c1 - c, 0.0)
+            _save(job.work + 2 * row + offset, total, c1 - c)
+        for c in range(job.channels if job.columns > job.channels else 0):
+            merged = 0.0
+            for copy in range(job.fold):
+                first = run * job.pitch + (copy * job.channels + c) * job.spread
+                for column in range(first, first + job.spread):
+                    merged += work[2 + kind, column]
+            work[2 + kind, run * job.pitch + c] = merged
+
+
+@_inline
+def _is_doubtful(job: Any, run: int, c0: int, c1: int) -> bool:
     """Whether a channel's shift was far out, or its squares overflowed. Then its shift becomes the
     mean just found; the sums of the others will come out as they were."""
-    again = False
+    work, again, per_value = _work(job), False, 1.0 / job.count
     for c in range(c0, min(c1, job.channels)):
-        offset = work[2, run * job.pitch + c] / job.count
-        square = work[3, run * job.pitch + c] / job.count
-        fits = offset * offset * (257.0 / 256.0) <= square and math.isfinite(square)
-        if math.isfinite(offset) and not fits:
+        total, square = work[2, run * job.pitch + c], work[3, run * job.pitch + c]
+        # The mean of d * d is (1 + (mean / s)**2) variances: beyond 16 deviations digits get lost.
+        fits = total * (total * per_value) * (257.0 / 256.0) <= square < math.inf
+        if not fits and math.isfinite(total):
             again = True
             column = run * job.pitch + c * job.spread
-            _set_columns(job, work, 0, run, c, work[0, column] + offset)
+            _set_columns(job, work, 0, run, c, work[0, column] + total / job.count)
             if not math.isfinite(square):
                 _set_columns(job, work, 1, run, c, 2.0**-600)
     return again
@@ -956,23 +964,14 @@ def _coefficients(
 
 
 @_inline
-def _save(address: int, value: Any, count: int) -> None:
-    """Store up to `count` lanes."""
-    if count < LANES:
-        _store_some(address, value, count)
-    else:
-        _store(address, value)
-
-
-@_inline
 def _small_step(job: Any, run: int, c0: int, c1: int, both: bool, element: Any) -> None:
     """What stands between the passes: operation by operation as in `backends.base`."""
-    again = job.summed != NOTHING
-    while again:
-        _merge(job, run, c0, c1, _work(job), _sums(job))
-        again = job.summed == MOMENTS and _is_doubtful(job, run, c0, c1, _work(job))
-        for index in range(job.chunks if again else 0):
+    if job.summed != NOTHING:
+        _merge(job, run, c0, c1)
+    if job.summed == MOMENTS and _is_doubtful(job, run, c0, c1):
+        for index in range(job.chunks):
             _invoke(job.sum, job.here, run, c0, c1, index, 0)
+        _merge(job, run, c0, c1)
     if job.spread > 1 and job.summed == MOMENTS:
         work, first = _work(job), run * job.pitch
         for c in range(job.channels):
@@ -1150,7 +1149,14 @@ def _map_few(
     whole = (head + (width - head) // LANES * LANES) * size
     for s in range(head * size, whole, LANES * size):
         at = (p + s, q + s, target + s)
-        _map_columns(job, at, rows, LANES, lines + s, job.stream, both, element)
+        if rows == 1:  # a loop over rows would be unrolled, and cost more than it does
+            k = _eight(lines + s, job.pitch * size, None, element)
+            _prefetch(p + s + AHEAD * 2)
+            if both:
+                _prefetch(q + s + AHEAD * 2)
+            _put(target + s, _result(p + s, q + s, LANES, k, both, element), job.stream)
+        else:
+            _map_columns(job, at, rows, LANES, lines + s, job.stream, both, element)
     rest = width - whole // size
     if rest > 0:
         at = (p + whole, q + whole, target + whole)
