@@ -1404,8 +1404,10 @@ def _plain_view(a: Any, layout: Any) -> Array | None:
 
 def _plain_vectors(channels: int, *vectors: Any) -> bool:
     """Whether each is one value a channel."""
-    shape = (channels,)
-    return all(type(v) is np.ndarray and v.shape == shape and v.dtype in _DTYPES for v in vectors)
+    for v in vectors:
+        if type(v) is not np.ndarray or v.shape != (channels,) or v.dtype not in _DTYPES:
+            return False
+    return True
 
 
 def _plain_like(a: Any, x: Array) -> bool:
@@ -1543,18 +1545,8 @@ class NumbaBackend(Backend):
         mean, var = self.forward(view, scale, shift, eps, y.reshape(view.shape), threads)
         return y, mean[0], var[0]
 
-    def _plain_normalize(
-        self,
-        x: Any,
-        mean: Any,
-        var: Any,
-        gamma: Any,
-        beta: Any,
-        eps: Any,
-        layout: Any,
-        out: Any,
-        threads: int,
-    ) -> Array | None:
+    def _plain_normalize(self, *arguments: Any) -> Array | None:
+        x, mean, var, gamma, beta, eps, layout, out, threads = arguments
         view, vectors = _plain_view(x, layout), [mean, var, *_given(gamma, beta)]
         if view is None or not _plain_eps(eps) or not _plain_vectors(view.shape[2], *vectors):
             return None
@@ -1567,20 +1559,8 @@ class NumbaBackend(Backend):
         self.normalize(view, affine, y.reshape(view.shape), threads)
         return y
 
-    def _plain_backward(
-        self,
-        dy: Any,
-        x: Any,
-        mean: Any,
-        var: Any,
-        gamma: Any,
-        eps: Any,
-        layout: Any,
-        params: Any,
-        frozen: bool,
-        out: Any,
-        threads: int,
-    ) -> tuple[Array, Array | None, Array | None] | None:
+    def _plain_backward(self, *arguments: Any) -> tuple[Array, Array | None, Array | None] | None:
+        dy, x, mean, var, gamma, eps, layout, params, frozen, out, threads = arguments
         view, vectors = _plain_view(dy, layout), [mean, var, *_given(gamma)]
         if view is None or not _plain_eps(eps) or not _plain_vectors(view.shape[2], *vectors):
             return None
