@@ -65,7 +65,7 @@ JOINED = 1024
 """Values: planes up to this size are streamed several at a time."""
 STREAMED_ROW = 1 << 10
 """Bytes from which a row's unaligned ends do not matter to streaming."""
-FEW = 192
+FEW = 1024
 """Channels whose small step is no work for several threads."""
 
 NOTHING, MOMENTS, GRADIENTS = 0, 1, 2  # what is summed
