@@ -30,7 +30,7 @@ SHAPES = [
     ((2, 5000), "NHWC"),
     ((401, 5, 3), "NCHW"),
 ]
-STREAMING = ("STREAM_MAPS", "STREAM_PLANES")
+STREAMING = ("STREAM_MAPS", "STREAM_PLANES", "STREAM_ROWS")
 
 CALLS = """
 import sys, threading

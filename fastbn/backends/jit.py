@@ -1,22 +1,27 @@
 """The Numba backend: the passes and trips, compiled when first used.
 
-1. Two families of loops. *Planes* (channels outside): a channel is N rows of S contiguous values;
-   a trip reduces a few channels and writes them while they are in the cache, backwards, because
-   the rows read last are nearest. *Rows* (channels inside): a row holds all channels, every column
-   has its own sums, and the second pass walks the rows backwards. Rows of few values are folded,
-   several samples to a row; tiny planes are rows of C * S columns.
-2. Sums are float64, in `LANES` lanes: values at the same place of a row go to the same lane. The
-   values are cut into chunks by shape alone, and sums of chunks are added in order. So the bits
-   do not depend on threads, strides or alignment, and a trip gives the bits of its passes.
-3. Moments are taken about a shift, at first the channel's first value: a constant channel gives a
+1. A call is a *job*, a record that `_plan` fills in. Two families of loops work on it. *Planes*
+   (channels outside): a channel is N rows of S contiguous values. *Rows* (channels inside): a row
+   holds all channels, and every column has its own sums. Rows of few values are folded, several
+   samples to a row; tiny planes are rows of C * S columns.
+2. Each part of a job (the sums of a chunk, the small step, the writing of a chunk) is a *body*,
+   compiled once for each element type and called by its address. `_run` brings them in order: it
+   takes blocks of channels through a whole trip, where what was read last is written first, for
+   it is still in the cache, or shares the chunks of all channels among the threads.
+3. Sums are float64, in `LANES` lanes: values at the same place of a row go to the same lane. The
+   values are cut into chunks by shape and element type alone, and sums of chunks are added in
+   order. So the bits do not depend on threads, strides or alignment, and a trip gives the bits of
+   its passes.
+4. Moments are taken about a shift, at first the channel's first value: a constant channel gives a
    variance of exactly 0, and a large mean costs no digits. Where the shift lay far from the mean
    (an outlier came first), or float64 squares overflow, the channel is summed again about the mean
    just found (Chan, Golub & LeVeque 1983).
-4. A reduction in plain Python loops stays scalar unless the compiler may reorder it, and then
-   serial and parallel code would differ. So a value of type `Lanes` is one LLVM vector, spelled
-   out below: the order is the program's, and every instruction set splits it into its registers.
-5. Kernels take addresses and byte strides: one signature an element type, whatever the strides.
-   Each is compiled twice, serial and parallel. Numba's "workqueue" threads end the process when
+5. Elementwise work is done in the element type, with `_coefficients` that keep the digits of the
+   mean and the range of float32.
+6. A reduction in plain Python loops stays scalar unless the compiler may reorder it. So a value of
+   type `Lanes` is one LLVM vector, spelled out below: the order is the program's, and every
+   instruction set splits it into its registers.
+7. `_run` is compiled twice, serial and parallel. Numba's "workqueue" threads end the process when
    entered twice at once, so one call at a time is parallel and the others run serial meanwhile.
 """
 
@@ -28,8 +33,9 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache, partial
 from types import FunctionType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -37,30 +43,33 @@ from llvmlite import ir
 from numba import prange, types
 from numba.core import extending
 
-from fastbn._caches import SERIAL_BELOW, STREAM_MAPS, STREAM_PLANES
-from fastbn.backends.base import (
-    Affine,
-    Array,
-    Backend,
-    GradientCoefficients,
-    Table,
-    inverse_deviation,
-)
+from fastbn._caches import L2, SERIAL_BELOW, STREAM_MAPS, STREAM_PLANES, STREAM_ROWS
+from fastbn.backends.base import Affine, Array, Backend, GradientCoefficients, Table
 
-LANES = 32
-"""Values in one `Lanes`: two cache lines of float32."""
+LANES = 16
+"""Values in one `Lanes`: a cache line of float32."""
 CHUNK = 16384
-"""Values whose sums are kept apart before they are added; a multiple of LANES."""
-GROUP = 8
-"""Rows that the rows family takes at a time, so that sums stay in registers."""
-FOLDED = 2 * LANES
-"""Rows of the rows family are folded to about this many columns."""
-TILE = 1 << 12
-"""Bytes of neighbouring short planes that a trip walks together."""
-CACHE = 1 << 19
-"""Bytes of a trip's group of channels that surely stay in a core's cache."""
+"""Values of a channel whose sums are kept apart before they are added."""
+FOLD_BELOW = 64
+"""Columns; narrower rows are taken several at a time,"""
+MANY = 1 << 16
+"""and in arrays of this many values all rows of broken lanes,"""
+MOST_COLUMNS = 4096
+"""up to so many columns together."""
+AHEAD = 1024
+"""Values from one to the one that is fetched meanwhile."""
+JOINED = 1024
+"""Values: planes up to this size are streamed several at a time."""
 STREAMED_ROW = 1 << 10
 """Bytes from which a row's unaligned ends do not matter to streaming."""
+FEW = 1024
+"""Channels whose small step is no work for several threads."""
+
+NOTHING, MOMENTS, GRADIENTS = 0, 1, 2  # what is summed
+AFFINE, GRADIENT = 1, 2  # what is written: (source - mean) * scale + beta, or dx
+GAMMA, BETA, MEAN, VAR, DBETA = range(5)  # rows of a call's table
+DGAMMA = BETA
+DY_MEAN = DBETA
 
 F = TypeVar("F", bound=Callable[..., Any])
 _numba: Any = numba  # its types are told only in part
@@ -113,6 +122,7 @@ def _define(op: Callable[..., Any], instruction: str) -> None:
 _define(operator.add, "fadd")
 _define(operator.sub, "fsub")
 _define(operator.mul, "fmul")
+_define(operator.truediv, "fdiv")
 
 
 def _indices(start: int, count: int) -> ir.Constant:
@@ -144,6 +154,11 @@ def _pointer(builder: Any, address: Any, lanes: Lanes) -> Any:
     return builder.inttoptr(address, _vector(lanes.element).as_pointer())
 
 
+def _scalar(builder: Any, address: Any, element: Any) -> Any:
+    pointer = builder.inttoptr(address, _vector(element).element.as_pointer())
+    return builder.load(pointer, align=element.bitwidth // 8)
+
+
 @_intrinsic
 def _itemsize(context: Any, element: Any) -> Any:
     """Bytes of one value."""
@@ -152,36 +167,65 @@ def _itemsize(context: Any, element: Any) -> Any:
 
 
 @_intrinsic
-def _spread(context: Any, value: Any, element: Any) -> Any:
-    """The float64 `value`, rounded to `element`, in every lane."""
+def _narrow(context: Any, value: Any, element: Any) -> Any:
+    """Float64 lanes, rounded to `element`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _splat(builder, context.cast(builder, args[0], types.float64, element))
+        same = element == types.float64
+        return args[0] if same else builder.fptrunc(args[0], _vector(element))
 
-    return Lanes(element)(types.float64, element), generate
+    return Lanes(element)(_DOUBLES, element), generate
 
 
 @_intrinsic
-def _rounded(context: Any, value: Any, element: Any) -> Any:
-    """The float64 `value`, rounded to `element`."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = context.cast(builder, args[0], types.float64, element)
-        return context.cast(builder, value, element, types.float64)
-
-    return types.float64(types.float64, element), generate
+def _spread(context: Any, value: Any) -> Any:
+    """A float64 in every lane."""
+    return _DOUBLES(types.float64), lambda context, builder, signature, args: _splat(
+        builder, args[0]
+    )
 
 
 @_intrinsic
-def _first(context: Any, address: Any, element: Any) -> Any:
+def _value(context: Any, address: Any, element: Any) -> Any:
     """The value at an address, in float64."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], _vector(element).element.as_pointer())
-        value = builder.load(pointer, align=element.bitwidth // 8)
+        value = _scalar(builder, args[0], element)
         return context.cast(builder, value, element, types.float64)
 
     return types.float64(types.int64, element), generate
+
+
+@_intrinsic
+def _set_value(context: Any, address: Any, value: Any, element: Any) -> Any:
+    """The float64 `value`, rounded, to an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = context.cast(builder, args[1], types.float64, element)
+        pointer = builder.inttoptr(args[0], _vector(element).element.as_pointer())
+        builder.store(value, pointer, align=element.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float64, element), generate
+
+
+@_intrinsic
+def _eight(context: Any, address: Any, pitch: Any, single: Any, element: Any) -> Any:
+    """Eight lanes that lie `pitch` bytes apart; each full of one value if `single` is not None."""
+    lines = _numba.types.UniTuple(Lanes(element), 8)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = []
+        for i in range(8):
+            at = builder.add(args[0], builder.mul(args[1], ir.Constant(_INT64, i)))
+            if single == types.none:
+                pointer = _pointer(builder, at, Lanes(element))
+                lanes.append(builder.load(pointer, align=element.bitwidth // 8))
+            else:
+                lanes.append(_splat(builder, _scalar(builder, at, element)))
+        return context.make_tuple(builder, lines, lanes)
+
+    return lines(types.int64, types.int64, single, element), generate
 
 
 @_intrinsic
@@ -261,17 +305,6 @@ def _widen(context: Any, value: Any) -> Any:
 
 
 @_intrinsic
-def _narrow(context: Any, value: Any, element: Any) -> Any:
-    """Float64 lanes, rounded to `element`."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        same = element == types.float64
-        return args[0] if same else builder.fptrunc(args[0], _vector(element))
-
-    return Lanes(element)(_DOUBLES, element), generate
-
-
-@_intrinsic
 def _keep(context: Any, value: Any, count: Any) -> Any:
     """Float64 lanes with zeros after the first `count` < LANES."""
 
@@ -321,12 +354,127 @@ def _fence(context: Any) -> Any:
     return types.void(), generate
 
 
+@_intrinsic
+def _prefetch(context: Any, address: Any) -> Any:
+    """Fetch the cache line at any address, even one that is nowhere."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, _INT32, _INT32, _INT32])
+        name = "llvm.prefetch.p0"
+        known = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        how = [ir.Constant(_INT32, number) for number in (0, 2, 1)]  # read, to L2, data
+        builder.call(known, [builder.inttoptr(args[0], pointer), *how])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@_intrinsic
+def _take(context: Any, address: Any) -> Any:
+    """Count up the integer at an address, which threads share; gives what it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        counter = builder.inttoptr(args[0], _INT64.as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(_INT64, 1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@_intrinsic
+def _doubles(context: Any, address: Any) -> Any:
+    """A pointer to float64."""
+    return _typed(_numba.types.CPointer(types.float64), address)
+
+
+@_intrinsic
+def _jobs(context: Any, address: Any) -> Any:
+    """A pointer to a `_JOB`."""
+    return _typed(_numba.types.CPointer(_numba.from_dtype(_JOB)), address)
+
+
+def _typed(pointer: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(pointer))
+
+    return pointer(types.int64), generate
+
+
+@_intrinsic
+def _invoke(
+    context: Any, body: Any, job: Any, run: Any, c0: Any, c1: Any, index: Any, ahead: Any
+) -> Any:
+    """Call a body by its address: what is called so is compiled once, and apart."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_INT64] * 6)
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), generate
+
+
+def _of_doubles(name: str) -> Callable[..., Any]:
+    """One of LLVM's functions on each float64 lane."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = _vector(types.float64)
+        full = f"llvm.{name}.v{LANES}f64"
+        known = builder.module.globals.get(full)
+        kind = ir.FunctionType(lanes, [lanes])
+        return builder.call(known or ir.Function(builder.module, kind, full), args)
+
+    return generate
+
+
+@_intrinsic
+def _root(context: Any, value: Any) -> Any:
+    return _DOUBLES(_DOUBLES), _of_doubles("sqrt")
+
+
+@_intrinsic
+def _absolute(context: Any, value: Any) -> Any:
+    return _DOUBLES(_DOUBLES), _of_doubles("fabs")
+
+
+@_intrinsic
+def _exponent(context: Any, value: Any) -> Any:
+    """The power of two just below each float64 lane; subnormal ones give 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = ir.VectorType(_INT64, LANES)
+        mask = ir.Constant(bits, [0x7FF << 52] * LANES)
+        power = builder.and_(builder.bitcast(args[0], bits), mask)
+        return builder.bitcast(power, _vector(types.float64))
+
+    return _DOUBLES(_DOUBLES), generate
+
+
+@_intrinsic
+def _if_less(context: Any, a: Any, b: Any, then: Any, other: Any) -> Any:
+    """`then` in the lanes in which a < b, and not NaN; else `other`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered("<", args[0], args[1]), *args[2:])
+
+    return _DOUBLES(*[_DOUBLES] * 4), generate
+
+
 # ---- Compiling -----------------------------------------------------------------------------------
+
+
+_INNER = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def _inline(function: F) -> F:
     """A part of kernels."""
-    compiled: F = _numba.njit(function, error_model="numpy", forceinline=True)
+    compiled: F = _numba.njit(function, **_INNER, forceinline=True)
+    return compiled
+
+
+def _part(function: F) -> F:
+    """A part that is called."""
+    compiled: F = _numba.njit(function, **_INNER)
     return compiled
 
 
@@ -366,18 +514,20 @@ class _Kernel:
         self._parallel = _compile(twin, parallel=True)
 
     def __call__(self, threads: int, *args: Any) -> None:
-        threads = min(threads, _numba.config.NUMBA_NUM_THREADS)
         if threads > 1 and _Kernel._lock.acquire(blocking=False):
             try:
                 if self._threads_work():
-                    self._run_parallel(threads, args)
+                    self._run_parallel(threads, (threads, *args))
                     return
             finally:
                 _Kernel._lock.release()
-        self._serial(*args)
+        self._serial(1, *args)
 
     def _run_parallel(self, threads: int, args: tuple[Any, ...]) -> None:
         before = _numba.get_num_threads()
+        if before == threads:
+            self._parallel(*args)
+            return
         _numba.set_num_threads(threads)
         try:
             self._parallel(*args)
@@ -401,7 +551,188 @@ class _Kernel:
         return bool(layer != "omp" or _Kernel._process == os.getpid())
 
 
-# ---- Parts of both families ----------------------------------------------------------------------
+# ---- A call as the kernels see it ----------------------------------------------------------------
+
+
+_OPERAND = np.dtype([(name, np.int64) for name in ("address", "run", "row", "column")])
+"""An array: its address, and its strides in bytes; columns are the channels of rows."""
+_JOB = np.dtype(
+    [
+        *((name, _OPERAND) for name in ("x", "dy", "out")),
+        *((name, np.int64) for name in ("summed", "written", "inside")),
+        # Rows of `columns` values, perhaps one more of only `rest`: a row of memory holds `fold`
+        # samples of `channels` channels of `spread` values. Planes have `size` values.
+        *((name, np.int64) for name in ("runs", "rows", "columns", "size", "rest")),
+        *((name, np.int64) for name in ("fold", "channels", "spread", "count")),
+        # A chunk is `height` rows, or a `piece` of one.
+        *((name, np.int64) for name in ("height", "piece", "pieces", "chunks")),
+        # No bit depends on these.
+        *((name, np.int64) for name in ("split", "shared", "stream", "joined", "lookahead")),
+        *((name, np.int64) for name in ("planes_ahead", "block", "written_block")),
+        # Rows that are summed, and written, together: they share the fetching of tables.
+        *((name, np.int64) for name in ("few", "together")),
+        # Addresses: what is given for each channel and receives results; for each column, of which
+        # a run has `pitch`, shift and unit of the sums and the two sums; the sums of each chunk;
+        # coefficients; the next block; the bodies.
+        *((name, np.int64) for name in ("pitch", "table", "work", "sums", "packed", "counter")),
+        *((name, np.int64) for name in ("here", "start", "sum", "finish", "write")),
+        ("eps", np.float64),
+    ]
+)
+"""A call as its kernels see it."""
+
+
+@_inline
+def _fold(samples: int, channels: int, size: int) -> int:
+    """Samples to a row of memory, so that rows are whole lanes; 1 where that does not pay."""
+    columns, fold = channels * size, 1
+    if columns < FOLD_BELOW or (columns % LANES and samples * columns >= MANY):
+        while fold * columns % LANES:
+            fold *= 2
+    return fold if fold * columns <= MOST_COLUMNS else 1
+
+
+@_inline
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@_inline
+def _job_at(address: int) -> Any:
+    return _numba.carray(_jobs(address), 1)[0]
+
+
+@_inline
+def _set_operand(a: Any, place: Any, inside: bool, dense: int, size: int) -> None:
+    """Rows of several samples, or of tiny planes, are dense."""
+    a.address, a.run, a.row, a.column = place
+    if inside:
+        a.column = size
+        a.row = dense if dense else a.row
+
+
+@_inline
+def _even_block(columns: int, most: int, whole: int, parts: tuple[int, int]) -> int:
+    """Columns of a block: about so many at most, in at least and in multiples of so many parts."""
+    least, multiple = parts
+    blocks = _ceil(max(least, _ceil(columns, max(most, whole))), multiple) * multiple
+    return min(_ceil(_ceil(columns, blocks), whole) * whole, columns)
+
+
+@_compile
+def _plan(words: Array, asked: Any, eps: float, table: Table) -> int:
+    """Make the job; gives the float64 numbers that it needs to work with.
+
+    Chunks follow from the shape and the element type, all else from the machine as well.
+    """
+    threads, size, summed, written, runs, samples, channels, s = asked[:8]
+    l2, stream_from, streamed_row = asked[8:11]
+    job = _job_at(words.ctypes.data)
+    inside = s < LANES
+    fold = _fold(samples, channels, s) if inside else 1
+    spread = s if inside else 1
+    columns = fold * channels * spread
+    rows, rest = samples // fold, samples % fold * channels * spread
+    count, s = samples * s, (1 if inside else s)
+    piece, pieces = s, 1
+    if inside:
+        height = min(max(_ceil(_ceil(rows, 32), 8) * 8, 64), 512)
+        chunks = max(1, _ceil(rows, height))
+    else:
+        height, pieces = max(1, CHUNK // s), _ceil(s, CHUNK)
+        if pieces > 1:
+            piece = _ceil(_ceil(s, pieces), 64) * 64
+            pieces = _ceil(s, piece)
+        chunks = _ceil(rows, height) * pieces
+    pitch = (columns // LANES + 2) * LANES
+
+    inputs = 2 if summed == GRADIENTS or written == GRADIENT else 1
+    operands = inputs + (written != NOTHING)
+    total = runs * samples * channels * spread * s * size * operands
+    column = (rows + (rest > 0)) * s * size * inputs
+    joined = not inside and s <= JOINED
+    line = (columns if inside else s) * size
+    large = total >= stream_from
+    stream = large and written != NOTHING and (joined or line % 64 == 0 or line >= streamed_row)
+    planes_ahead = 0 if inside or s > 4 * AHEAD else AHEAD // s + 1
+    lookahead, split, most = False, True, columns
+    if inside and summed != NOTHING:
+        most = 4096 if large else 1024 // inputs
+    elif summed != NOTHING:
+        groups = runs * columns
+        split = 10 * groups < 9 * _ceil(groups, threads) * threads
+        most = 1 if split else l2 // 4 // column
+        lookahead = not split and written != NOTHING and 2 * column <= l2 * 9 // 10
+    shared = not split and total > threads * l2
+    units = runs * (chunks if split else 1)
+    parts = _ceil(threads * (4 if shared else 1), units), threads if not split else 1
+    whole = columns if fold * spread > 1 else LANES if inside else 1
+    # Two arrays in several rows at once are many streams for the memory.
+    sparing = large and summed == GRADIENTS
+    job.block = _even_block(columns, most, whole, parts)
+    job.written_block = _even_block(columns, columns, whole, parts)
+    job.few = max(1, 128 // job.block) if sparing else max(4, 1024 // job.block)
+    job.summed, job.written, job.inside = summed, written, inside
+    job.runs, job.rows, job.columns, job.size, job.rest = runs, rows, columns, s, rest
+    job.fold, job.channels, job.spread, job.count = fold, channels, spread, count
+    job.height, job.piece, job.pieces, job.chunks = height, piece, pieces, chunks
+    job.split, job.shared, job.stream, job.joined = split, shared, stream, joined
+    job.together = max(1, (128 if large else 1024) // columns)
+    job.lookahead, job.planes_ahead = lookahead, planes_ahead
+    job.pitch, job.table, job.eps = pitch, table.ctypes.data, eps
+    job.start, job.sum, job.finish, job.write = asked[11:15]
+    job.here = words.ctypes.data
+    dense = columns * size if columns > channels else 0
+    _set_operand(job.x, asked[15:19], inside, dense, size)
+    _set_operand(job.dy, asked[19:23], inside, dense, size)
+    _set_operand(job.out, asked[23:27], inside, dense, size)
+    width = runs * pitch
+    return int(width * 8 + (width * (4 + 2 * chunks) if summed != NOTHING else 0))
+
+
+@_inline
+def _at(a: Any, run: int, n: int, c: int) -> Any:
+    """Address of a value."""
+    return a.address + run * a.run + n * a.row + c * a.column
+
+
+@_inline
+def _chunk(job: Any, index: int) -> tuple[int, int, int, int]:
+    """Rows n0 to n1 and their values s0 to s1."""
+    n0, s0 = index // job.pieces * job.height, index % job.pieces * job.piece
+    return n0, min(n0 + job.height, job.rows), s0, min(s0 + job.piece, job.size)
+
+
+@_inline
+def _blocks(job: Any, size: int) -> Any:
+    """How many blocks of so many columns there are."""
+    return job.runs * _ceil(job.columns, size)
+
+
+@_inline
+def _block(job: Any, index: int, size: int) -> tuple[int, int, int]:
+    """Run and columns c0 to c1 of a block."""
+    blocks = _ceil(job.columns, size)
+    c0 = index % blocks * size
+    return index // blocks, c0, min(c0 + size, job.columns)
+
+
+@_inline
+def _table(job: Any) -> Any:
+    return _numba.carray(_doubles(job.table), (5, job.runs * job.channels))
+
+
+@_inline
+def _work(job: Any) -> Any:
+    return _numba.carray(_doubles(job.work), (4, job.runs * job.pitch))
+
+
+@_inline
+def _sums(job: Any) -> Any:
+    return _numba.carray(_doubles(job.sums), (job.chunks, 2, job.runs * job.pitch))
+
+
+# ---- Reductions ----------------------------------------------------------------------------------
 
 
 @_inline
@@ -413,785 +744,731 @@ def _values(address: int, count: int, element: Any) -> Any:
 
 
 @_inline
-def _centred(address: int, count: int, mean: Any, element: Any) -> Any:
-    """Float64 lanes of up to `count` values minus `mean`, then zeros."""
-    centred = _widen(_values(address, count, element)) - mean
-    if count >= LANES:
-        return centred
-    return _keep(centred, count)
+def _add(
+    x: int, dy: int, count: int, about: Any, sums: Any, with_dy: bool, element: Any
+) -> tuple[Any, Any]:
+    """To two sums add d = (x - shift) * unit, or dy, and that times d, of up to `count` values."""
+    d = _widen(_values(x, count, element)) - about[0]
+    if count < LANES:
+        d = _keep(d, count)
+    d = _rescale(d, about[1], element)
+    value = _widen(_values(dy, count, element)) if with_dy else d
+    return sums[0] + value, sums[1] + value * d
 
 
 @_inline
-def _put(address: int, value: Any, count: int, stream: bool) -> None:
+def _later(job: Any, a: Any, n: int, size: int) -> Any:
+    """From a value of plane n to the one that comes about AHEAD values later."""
+    if job.planes_ahead == 0:
+        return AHEAD * size
+    if n + job.planes_ahead < job.rows:
+        return job.planes_ahead * a.row
+    return (job.planes_ahead - job.rows) * a.row + a.column
+
+
+@_inline
+def _sum_planes(
+    job: Any, run: int, c0: int, c1: int, index: int, with_dy: bool, element: Any
+) -> None:
+    """The sums of channels c0 to c1 over a chunk."""
+    x, dy, work, sums, size = job.x, job.dy, _work(job), _sums(job), _itemsize(element)
+    n0, n1, s0, s1 = _chunk(job, index)
+    whole = s1 - (s1 - s0) % LANES
+    for c in range(c0, c1):
+        column = run * job.pitch + c
+        about = _spread(work[0, column]), _spread(work[1, column])
+        both = _spread(0.0), _spread(0.0)
+        for n in range(n0, n1):
+            p, q = _at(x, run, n, c), _at(dy, run, n, c)
+            p_ahead, q_ahead = p + _later(job, x, n, size), q + _later(job, dy, n, size)
+            for s in range(s0 * size, whole * size, LANES * size):
+                _prefetch(p_ahead + s)
+                if with_dy:
+                    _prefetch(q_ahead + s)
+                both = _add(p + s, q + s, LANES, about, both, with_dy, element)
+            if whole < s1:
+                p, q = p + whole * size, q + whole * size
+                both = _add(p, q, s1 - whole, about, both, with_dy, element)
+        sums[index, 0, column], sums[index, 1, column] = _total(both[0]), _total(both[1])
+
+
+@_inline
+def _sum_rows(
+    job: Any, run: int, c0: int, c1: int, index: int, with_dy: bool, element: Any
+) -> None:
+    """The sums of columns c0 to c1 over a chunk, a few rows at a time; each has its own lanes."""
+    x_row, dy_row = job.x.row, job.dy.row
+    n0, n1, _, _ = _chunk(job, index)
+    pitch = job.runs * job.pitch * 8
+    offset = (run * job.pitch + c0) * 8
+    tables, sums = job.work + offset, job.sums + index * 2 * pitch + offset
+    for c in range(0, (c1 - c0) * 8, LANES * 8):
+        _store(sums + c, _spread(0.0))
+        _store(sums + pitch + c, _spread(0.0))
+    few = job.few
+    ahead = (AHEAD // (few * (c1 - c0)) + 1) * few
+    n, end = n0, job.rows + 1 if job.rest and n1 == job.rows else n1
+    while n < end:
+        rows, width = min(few, n1 - n), c1 - c0
+        if n == job.rows:
+            rows, width = 1, min(c1, job.rest) - c0
+        for c in range(0, width, LANES):
+            p, q = _at(job.x, run, n, c0 + c), _at(job.dy, run, n, c0 + c)
+            table, total = tables + c * 8, sums + c * 8
+            about = _load(table, 0.0), _load(table + pitch, 0.0)
+            both = _load(total, 0.0), _load(total + pitch, 0.0)
+            for _ in range(rows):
+                _prefetch(p + ahead * x_row)
+                if with_dy:
+                    _prefetch(q + ahead * dy_row)
+                if width - c >= LANES:
+                    both = _add(p, q, LANES, about, both, with_dy, element)
+                else:
+                    both = _add(p, q, width - c, about, both, with_dy, element)
+                p, q = p + x_row, q + dy_row
+            _store(total, both[0])
+            _store(total + pitch, both[1])
+        n += rows
+
+
+# ---- The small step: from sums to coefficients, in float64 ---------------------------------------
+# `work` holds, for each column, shift and unit of the sums, and the two sums.
+
+
+@_inline
+def _set_columns(job: Any, work: Table, row: int, run: int, c: int, value: float) -> None:
+    """Give all columns of channel c a value."""
+    for copy in range(job.fold):
+        start = run * job.pitch + (copy * job.channels + c) * job.spread
+        for column in range(start, start + job.spread):
+            work[row, column] = value
+
+
+@_inline
+def _set_shifts(job: Any, run: int, c0: int, c1: int, element: Any) -> None:
+    """What is subtracted before summing: a channel's first value, or its given mean."""
+    table, work = _table(job), _work(job)
+    for c in range(c0, min(c1, job.channels)):
+        shift = table[MEAN, run * job.channels + c]
+        if job.summed == MOMENTS:
+            shift = _value(_at(job.x, run, 0, c * job.spread), element)
+        _set_columns(job, work, 0, run, c, shift)
+        _set_columns(job, work, 1, run, c, 1.0)
+
+
+@_inline
+def _save(address: int, value: Any, count: int) -> None:
     """Store up to `count` lanes."""
     if count < LANES:
         _store_some(address, value, count)
-    elif stream:
+    else:
+        _store(address, value)
+
+
+@_inline
+def _merge(job: Any, run: int, c0: int, c1: int) -> None:
+    """The sums of chunks added in order, then those of the columns of a channel."""
+    work, row = _work(job), job.runs * job.pitch * 8
+    for kind in range(2):
+        for c in range(c0, c1, LANES):
+            offset, total = kind * row + (run * job.pitch + c) * 8, _spread(0.0)
+            for index in range(job.chunks):
+                total = total + _values(job.sums + index * 2 * row + offset, c1 - c, 0.0)
+            _save(job.work + 2 * row + offset, total, c1 - c)
+        for c in range(job.channels if job.columns > job.channels else 0):
+            merged = 0.0
+            for copy in range(job.fold):
+                first = run * job.pitch + (copy * job.channels + c) * job.spread
+                for column in range(first, first + job.spread):
+                    merged += work[2 + kind, column]
+            work[2 + kind, run * job.pitch + c] = merged
+
+
+@_inline
+def _is_doubtful(job: Any, run: int, c0: int, c1: int) -> bool:
+    """Whether a channel's shift was far out, or its squares overflowed. Then its shift becomes the
+    mean just found; the sums of the others will come out as they were."""
+    work, again, per_value = _work(job), False, 1.0 / job.count
+    for c in range(c0, min(c1, job.channels)):
+        total, square = work[2, run * job.pitch + c], work[3, run * job.pitch + c]
+        # The mean of d * d is (1 + (mean / s)**2) variances: beyond 16 deviations digits get lost.
+        fits = total * (total * per_value) * (257.0 / 256.0) <= square < math.inf
+        if not fits and math.isfinite(total):
+            again = True
+            column = run * job.pitch + c * job.spread
+            _set_columns(job, work, 0, run, c, work[0, column] + total / job.count)
+            if not math.isfinite(square):
+                _set_columns(job, work, 1, run, c, 2.0**-600)
+    return again
+
+
+@_inline
+def _power(a: Any) -> Any:
+    """A power of two near a >= 0, in the range of float32; 1 for 0, infinity and NaN."""
+    one, least, most = _spread(1.0), _spread(2.0**-126), _spread(2.0**127)
+    power = _exponent(a)
+    power = _if_less(power, least, least, power)
+    power = _if_less(most, power, most, power)
+    return _if_less(a, _spread(math.inf), _if_less(_spread(0.0), a, power, one), one)
+
+
+@_inline
+def _half_way(a: Any) -> Any:
+    """1 where float32 takes a >= 0 in its stride; else a power of two near its square root."""
+    power = _power(_root(a))
+    usual = _if_less(_spread(1e-18), a, _spread(1.0), power)
+    return _if_less(a, _spread(1e18), usual, power)
+
+
+@_inline
+def _saturated(a: Any, element: Any) -> Any:
+    """a or, where it is finite, the largest float32 for larger ones: 0 times it stays 0."""
+    if _itemsize(element) == 8:
+        return a
+    least, most = _spread(-_LARGEST), _spread(_LARGEST)
+    nearest = _if_less(a, least, least, a)
+    nearest = _if_less(most, nearest, most, nearest)
+    return _if_less(_absolute(a), _spread(math.inf), nearest, a)
+
+
+@_inline
+def _unless_0(a: Any, then: Any, other: Any) -> Any:
+    """`other` where a is 0."""
+    return _if_less(_absolute(a), _spread(5e-324), other, then)
+
+
+@_inline
+def _lost(a: Any, factor: Any, element: Any) -> Any:
+    """What rounding a to `element` takes off it, times a factor that may be infinite."""
+    low = a - _widen(_narrow(a, element))
+    return _unless_0(low, low * factor, _spread(0.0))
+
+
+@_inline
+def _coefficients(
+    a: Any, shift: Any, rest: Any, b: Any, mean: Any, rstd: Any, both: bool, element: Any
+) -> Any:
+    """k of (source*k0 - k1)*k2 + k3 = (source - shift)*a + rest, to which `both` adds
+    b*xhat = ((x*k4 - k5) - k6)*k7, xhat = (x - mean)*rstd.
+
+    Powers of two (k0, k4) keep all in the range of float32. What k1 (and k5, k6) cannot hold of
+    the mean goes into k3.
+    """
+    far = _half_way(_absolute(a))
+    a, shift = a / far, shift * far
+    rest = rest - _lost(shift, a, element)
+    near = high = middle = factor = _spread(0.0)
+    if both:
+        # `near` goes half of b's way, so that both factors stay in range.
+        half = _root(_absolute(b))
+        wanted = rstd * _unless_0(half, half, _spread(1.0))
+        most = _spread(1e36) / _absolute(mean)
+        near = _power(_if_less(wanted, most, wanted, most))
+        factor, high = b * (rstd / near), mean * near
+        middle = high - _widen(_narrow(high, element))
+        rest = rest - _lost(middle, factor, element)
+    a, factor = _saturated(a, element), _saturated(factor, element)
+    return far, shift, a, rest, near, high, middle, factor
+
+
+@_inline
+def _small_step(job: Any, run: int, c0: int, c1: int, both: bool, element: Any) -> None:
+    """What stands between the passes: operation by operation as in `backends.base`."""
+    if job.summed != NOTHING:
+        _merge(job, run, c0, c1)
+    if job.summed == MOMENTS and _is_doubtful(job, run, c0, c1):
+        for index in range(job.chunks):
+            _invoke(job.sum, job.here, run, c0, c1, index, 0)
+        _merge(job, run, c0, c1)
+    if job.spread > 1 and job.summed == MOMENTS:
+        work, first = _work(job), run * job.pitch
+        for c in range(job.channels):
+            column = first + c * job.spread
+            work[0, first + c], work[1, first + c] = work[0, column], work[1, column]
+    size, n, zero, one = _itemsize(element), _spread(float(job.count)), _spread(0.0), _spread(1.0)
+    pitch, end, step = job.pitch * size, min(c1, job.channels), job.runs * job.channels * 8
+    lines, wide = job.packed + run * 8 * pitch, job.runs * job.pitch * 8
+    for c in range(c0, end, LANES):
+        count = end - c
+        given = job.table + (run * job.channels + c) * 8
+        sums = job.work + 2 * wide + (run * job.pitch + c) * 8
+        if job.summed == MOMENTS:
+            unit = _values(sums - wide, count, 0.0)
+            offset = _values(sums, count, 0.0) / n
+            var = _values(sums + wide, count, 0.0) / n - offset * offset
+            mean = _values(sums - 2 * wide, count, 0.0) + offset / unit
+            _save(given + MEAN * step, mean, count)
+            _save(given + VAR * step, _if_less(var, zero, zero, var / unit / unit), count)
+        a, beta = _values(given, count, 0.0), _values(given + BETA * step, count, 0.0)
+        mean, var = (
+            _values(given + MEAN * step, count, 0.0),
+            _values(given + VAR * step, count, 0.0),
+        )
+        total = var + _spread(job.eps)
+        rstd = _unless_0(total, one / _root(total), zero)
+        b, shift, rest = beta, mean, beta
+        if both:
+            shift, rest = _values(given + DY_MEAN * step, count, 0.0), zero
+        if both and job.summed == NOTHING:
+            rstd = var
+        else:
+            a = a * rstd
+        if job.summed == GRADIENTS:
+            dbeta, dgamma = _values(sums, count, 0.0), _values(sums + wide, count, 0.0) * rstd
+            _save(given + DBETA * step, dbeta, count)
+            _save(given + DGAMMA * step, dgamma, count)
+            b, shift, rest = (zero - a) * (dgamma / n), (dbeta / n if both else zero), zero
+        if job.written != NOTHING:
+            k = _coefficients(a, shift, rest, b, mean, rstd, both, element)
+            for i in range(8):
+                _save(lines + i * pitch + c * size, _narrow(k[i], element), count)
+    if job.inside and c0 == 0 and job.written != NOTHING:
+        _repeat(job, lines, element)
+
+
+@_inline
+def _repeat(job: Any, lines: int, element: Any) -> None:
+    """Coefficients for all values of a tiny plane, then for each sample in a row, and behind the
+    end for vectors that go round it."""
+    size, period = _itemsize(element), job.channels * job.spread
+    for i in range(8):
+        line = lines + i * job.pitch * size
+        for column in range(period - 1 if job.spread > 1 else 0, 0, -1):
+            value = _value(line + column // job.spread * size, element)
+            _set_value(line + column * size, value, element)
+        for column in range(period, job.columns + LANES):
+            value = _value(line + (column - period) * size, element)
+            _set_value(line + column * size, value, element)
+
+
+# ---- Maps ----------------------------------------------------------------------------------------
+
+
+@_inline
+def _result(source: int, other: int, count: int, k: Any, both: bool, element: Any) -> Any:
+    """Up to `count` values of what `_coefficients` describes."""
+    result = (_values(source, count, element) * k[0] - k[1]) * k[2]
+    if both:
+        d = (_values(other, count, element) * k[4] - k[5]) - k[6]
+        return result + (d * k[7] + k[3])
+    return result + k[3]
+
+
+@_inline
+def _head(address: int, count: int, stream: int, size: int) -> int:
+    """Values to write before streaming may begin, at the next cache line."""
+    return min((-address & 63) // size, count) if stream else 0
+
+
+@_inline
+def _put(address: int, value: Any, stream: int) -> None:
+    if stream:
         _stream(address, value)
     else:
         _store(address, value)
 
 
 @_inline
-def _head(address: int, count: int, stream: bool, size: int) -> int:
-    """Values to write before streaming may begin, at the next cache line."""
-    return min((-address & 63) // size, count) if stream else 0
-
-
-@_inline
-def _settle(
-    s1: float, s2: float, count: int, shift: float, unit: float
-) -> tuple[float, float, float]:
-    """Mean and variance from the sums of (x - shift) * unit and of its square.
-
-    Third, 0, or the unit with which to sum again about this mean.
-    """
-    offset = s1 / count
-    mean = shift + offset / unit
-    var = s2 / count - offset * offset
-    if var < 0.0:
-        var = 0.0
-    again = 0.0
-    if math.isfinite(s1) and not math.isfinite(s2):
-        again = 2.0**-512
-    elif offset * offset > 256.0 * var:
-        again = 1.0
-    return mean, var / unit / unit, again
-
-
-@_inline
-def _affine(
-    mean: float, scale: float, beta: float, element: Any
-) -> tuple[float, float, float, float]:
-    """p, hi, scale', beta' of y = (x * p - hi) * scale' + beta', computed in `element`.
-
-    For float32, mean * p is hi + lo with hi a float32, and lo goes into beta'. p is a power of two
-    that keeps x * p - hi and scale' within range; it is 1 for most data.
-    """
-    p = 1.0
-    if _itemsize(element) == 4 and not 1.0 <= abs(scale) <= 2.0**100:
-        exponent = math.frexp(scale)[1]
-        p = math.ldexp(1.0, min(max((exponent - 1) >> 1, -126), 127))
-    scale /= p
-    hi = _rounded(mean * p, element)
-    lo = mean * p - hi
-    if lo != 0.0:
-        beta -= lo * scale
-    if _itemsize(element) == 4 and math.isfinite(scale):
-        scale = min(max(scale, -_LARGEST), _LARGEST)  # 0 * scale stays 0
-    return p, hi, scale, beta
-
-
-# ---- Planes: channels outside --------------------------------------------------------------------
-# Channels are counted through the runs: channel = run * C + c, in tables too.
-
-
-class _Strided(NamedTuple):
-    """An array as kernels see it: its address, and its strides in bytes."""
-
-    address: int
-    run: int
-    row: int
-    channel: int
-
-
-class _PlanesPlan(NamedTuple):
-    """A (G, N, C, S) shape and its tasks; chunks are `height` rows, or `pieces` of one."""
-
-    runs: int
-    samples: int
-    channels: int
-    size: int
-    height: int
-    pieces: int
-    chunks: int
-    spans: int
-    block: int
-    groups: int
-
-
-@_inline
-def _row(x: _Strided, run: int, n: int, c: int) -> int:
-    """Address of a row's first value."""
-    return x.address + run * x.run + n * x.row + c * x.channel
-
-
-@_inline
-def _plane(x: _Strided, plan: _PlanesPlan, channel: int) -> int:
-    """Address of a channel's first value."""
-    return _row(x, channel // plan.channels, 0, channel % plan.channels)
-
-
-@_inline
-def _chunk(plan: _PlanesPlan, index: int) -> tuple[int, int, int, int]:
-    """Samples n0 to n1 and values s0 to s1 of a channel's chunk."""
-    n0, s0 = index // plan.pieces * plan.height, index % plan.pieces * CHUNK
-    return n0, min(n0 + plan.height, plan.samples), s0, min(s0 + CHUNK, plan.size)
-
-
-@_inline
-def _chunk_moments(
-    plane: int, stride: int, plan: _PlanesPlan, index: int, shift: float, unit: float, element: Any
-) -> tuple[float, float]:
-    """Sums over a chunk of d = (x - shift) * unit and of d * d."""
+def _send(out: int, values: int, count: int, element: Any) -> int:
+    """Stream the whole lines of `count` values, store what lies before them; how many went."""
     size = _itemsize(element)
-    n0, n1, s0, s1 = _chunk(plan, index)
-    shifts, units = _spread(shift, 0.0), _spread(unit, 0.0)
-    sums = squares = _spread(0.0, 0.0)
+    s = _head(out, count, 1, size)
+    if s > 0:
+        _store_some(out, _load(values, element), s)
+    while s + LANES <= count:
+        _stream(out + s * size, _load(values + s * size, element))
+        s += LANES
+    return s
+
+
+@_inline
+def _map_planes(
+    job: Any, run: int, c0: int, c1: int, index: int, ahead: int, both: bool, element: Any
+) -> None:
+    """A chunk of some channels, while those ahead are fetched. Short planes are streamed as one
+    run of lines."""
+    source, other, out, size = job.dy, job.x, job.out, _itemsize(element)
+    n0, n1, s0, s1 = _chunk(job, index)
+    pitch, count = job.pitch * size, s1 - s0
+    p_ahead, q_ahead = ahead * source.column, ahead * other.column
+    joined = job.joined and job.stream and out.column == job.size * size
+    stream = job.stream and not joined
+    buffer = np.empty(2 * JOINED + LANES if joined else 0)
     for n in range(n0, n1):
-        for s in range(s0, s1, LANES):
-            d = _centred(plane + n * stride + s * size, s1 - s, shifts, element)
-            d = _rescale(d, units, element)
-            sums = sums + d
-            squares = squares + d * d
-    return _total(sums), _total(squares)
+        values, sent_to, waiting = buffer.ctypes.data, _at(out, run, n, c0), 0
+        for c in range(c0, c1):
+            k = _eight(job.packed + run * 8 * pitch + c * size, pitch, True, element)
+            p, q = _at(source, run, n, c) + s0 * size, _at(other, run, n, c) + s0 * size
+            target = values + waiting * size if joined else _at(out, run, n, c) + s0 * size
+            head = _head(target, count, stream, size)
+            if head > 0:
+                _store_some(target, _result(p, q, head, k, both, element), head)
+            whole = (head + (count - head) // LANES * LANES) * size
+            for s in range(head * size, whole, LANES * size):
+                _prefetch(p + s + p_ahead)
+                if both:
+                    _prefetch(q + s + q_ahead)
+                _put(target + s, _result(p + s, q + s, LANES, k, both, element), stream)
+            rest = count - whole // size
+            if rest > 0:
+                result = _result(p + whole, q + whole, rest, k, both, element)
+                _store_some(target + whole, result, rest)
+            waiting += count
+            if joined and (waiting >= JOINED or c + 1 == c1):
+                sent = _send(sent_to, values, waiting, element)
+                sent_to += sent * size
+                waiting -= sent
+                _store(values, _load(values + sent * size, element))
+        if joined and waiting > 0:
+            _store_some(sent_to, _load(values, element), waiting)
 
 
 @_inline
-def _chunk_gradients(
-    dy: _Strided,
-    x: _Strided,
-    plan: _PlanesPlan,
-    channel: int,
-    index: int,
-    mean: float,
-    element: Any,
-) -> tuple[float, float]:
-    """Sums over a chunk of dy and of dy * (x - mean)."""
-    size = _itemsize(element)
-    n0, n1, s0, s1 = _chunk(plan, index)
-    dy_plane, x_plane = _plane(dy, plan, channel), _plane(x, plan, channel)
-    means = _spread(mean, 0.0)
-    sums = products = _spread(0.0, 0.0)
-    for n in range(n0, n1):
-        for s in range(s0, s1, LANES):
-            values = _widen(_values(dy_plane + n * dy.row + s * size, s1 - s, element))
-            centred = _centred(x_plane + n * x.row + s * size, s1 - s, means, element)
-            sums = sums + values
-            products = products + values * centred
-    return _total(sums), _total(products)
-
-
-@_Kernel
-def _planes_moments(
-    x: _Strided, plan: _PlanesPlan, table: Table, again: Array, sums: Table, element: Any
+def _map_columns(
+    job: Any, at: Any, rows: int, count: int, lines: int, stream: int, both: bool, element: Any
 ) -> None:
-    """sums[chunk, :, channel] about the shifts and units of `table`, for the channels `again`."""
-    for task in prange(sums.shape[2] * plan.chunks):
-        channel, index = task // plan.chunks, task % plan.chunks
-        if again[channel]:
-            plane, shift, unit = _plane(x, plan, channel), table[0, channel], table[1, channel]
-            s1, s2 = _chunk_moments(plane, x.row, plan, index, shift, unit, element)
-            sums[index, 0, channel], sums[index, 1, channel] = s1, s2
-
-
-@_Kernel
-def _planes_gradients(
-    dy: _Strided, x: _Strided, plan: _PlanesPlan, mean: Table, sums: Table, element: Any
-) -> None:
-    """sums[chunk, :, channel] of dy and of dy * (x - mean)."""
-    for task in prange(sums.shape[2] * plan.chunks):
-        channel, index = task // plan.chunks, task % plan.chunks
-        s1, s2 = _chunk_gradients(dy, x, plan, channel, index, mean[channel], element)
-        sums[index, 0, channel], sums[index, 1, channel] = s1, s2
-
-
-@_inline
-def _write_y(
-    x: int, y: int, count: int, lines: Table, channel: int, stream: bool, element: Any
-) -> None:
-    """y of `count` values of a channel; `lines` holds `_affine`'s numbers."""
-    p, hi = _spread(lines[0, channel], element), _spread(lines[1, channel], element)
-    scale, beta = _spread(lines[2, channel], element), _spread(lines[3, channel], element)
-    size = _itemsize(element)
-    head = _head(y, count, stream, size)
-    s = 0
-    while s < count:
-        span = head if s < head else count - s
-        value = _values(x + s * size, span, element)
-        _put(y + s * size, (value * p - hi) * scale + beta, span, stream)
-        s += min(span, LANES)
-
-
-@_inline
-def _write_dx(
-    dy: int,
-    x: int,
-    dx: int,
-    count: int,
-    lines: Table,
-    channel: int,
-    with_x: bool,
-    stream: bool,
-    element: Any,
-) -> None:
-    """dx of `count` values of a channel; `lines` holds a, b, dy_mean, mean and rstd."""
-    a, b = _spread(lines[0, channel], 0.0), _spread(lines[1, channel], 0.0)
-    dy_mean, mean = _spread(lines[2, channel], 0.0), _spread(lines[3, channel], 0.0)
-    rstd = _spread(lines[4, channel], 0.0)
-    size = _itemsize(element)
-    head = _head(dx, count, stream, size)
-    s = 0
-    while s < count:
-        span = head if s < head else count - s
-        value = _widen(_values(dy + s * size, span, element))
-        if with_x:
-            xhat = _centred(x + s * size, span, mean, element) * rstd
-            value = a * (value - dy_mean) + b * xhat
+    """Up to `count` columns of a few rows."""
+    k = _eight(lines, job.pitch * _itemsize(element), None, element)
+    p_row, q_row, target_row = job.dy.row, job.x.row, job.out.row
+    p, q, target = at
+    for _ in range(rows):
+        _prefetch(p + AHEAD * 2)
+        if both:
+            _prefetch(q + AHEAD * 2)
+        result = _result(p, q, count, k, both, element)
+        if count < LANES:
+            _store_some(target, result, count)
         else:
-            value = a * value
-        _put(dx + s * size, _narrow(value, element), span, stream)
-        s += min(span, LANES)
+            _put(target, result, stream)
+        p, q, target = p + p_row, q + q_row, target + target_row
 
 
 @_inline
-def _span(plan: _PlanesPlan, task: int) -> tuple[int, int, int, int]:
-    """Rows r0 to r1, counted as they lie in memory, and values s0 to s1; the last span first."""
-    rows, index = plan.runs * plan.samples * plan.channels, plan.spans - 1 - task
-    r0, s0 = index // plan.pieces * plan.height, index % plan.pieces * CHUNK
-    return r0, min(r0 + plan.height, rows), s0, min(s0 + CHUNK, plan.size)
-
-
-@_inline
-def _place(plan: _PlanesPlan, row: int) -> tuple[int, int, int]:
-    """Run, sample and channel of a row."""
-    sample = row // plan.channels
-    return sample // plan.samples, sample % plan.samples, row % plan.channels
-
-
-@_inline
-def _next(plan: _PlanesPlan, run: int, n: int, c: int) -> tuple[int, int, int]:
-    """The place of the next row, without `_place`'s divisions."""
-    if c + 1 < plan.channels:
-        return run, n, c + 1
-    if n + 1 < plan.samples:
-        return run, n + 1, 0
-    return run + 1, 0, 0
-
-
-@_Kernel
-def _planes_normalize(
-    x: _Strided, y: _Strided, plan: _PlanesPlan, lines: Table, stream: bool, element: Any
+def _map_few(
+    job: Any, run: int, n: int, rows: int, c: int, width: int, both: bool, element: Any
 ) -> None:
-    """The second pass of the forward trip, alone."""
-    for task in prange(plan.spans):
-        r0, r1, s0, s1 = _span(plan, task)
-        at = s0 * _itemsize(element)
-        run, n, c = _place(plan, r0)
-        for _ in range(r0, r1):
-            channel = run * plan.channels + c
-            source = _row(x, run, n, c) + at
-            target = _row(y, run, n, c) + at
-            _write_y(source, target, s1 - s0, lines, channel, stream, element)
-            run, n, c = _next(plan, run, n, c)
-        if stream:
-            _fence()
-
-
-@_Kernel
-def _planes_input_gradient(
-    dy: _Strided,
-    x: _Strided,
-    dx: _Strided,
-    plan: _PlanesPlan,
-    lines: Table,
-    with_x: bool,
-    stream: bool,
-    element: Any,
-) -> None:
-    """The second pass of the backward trip, alone."""
-    for task in prange(plan.spans):
-        r0, r1, s0, s1 = _span(plan, task)
-        at = s0 * _itemsize(element)
-        run, n, c = _place(plan, r0)
-        for _ in range(r0, r1):
-            channel = run * plan.channels + c
-            source = _row(dy, run, n, c) + at
-            other = _row(x, run, n, c) + at
-            target = _row(dx, run, n, c) + at
-            _write_dx(source, other, target, s1 - s0, lines, channel, with_x, stream, element)
-            run, n, c = _next(plan, run, n, c)
-        if stream:
-            _fence()
-
-
-@_inline
-def _channel_moments(
-    x: _Strided, plan: _PlanesPlan, channel: int, element: Any
-) -> tuple[float, float]:
-    """Mean and variance of a channel: what `NumbaBackend.moments` finds."""
-    plane = _plane(x, plan, channel)
-    shift, unit = _first(plane, element), 1.0
-    mean = var = 0.0
-    for _ in range(2):
-        s1 = s2 = 0.0
-        for index in range(plan.chunks):
-            part1, part2 = _chunk_moments(plane, x.row, plan, index, shift, unit, element)
-            s1 += part1
-            s2 += part2
-        mean, var, again = _settle(s1, s2, plan.samples * plan.size, shift, unit)
-        if again == 0.0:
-            break
-        shift, unit = mean, again
-    return mean, var
-
-
-@_inline
-def _group(plan: _PlanesPlan, task: int) -> tuple[int, int, int]:
-    """The channels of a trip's task: a run, and in it from where to where."""
-    blocks = -(-plan.channels // plan.block)
-    c0 = task % blocks * plan.block
-    return task // blocks, c0, min(c0 + plan.block, plan.channels)
-
-
-@_Kernel
-def _planes_forward(
-    x: _Strided,
-    y: _Strided,
-    plan: _PlanesPlan,
-    eps: float,
-    table: Table,
-    lines: Table,
-    stream: bool,
-    element: Any,
-) -> None:
-    """The forward trip; `table` holds gamma and beta, and receives mean and variance."""
-    for task in prange(plan.groups):
-        run, c0, c1 = _group(plan, task)
-        for channel in range(run * plan.channels + c0, run * plan.channels + c1):
-            mean, var = _channel_moments(x, plan, channel, element)
-            rstd = 1.0 / math.sqrt(var + eps) if var + eps != 0.0 else 0.0
-            line = _affine(mean, table[0, channel] * rstd, table[1, channel], element)
-            table[2, channel], table[3, channel] = mean, var
-            lines[0, channel], lines[1, channel], lines[2, channel], lines[3, channel] = line
-        for n in range(plan.samples - 1, -1, -1):
-            for c in range(c0, c1):
-                source, target = _row(x, run, n, c), _row(y, run, n, c)
-                channel = run * plan.channels + c
-                _write_y(source, target, plan.size, lines, channel, stream, element)
-        if stream:
-            _fence()
-
-
-@_Kernel
-def _planes_backward(
-    dy: _Strided,
-    x: _Strided,
-    dx: _Strided,
-    plan: _PlanesPlan,
-    frozen: bool,
-    table: Table,
-    lines: Table,
-    stream: bool,
-    element: Any,
-) -> None:
-    """The backward trip; `table` holds gamma, and receives dgamma and dbeta.
-
-    `lines` comes with mean and rstd in its rows 3 and 4. The small step is that of
-    `gradient_coefficients`, operation by operation.
-    """
-    count = plan.samples * plan.size
-    for task in prange(plan.groups):
-        run, c0, c1 = _group(plan, task)
-        for channel in range(run * plan.channels + c0, run * plan.channels + c1):
-            s1 = s2 = 0.0
-            for index in range(plan.chunks):
-                mean = lines[3, channel]
-                part1, part2 = _chunk_gradients(dy, x, plan, channel, index, mean, element)
-                s1 += part1
-                s2 += part2
-            rstd = lines[4, channel]
-            a, dgamma = table[0, channel] * rstd, s2 * rstd
-            lines[0, channel] = a
-            lines[1, channel], lines[2, channel] = -a * (dgamma / count), s1 / count
-            table[1, channel], table[2, channel] = dgamma, s1
-        for n in range(plan.samples - 1, -1, -1):
-            for c in range(c0, c1):
-                source, other, target = _row(dy, run, n, c), _row(x, run, n, c), _row(dx, run, n, c)
-                channel = run * plan.channels + c
-                _write_dx(
-                    source, other, target, plan.size, lines, channel, not frozen, stream, element
-                )
-        if stream:
-            _fence()
-
-
-# ---- Rows: channels inside -----------------------------------------------------------------------
-# Tables are addresses of float64 [index, run, column] whose rows are padded to whole lanes.
-
-
-class _RowsPlan(NamedTuple):
-    """Rows of `columns` values, perhaps one more of only `rest`; tasks are `height` by `width`."""
-
-    runs: int
-    rows: int
-    columns: int
-    rest: int
-    padded: int
-    height: int
-    chunks: int
-    width: int
-    tasks: int
-
-
-@_inline
-def _tile(plan: _RowsPlan, task: int) -> tuple[int, int, int, int, int, int]:
-    """Run, chunk, rows r0 to r1 and columns j0 to j1 of a task."""
-    tiles = -(-plan.columns // plan.width)
-    run, chunk = task // (tiles * plan.chunks), task // tiles % plan.chunks
-    r0, r1, columns = chunk * plan.height, min((chunk + 1) * plan.height, plan.rows), plan.columns
-    if plan.rest and chunk == plan.chunks - 1:
-        r0, r1, columns = plan.rows, plan.rows + 1, plan.rest
-    j0 = task % tiles * plan.width
-    return run, chunk, r0, r1, j0, min(j0 + plan.width, columns)
-
-
-@_inline
-def _address(table: int, plan: _RowsPlan, index: int, run: int) -> int:
-    """Address of a table's row."""
-    return table + (index * plan.runs + run) * plan.padded * 8
-
-
-@_inline
-def _line(table: int, plan: _RowsPlan, index: int, run: int, j: int) -> Any:
-    """Lanes of a table from column j on."""
-    return _load(_address(table, plan, index, run) + j * 8, 0.0)
-
-
-@_Kernel
-def _rows_moments(x: _Strided, plan: _RowsPlan, table: int, sums: int, element: Any) -> None:
-    """sums[chunk, :, run, column] about the shifts and units of `table`."""
+    """`width` columns from column c on, of a few rows."""
     size = _itemsize(element)
-    for task in prange(plan.tasks):
-        run, chunk, r0, r1, j0, j1 = _tile(plan, task)
-        s1, s2 = _address(sums, plan, 2 * chunk, run), _address(sums, plan, 2 * chunk + 1, run)
-        for start in range(r0, r1, GROUP):
-            for j in range(j0, j1, LANES):
-                shift, unit = _line(table, plan, 0, run, j), _line(table, plan, 1, run, j)
-                total, squares = _load(s1 + j * 8, 0.0), _load(s2 + j * 8, 0.0)
-                for r in range(start, min(start + GROUP, r1)):
-                    d = _centred(_row(x, run, r, 0) + j * size, j1 - j, shift, element)
-                    d = _rescale(d, unit, element)
-                    total = total + d
-                    squares = squares + d * d
-                _store(s1 + j * 8, total)
-                _store(s2 + j * 8, squares)
+    lines = job.packed + (run * 8 * job.pitch + c) * size
+    p, q, target = _at(job.dy, run, n, c), _at(job.x, run, n, c), _at(job.out, run, n, c)
+    head = _head(target, width, job.stream, size)
+    if head > 0:
+        _map_columns(job, (p, q, target), rows, head, lines, 0, both, element)
+    whole = (head + (width - head) // LANES * LANES) * size
+    for s in range(head * size, whole, LANES * size):
+        at = (p + s, q + s, target + s)
+        if rows == 1:  # a loop over rows would be unrolled, and cost more than it does
+            k = _eight(lines + s, job.pitch * size, None, element)
+            _prefetch(p + s + AHEAD * 2)
+            if both:
+                _prefetch(q + s + AHEAD * 2)
+            _put(target + s, _result(p + s, q + s, LANES, k, both, element), job.stream)
+        else:
+            _map_columns(job, at, rows, LANES, lines + s, job.stream, both, element)
+    rest = width - whole // size
+    if rest > 0:
+        at = (p + whole, q + whole, target + whole)
+        _map_columns(job, at, rows, rest, lines + whole, 0, both, element)
 
 
-@_Kernel
-def _rows_gradients(
-    dy: _Strided, x: _Strided, plan: _RowsPlan, mean: int, sums: int, element: Any
-) -> None:
-    """sums[chunk, :, run, column] of dy and of dy * (x - mean)."""
+@_inline
+def _map_rows(job: Any, run: int, c0: int, c1: int, index: int, both: bool, element: Any) -> None:
+    """A chunk of some columns. Where lines begin at the same column in every row, dense rows are
+    taken from that column on, each with the beginning of the next, so that only whole lines go."""
     size = _itemsize(element)
-    for task in prange(plan.tasks):
-        run, chunk, r0, r1, j0, j1 = _tile(plan, task)
-        s1, s2 = _address(sums, plan, 2 * chunk, run), _address(sums, plan, 2 * chunk + 1, run)
-        for start in range(r0, r1, GROUP):
-            for j in range(j0, j1, LANES):
-                centre = _line(mean, plan, 0, run, j)
-                total, products = _load(s1 + j * 8, 0.0), _load(s2 + j * 8, 0.0)
-                for r in range(start, min(start + GROUP, r1)):
-                    values = _widen(_values(_row(dy, run, r, 0) + j * size, j1 - j, element))
-                    d = _centred(_row(x, run, r, 0) + j * size, j1 - j, centre, element)
-                    total = total + values
-                    products = products + values * d
-                _store(s1 + j * 8, total)
-                _store(s2 + j * 8, products)
+    n0, n1, _, _ = _chunk(job, index)
+    row = job.columns * size
+    dense = job.dy.row == row and job.x.row == row and job.out.row == row
+    n, last, c, lead = n0, n1, c0, False
+    if job.stream and row % 64 == 0 and dense and c1 - c0 == job.columns and n1 > n0:
+        last, c = n1 - 1, _head(_at(job.out, run, n0, 0), job.columns, 1, size)
+        lead = c > 0
+    end = job.rows + 1 if job.rest and n1 == job.rows else n1
+    while n < end:
+        rows, start, width = min(job.together, last - n), c, c1 - c0
+        if lead:
+            rows, start, width = 1, 0, c
+        elif n == job.rows:
+            rows, start, width = 1, c0, min(c1, job.rest) - c0
+        elif n == last:
+            rows, width = 1, c1 - c
+        _map_few(job, run, n, rows, start, width, both, element)
+        n, lead = n if lead else n + rows, False
+
+
+# ---- Bodies: what the order of work calls, for each element type ---------------------------------
+
+
+@cache
+def _body(name: str, dtype: Any, both: bool) -> int:
+    """The address of a body, compiled when it is first asked for."""
+    element = dtype.type(0)
+
+    def start(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
+        _set_shifts(_job_at(at), run, c0, c1, element)
+
+    def sum_planes(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
+        _sum_planes(_job_at(at), run, c0, c1, index, both, element)
+
+    def sum_rows(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
+        _sum_rows(_job_at(at), run, c0, c1, index, both, element)
+
+    def finish(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
+        _small_step(_job_at(at), run, c0, c1, both, element)
+
+    def write_planes(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
+        _map_planes(_job_at(at), run, c0, c1, index, ahead, both, element)
+
+    def write_rows(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
+        _map_rows(_job_at(at), run, c0, c1, index, both, element)
+
+    bodies = (start, sum_planes, sum_rows, finish, write_planes, write_rows)
+    (function,) = (body for body in bodies if body.__name__ == name)
+    compiled = partial(_numba.cfunc, types.void(*[types.int64] * 6), error_model="numpy")
+    try:
+        return int(compiled(cache=True)(function).address)
+    except (RuntimeError, OSError):  # no directory to write to, or a full disk
+        return int(compiled()(function).address)
+
+
+# ---- Order of work -------------------------------------------------------------------------------
+
+
+@_inline
+def _next(job: Any, block: int, end: int) -> Any:
+    """The block that a thread takes after `block`; `end` if none."""
+    return min(_take(job.counter) if job.shared else block + 1, end)
+
+
+@_part
+def _run_blocks(here: int, thread: Any, threads: int) -> None:
+    """A thread's blocks of channels, each through the whole trip: the second walk starts on what
+    the cache still holds, and may fetch the block that comes after."""
+    job = _job_at(here)
+    blocks = _blocks(job, job.block)
+    end = blocks if job.shared else blocks * (thread + 1) // threads
+    block = _next(job, blocks * thread // threads - 1, end)
+    while block < end:
+        run, c0, c1 = _block(job, block, job.block)
+        _invoke(job.start, here, run, c0, c1, 0, 0)
+        for index in range(job.chunks):
+            _invoke(job.sum, here, run, c0, c1, index, 0)
+        _invoke(job.finish, here, run, c0, c1, 0, 0)
+        later = _next(job, block, end)
+        ahead = (later - block) * job.block if job.lookahead and later < end else 0
+        for index in range(job.chunks - 1 if job.written != NOTHING else -1, -1, -1):
+            _invoke(job.write, here, run, c0, c1, index, ahead)
+        block = later
+    if job.stream:
+        _fence()
+
+
+@_part
+def _run_units(here: int, thread: Any, threads: int, writes: bool) -> None:
+    """A thread's share of the chunks of all blocks, in the order in which memory has them."""
+    job = _job_at(here)
+    size = job.written_block if writes else job.block
+    blocks = _blocks(job, size)
+    units = blocks * job.chunks
+    for unit in range(units * thread // threads, units * (thread + 1) // threads):
+        run, c0, c1 = _block(job, unit % blocks, size)
+        _invoke(job.write if writes else job.sum, here, run, c0, c1, unit // blocks, 0)
+    if writes and job.stream:
+        _fence()
+
+
+@_part
+def _run_columns(here: int, body: int, thread: Any, threads: int) -> None:
+    """A thread's share of the small step."""
+    job = _job_at(here)
+    share = _ceil(_ceil(job.columns, threads), LANES) * LANES
+    c0, c1 = min(thread * share, job.columns), min((thread + 1) * share, job.columns)
+    for run in range(job.runs if c0 < c1 else 0):
+        _invoke(body, here, run, c0, c1, 0, 0)
 
 
 @_Kernel
-def _rows_normalize(
-    x: _Strided, y: _Strided, plan: _RowsPlan, lines: int, stream: bool, element: Any
-) -> None:
-    """The second pass of the forward trip, backwards; `lines` holds `_affine`'s numbers."""
-    size, height = _itemsize(element), 1 if stream else GROUP
-    for task in prange(plan.tasks):
-        run, _, r0, r1, j0, j1 = _tile(plan, plan.tasks - 1 - task)
-        for start in range(r0, r1, height):
-            head = j0 + _head(_row(y, run, start, 0) + j0 * size, j1 - j0, stream, size)
-            j = j0
-            while j < j1:
-                span = head - j if j < head else j1 - j
-                p = _narrow(_line(lines, plan, 0, run, j), element)
-                hi = _narrow(_line(lines, plan, 1, run, j), element)
-                scale = _narrow(_line(lines, plan, 2, run, j), element)
-                beta = _narrow(_line(lines, plan, 3, run, j), element)
-                for r in range(start, min(start + height, r1)):
-                    value = _values(_row(x, run, r, 0) + j * size, span, element)
-                    value = (value * p - hi) * scale + beta
-                    _put(_row(y, run, r, 0) + j * size, value, span, stream)
-                j += min(span, LANES)
-        if stream:
-            _fence()
-
-
-@_Kernel
-def _rows_input_gradient(
-    dy: _Strided,
-    x: _Strided,
-    dx: _Strided,
-    plan: _RowsPlan,
-    lines: int,
-    with_x: bool,
-    stream: bool,
-    element: Any,
-) -> None:
-    """The second pass of the backward trip, backwards; `lines` as `_write_dx` has it."""
-    size, height = _itemsize(element), 1 if stream else GROUP
-    for task in prange(plan.tasks):
-        run, _, r0, r1, j0, j1 = _tile(plan, plan.tasks - 1 - task)
-        for start in range(r0, r1, height):
-            head = j0 + _head(_row(dx, run, start, 0) + j0 * size, j1 - j0, stream, size)
-            j = j0
-            while j < j1:
-                span = head - j if j < head else j1 - j
-                a, b = _line(lines, plan, 0, run, j), _line(lines, plan, 1, run, j)
-                dy_mean, mean = _line(lines, plan, 2, run, j), _line(lines, plan, 3, run, j)
-                rstd = _line(lines, plan, 4, run, j)
-                for r in range(start, min(start + height, r1)):
-                    value = _widen(_values(_row(dy, run, r, 0) + j * size, span, element))
-                    if with_x:
-                        d = _centred(_row(x, run, r, 0) + j * size, span, mean, element)
-                        value = a * (value - dy_mean) + b * (d * rstd)
-                    else:
-                        value = a * value
-                    _put(_row(dx, run, r, 0) + j * size, _narrow(value, element), span, stream)
-                j += min(span, LANES)
-        if stream:
-            _fence()
-
-
-# ---- The small step ------------------------------------------------------------------------------
-
-
-@_compile
-def _merge(sums: Table) -> Table:
-    """The sums of chunks, added in order."""
-    merged = np.zeros(sums.shape[1:])
-    for chunk in range(sums.shape[0]):
-        merged += sums[chunk]
-    return merged
-
-
-@_compile
-def _gather(merged: Table, owners: Array, channels: int) -> Table:
-    """The sums of channels, from [kind, run, column]; columns belong to the `owners`."""
-    kinds, runs, _ = merged.shape
-    sums = np.zeros((kinds, runs, channels))
-    for kind in range(kinds):
-        for run in range(runs):
-            for column in range(owners.size):
-                sums[kind, run, owners[column]] += merged[kind, run, column]
-    return sums
-
-
-@_compile
-def _settle_all(sums: Table, count: int, table: Table) -> Table:
-    """`_settle` for all channels: from shifts and units to means, variances and units again."""
-    found = np.empty((3, sums.shape[1]))
-    for channel in range(sums.shape[1]):
-        shift, unit = table[0, channel], table[1, channel]
-        mean, var, again = _settle(sums[0, channel], sums[1, channel], count, shift, unit)
-        found[0, channel], found[1, channel], found[2, channel] = mean, var, again
-    return found
-
-
-@_compile
-def _affine_all(affine: Table, element: Any) -> Table:
-    """`_affine` for all channels; `affine` holds mean, scale and beta."""
-    lines = np.empty((4, affine.shape[1]))
-    for channel in range(affine.shape[1]):
-        mean, scale, beta = affine[0, channel], affine[1, channel], affine[2, channel]
-        line = _affine(mean, scale, beta, element)
-        lines[0, channel], lines[1, channel], lines[2, channel], lines[3, channel] = line
-    return lines
+def _run(threads: int, words: Array, scratch: Table) -> None:
+    """A pass or a trip."""
+    here = words.ctypes.data
+    job = _job_at(here)
+    width = job.runs * job.pitch * 8
+    job.counter = here + (words.size - 1) * 8
+    job.packed = scratch.ctypes.data
+    job.work = job.packed + 8 * width
+    job.sums = job.work + 4 * width
+    # The small step of few channels is less work than a region of threads.
+    alone = job.channels < FEW or job.columns > job.channels
+    summed, written, start, finish = job.summed, job.written, job.start, job.finish
+    if not job.split:
+        for thread in prange(threads):
+            _run_blocks(words.ctypes.data, np.int64(thread), threads)
+        return
+    if summed != NOTHING:
+        _run_columns(here, start, 0, 1)
+        for thread in prange(threads):
+            _run_units(words.ctypes.data, np.int64(thread), threads, False)
+    if alone:
+        _run_columns(here, finish, 0, 1)
+    else:
+        for thread in prange(threads):
+            _run_columns(words.ctypes.data, finish, np.int64(thread), threads)
+    if written != NOTHING:
+        for thread in prange(threads):
+            _run_units(words.ctypes.data, np.int64(thread), threads, True)
 
 
 # ---- One call ------------------------------------------------------------------------------------
 
 
-def _vectors(*tables: Table) -> Table:
-    """(G, C) tables as the rows of one fresh array."""
-    return np.array([table.ravel() for table in tables])
+@_compile
+def _address(first: Array) -> int:
+    """Where an array's first value is; `ctypes.data` of Python takes four times as long."""
+    return int(first.ctypes.data)
 
 
-def _strided(x: Array) -> _Strided:
-    return _Strided(x.ctypes.data, *x.strides[:3])
+@_compile
+def _folds(samples: int, channels: int, size: int) -> bool:
+    """Whether rows of memory hold several samples or tiny planes."""
+    return size < LANES and (size > 1 or _fold(samples, channels, size) > 1)
 
 
-def _streams(row: int, least: int, out: Array, *inputs: Array) -> bool:
-    """Whether `out`, in rows of `row` bytes, goes past the cache: never in place, and only if
-    the operands have at least so many bytes."""
-    if out.nbytes * (1 + len(inputs)) < least or row < STREAMED_ROW:
+def _place(a: Array) -> tuple[int, ...]:
+    return (_address(a[0, 0, 0, :1]), *a.strides[:3])
+
+
+def _dense(a: Array) -> Array:
+    """The array, or a copy in which what shares a row lies side by side."""
+    return a if a[0].flags.c_contiguous else np.ascontiguousarray(a)
+
+
+def _table_of(x: Array, *rows: Any) -> Table:
+    """A call's table: what is given for the channels, and room for results."""
+    table = np.empty((5, x.shape[0], x.shape[2]))
+    for row, values in enumerate(rows):
+        table[row] = values
+    return table
+
+
+def _call(
+    summed: int,
+    written: int,
+    x: Array,
+    dy: Array,
+    out: Array | None,
+    table: Table,
+    threads: int,
+    eps: float = 0.0,
+) -> None:
+    """Run the kernel where the arrays lie, or on dense copies; without dy, dy is x."""
+    shape = x.shape
+    target = x if out is None else out
+    inside, both = shape[3] < LANES, written == GRADIENT
+    if inside and _folds(*shape[1:]):
+        alone, x, target = dy is x, _dense(x), _dense(target)
+        dy = x if alone else _dense(dy)
+    operands = 1 + (dy is not x) + (written != NOTHING)
+    if x.nbytes * operands * 2 < SERIAL_BELOW * 3:
+        threads = 1
+    threads = min(threads, _numba.config.NUMBA_NUM_THREADS)
+    streamed = STREAM_ROWS if inside else STREAM_PLANES
+    if summed == NOTHING:
+        streamed = STREAM_MAPS
+    asked = (threads, x.itemsize, summed, written, *shape, L2, streamed, STREAMED_ROW)
+    family = "rows" if inside else "planes"
+    asked += (
+        _body("start", x.dtype, False) if summed else 0,
+        _body("sum_" + family, x.dtype, summed == GRADIENTS) if summed else 0,
+        _body("finish", x.dtype, both),
+        _body("write_" + family, x.dtype, both) if written else 0,
+    )
+    x_place = _place(x)
+    asked += x_place + (x_place if dy is x else _place(dy)) + _place(target)
+    words = np.zeros(_JOB.itemsize // 8 + 1, np.int64)
+    scratch = np.empty(_plan(words, asked, eps, table.reshape(5, -1)))
+    _run(threads, words, scratch)
+    if out is not None and target is not out:
+        out[...] = target
+
+
+# ---- Plain calls ---------------------------------------------------------------------------------
+
+_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def _plain_view(a: Any, layout: Any) -> Array | None:
+    """The (G, N, C, S) view of an array as most calls have it, or None."""
+    if type(a) is not np.ndarray or a.dtype not in _DTYPES or a.ndim < 2 or a.size == 0:
+        return None
+    flags, shape = a.flags, a.shape
+    if type(layout) is not str or not (flags.c_contiguous and flags.aligned):
+        return None
+    if layout == "NCHW":
+        n, c = shape[:2]
+        s = a.size // (n * c)
+    elif layout == "NHWC":
+        n, c, s = a.size // shape[-1], shape[-1], 1
+    else:
+        return None
+    return a.reshape(1, 1, 1, n) if c == s == 1 else a.reshape(1, n, c, s)
+
+
+def _plain_vectors(channels: int, *vectors: Any) -> bool:
+    """Whether each is one value a channel."""
+    for v in vectors:
+        if type(v) is not np.ndarray or v.shape != (channels,) or v.dtype not in _DTYPES:
+            return False
+    return True
+
+
+def _plain_like(a: Any, x: Array) -> bool:
+    """Whether `a` is an array like the plain array x."""
+    if type(a) is not np.ndarray or a.dtype != x.dtype or a.shape != x.shape:
         return False
-    return all(out.ctypes.data != array.ctypes.data for array in inputs)
+    flags = a.flags
+    return bool(flags.c_contiguous and flags.aligned)
 
 
-class _Planes:
-    """A call on channels outside."""
-
-    def __init__(self, x: Array, threads: int) -> None:
-        runs, n, channels, s = x.shape
-        self.count, self.row = n * s, s * x.itemsize
-        self.element = x.dtype.type(0)
-        self.threads = threads if x.nbytes >= SERIAL_BELOW else 1
-        height, pieces = max(1, CHUNK // s), -(-s // CHUNK)
-        chunks, spans = -(-n // height) * pieces, -(-runs * n * channels // height) * pieces
-        block = min(TILE // self.row, CACHE // (n * self.row), channels // self.threads)
-        block = max(1, block)
-        groups = runs * -(-channels // block)
-        self.plan = _PlanesPlan(runs, n, channels, s, height, pieces, chunks, spans, block, groups)
-
-    @property
-    def splits(self) -> bool:
-        """Whether a trip would leave threads idle, so that its two passes run in turn."""
-        groups = self.plan.groups
-        return -(-groups // self.threads) * self.threads * 5 > groups * 6
-
-    def moments(self, x: Array, table: Table, again: Array) -> Table:
-        """Sums about the shifts and units of `table`, for the channels `again`."""
-        sums = np.zeros((self.plan.chunks, 2, table.shape[1]))
-        _planes_moments(self.threads, _strided(x), self.plan, table, again, sums, self.element)
-        return _merge(sums)
-
-    def gradients(self, dy: Array, x: Array, mean: Table) -> Table:
-        """Sums of dy and of dy * (x - mean)."""
-        sums = np.zeros((self.plan.chunks, 2, mean.size))
-        views = _strided(dy), _strided(x)
-        _planes_gradients(self.threads, *views, self.plan, mean, sums, self.element)
-        return _merge(sums)
-
-    def normalize(self, x: Array, lines: Table, out: Array) -> None:
-        """The second pass of the forward trip."""
-        stream = _streams(self.row, STREAM_MAPS, out, x)
-        views = _strided(x), _strided(out)
-        _planes_normalize(self.threads, *views, self.plan, lines, stream, self.element)
-
-    def input_gradient(self, dy: Array, x: Array | None, lines: Table, out: Array) -> None:
-        """The second pass of the backward trip."""
-        with_x, x = x is not None, dy if x is None else x
-        stream = _streams(self.row, STREAM_MAPS, out, dy, x)
-        views = _strided(dy), _strided(x), _strided(out)
-        _planes_input_gradient(self.threads, *views, self.plan, lines, with_x, stream, self.element)
-
-    def forward(
-        self, x: Array, gamma: Table, beta: Table, eps: float, out: Array
-    ) -> tuple[Table, Table]:
-        """The forward trip."""
-        table, lines = np.empty((4, gamma.size)), np.empty((4, gamma.size))
-        table[0], table[1] = gamma.ravel(), beta.ravel()
-        stream = _streams(self.row, STREAM_PLANES, out, x)
-        views = _strided(x), _strided(out)
-        _planes_forward(self.threads, *views, self.plan, eps, table, lines, stream, self.element)
-        return table[2].reshape(gamma.shape), table[3].reshape(gamma.shape)
-
-    def backward(
-        self, dy: Array, x: Array, mean: Table, rstd: Table, gamma: Table, frozen: bool, out: Array
-    ) -> tuple[Table, Table]:
-        """The backward trip."""
-        table, lines = np.empty((3, gamma.size)), np.empty((5, gamma.size))
-        table[0], lines[3], lines[4] = gamma.ravel(), mean.ravel(), rstd.ravel()
-        stream = _streams(self.row, STREAM_PLANES, out, dy, x)
-        views = _strided(dy), _strided(x), _strided(out)
-        _planes_backward(
-            self.threads, *views, self.plan, frozen, table, lines, stream, self.element
-        )
-        return table[1].reshape(gamma.shape), table[2].reshape(gamma.shape)
+def _plain_output(out: Any, x: Array, *inputs: Any) -> Array | None:
+    """`out` if it is like x, and apart from the inputs or one of them; or a fresh one."""
+    if out is None:
+        return np.empty(x.shape, x.dtype)
+    if not _plain_like(out, x) or not out.flags.writeable:
+        return None
+    for a in (x, *inputs):
+        if a is not out and np.may_share_memory(out, a):
+            return None
+    return out  # type: ignore[no-any-return]
 
 
-class _Rows:
-    """A call on channels inside, or on tiny planes."""
-
-    def __init__(self, x: Array, threads: int) -> None:
-        runs, n, channels, s = self.shape = x.shape
-        self.count = n * s
-        self.element = x.dtype.type(0)
-        self.threads = threads if x.nbytes >= SERIAL_BELOW else 1
-        fold = max(1, FOLDED // (channels * s))
-        columns = fold * channels * s
-        rows, rest = divmod(n, fold)
-        height = max(64, CHUNK // columns)
-        chunks = -(-rows // height) + (rest > 0)
-        tiles = -(-4 * self.threads // (runs * chunks)) if self.threads > 1 else 1
-        width = -(-columns // (tiles * LANES)) * LANES
-        tasks, padded = runs * chunks * -(-columns // width), (columns // LANES + 2) * LANES
-        self.plan = _RowsPlan(
-            runs, rows, columns, rest * channels * s, padded, height, chunks, width, tasks
-        )
-        self.packed = columns > channels
-        self.owners = np.arange(columns) // s % channels if self.packed else None
-
-    def moments(self, x: Array, table: Table, again: Array) -> Table:
-        """Sums about the shifts and units of `table`; not `again`, they come out the same."""
-        tables, sums, x = self._columns(table), self._sums(), self._source(x)
-        addresses = tables.ctypes.data, sums.ctypes.data
-        _rows_moments(self.threads, self._strided(x), self.plan, *addresses, self.element)
-        return self._merged(sums)
-
-    def gradients(self, dy: Array, x: Array, mean: Table) -> Table:
-        """Sums of dy and of dy * (x - mean)."""
-        means, sums, dy, x = self._columns(mean), self._sums(), self._source(dy), self._source(x)
-        plan = self.plan, means.ctypes.data, sums.ctypes.data
-        _rows_gradients(self.threads, self._strided(dy), self._strided(x), *plan, self.element)
-        return self._merged(sums)
-
-    def normalize(self, x: Array, lines: Table, out: Array) -> None:
-        """The second pass of the forward trip."""
-        tables, x, target = self._columns(lines), self._source(x), self._target(out)
-        stream = _streams(self.plan.width * x.itemsize, STREAM_MAPS, target, x)
-        plan = self.plan, tables.ctypes.data, stream
-        _rows_normalize(self.threads, self._strided(x), self._strided(target), *plan, self.element)
-        if target is not out:
-            out[...] = target
-
-    def input_gradient(self, dy: Array, x: Array | None, lines: Table, out: Array) -> None:
-        """The second pass of the backward trip."""
-        tables, dy, target = self._columns(lines), self._source(dy), self._target(out)
-        with_x, x = x is not None, dy if x is None else self._source(x)
-        stream = _streams(self.plan.width * x.itemsize, STREAM_MAPS, target, dy, x)
-        views = self._strided(dy), self._strided(x), self._strided(target)
-        plan = self.plan, tables.ctypes.data, with_x, stream
-        _rows_input_gradient(self.threads, *views, *plan, self.element)
-        if target is not out:
-            out[...] = target
-
-    def _walks(self, x: Array) -> bool:
-        """Whether `x` can be walked where it lies: what shares a row must lie side by side."""
-        return not self.packed or bool(x[0].flags.c_contiguous)
-
-    def _source(self, x: Array) -> Array:
-        return x if self._walks(x) else np.ascontiguousarray(x)
-
-    def _target(self, out: Array) -> Array:
-        return out if self._walks(out) else np.empty(self.shape, out.dtype)
-
-    def _strided(self, x: Array) -> _Strided:
-        row = self.plan.columns * x.itemsize if self.packed else x.strides[1]
-        return _Strided(x.ctypes.data, x.strides[0], row, 0)
-
-    def _columns(self, vectors: Table) -> Table:
-        """Vectors over all channels as tables over the columns."""
-        vectors = vectors.reshape(-1, self.shape[0], self.shape[2])
-        tables = np.zeros((*vectors.shape[:2], self.plan.padded))
-        owners = self.owners
-        tables[:, :, : self.plan.columns] = vectors if owners is None else vectors[:, :, owners]
-        return tables
-
-    def _sums(self) -> Table:
-        return np.zeros((self.plan.chunks, 2, self.plan.runs, self.plan.padded))
-
-    def _merged(self, sums: Table) -> Table:
-        """The sums of all channels, from those of chunks and columns."""
-        merged = _merge(sums.reshape(self.plan.chunks, 2 * self.plan.runs, -1))
-        merged = merged.reshape(2, self.plan.runs, -1)
-        if self.owners is None:
-            merged = np.ascontiguousarray(merged[:, :, : self.plan.columns])
-            return merged.reshape(2, -1)
-        return _gather(merged, self.owners, self.shape[2]).reshape(2, -1)
+def _plain_eps(eps: Any) -> bool:
+    return type(eps) is float and 0.0 <= eps < math.inf
 
 
-# ---- The backend ---------------------------------------------------------------------------------
+@_compile
+def _scale(table: Table, eps: float, nan: bool) -> bool:
+    """gamma / sqrt(var + eps) in gamma's place; false if var is no variance."""
+    for channel in range(table.shape[1]):
+        var = table[1, channel]
+        if not (var >= 0.0 or (nan and math.isnan(var))):
+            return False
+        rstd = 1.0 / math.sqrt(var + eps)
+        table[0, channel] *= rstd if var + eps != 0.0 else 0.0
+    return True
+
+
+@_compile
+def _singles(values: Table) -> Array:
+    """The values in float32."""
+    return values.astype(np.float32)
+
+
+def _given(*vectors: Any) -> list[Any]:
+    return [v for v in vectors if v is not None]
+
+
+def _or(vector: Any, default: float) -> Any:
+    return default if vector is None else vector
 
 
 class NumbaBackend(Backend):
@@ -1199,29 +1476,27 @@ class NumbaBackend(Backend):
 
     name = "numba"
 
+    def __init__(self) -> None:
+        self.plain_moments = self._plain_moments
+        self.plain_batch_norm = self._plain_batch_norm
+        self.plain_normalize = self._plain_normalize
+        self.plain_backward = self._plain_backward
+
     def moments(self, x: Array, threads: int) -> tuple[Table, Table]:
-        walk = _walk(x, threads)
-        first = x[:, 0, :, 0].astype(np.float64)
-        table = _vectors(first, np.ones_like(first))
-        found = _settle_all(
-            walk.moments(x, table, np.ones(first.size, np.bool_)), walk.count, table
-        )
-        again = found[2] != 0
-        if again.any():
-            table = np.where(again, found[::2], table)
-            second = _settle_all(walk.moments(x, table, again), walk.count, table)
-            found = np.where(again, second, found)
-        return found[0].reshape(first.shape), found[1].reshape(first.shape)
+        table = _table_of(x)
+        _call(MOMENTS, NOTHING, x, x, None, table, threads)
+        return table[MEAN], table[VAR]
 
     def normalize(self, x: Array, affine: Affine, out: Array, threads: int) -> None:
-        walk = _walk(x, threads)
-        walk.normalize(x, _affine_all(_vectors(*affine), walk.element), out)
+        mean, scale, beta = affine
+        _call(NOTHING, AFFINE, x, x, out, _table_of(x, scale, beta, mean, 1.0), threads)
 
     def gradient_moments(
         self, dy: Array, x: Array, mean: Table, threads: int
     ) -> tuple[Table, Table]:
-        sums = _walk(x, threads).gradients(dy, x, mean.ravel())
-        return sums[0].reshape(mean.shape), sums[1].reshape(mean.shape)
+        table = _table_of(x, 1.0, 0.0, mean, 1.0)
+        _call(GRADIENTS, NOTHING, x, dy, None, table, threads)
+        return table[DBETA], table[DGAMMA]
 
     def input_gradient(
         self,
@@ -1231,15 +1506,19 @@ class NumbaBackend(Backend):
         out: Array,
         threads: int,
     ) -> None:
-        _walk(dy, threads).input_gradient(dy, x, _vectors(*coefficients), out)
+        a, b, dy_mean, mean, rstd = coefficients
+        if x is None:
+            _call(NOTHING, AFFINE, dy, dy, out, _table_of(dy, a, 0.0, 0.0, 1.0), threads)
+        else:
+            table = _table_of(x, a, b, mean, rstd, dy_mean)
+            _call(NOTHING, GRADIENT, x, dy, out, table, threads)
 
     def forward(
         self, x: Array, gamma: Table, beta: Table, eps: float, out: Array, threads: int
     ) -> tuple[Table, Table]:
-        walk = _walk(x, threads)
-        if isinstance(walk, _Rows) or walk.splits:
-            return super().forward(x, gamma, beta, eps, out, threads)
-        return walk.forward(x, gamma, beta, eps, out)
+        table = _table_of(x, gamma, beta)
+        _call(MOMENTS, AFFINE, x, x, out, table, threads, eps)
+        return table[MEAN], table[VAR]
 
     def backward(
         self,
@@ -1253,17 +1532,74 @@ class NumbaBackend(Backend):
         out: Array,
         threads: int,
     ) -> tuple[Table, Table]:
-        walk = _walk(x, threads)
-        if isinstance(walk, _Rows) or walk.splits:
-            return super().backward(dy, x, mean, var, gamma, eps, frozen, out, threads)
-        return walk.backward(dy, x, mean, inverse_deviation(var, eps), gamma, frozen, out)
+        table = _table_of(x, gamma, 0.0, mean, var)
+        _call(GRADIENTS, AFFINE if frozen else GRADIENT, x, dy, out, table, threads, eps)
+        return table[DGAMMA], table[DBETA]
+
+    def _plain_moments(self, x: Any, layout: Any, threads: int) -> tuple[Table, Table] | None:
+        view = _plain_view(x, layout)
+        if view is None:
+            return None
+        mean, var = self.moments(view, threads)
+        return mean[0], var[0]
+
+    def _plain_batch_norm(
+        self, x: Any, gamma: Any, beta: Any, eps: Any, layout: Any, out: Any, threads: int
+    ) -> tuple[Array, Table, Table] | None:
+        view, parameters = _plain_view(x, layout), _given(gamma, beta)
+        if view is None or not _plain_eps(eps) or not _plain_vectors(view.shape[2], *parameters):
+            return None
+        y = _plain_output(out, x, *parameters)
+        if y is None:
+            return None
+        scale, shift = _or(gamma, 1.0), _or(beta, 0.0)
+        mean, var = self.forward(view, scale, shift, eps, y.reshape(view.shape), threads)
+        return y, mean[0], var[0]
+
+    def _plain_normalize(self, *arguments: Any) -> Array | None:
+        x, mean, var, gamma, beta, eps, layout, out, threads = arguments
+        view, vectors = _plain_view(x, layout), [mean, var, *_given(gamma, beta)]
+        if view is None or not _plain_eps(eps) or not _plain_vectors(view.shape[2], *vectors):
+            return None
+        y = _plain_output(out, x, *vectors)
+        table = np.empty((2, view.shape[2]))
+        table[0], table[1] = _or(gamma, 1.0), var
+        if y is None or not _scale(table, eps, False):
+            return None
+        affine = Affine(mean, table[0], _or(beta, 0.0))
+        self.normalize(view, affine, y.reshape(view.shape), threads)
+        return y
+
+    def _plain_backward(self, *arguments: Any) -> tuple[Array, Array | None, Array | None] | None:
+        dy, x, mean, var, gamma, eps, layout, params, frozen, out, threads = arguments
+        view, vectors = _plain_view(dy, layout), [mean, var, *_given(gamma)]
+        if view is None or not _plain_eps(eps) or not _plain_vectors(view.shape[2], *vectors):
+            return None
+        if type(params) is not bool or not (frozen or mean.dtype == var.dtype == np.float64):
+            return None
+        lone = frozen and not params
+        if not (lone and x is None) and not _plain_like(x, dy):
+            return None
+        dx = _plain_output(out, dy, *_given(x), *vectors)
+        table = np.empty((2, view.shape[2]))
+        table[0], table[1] = _or(gamma, 1.0), var
+        if dx is None or not _scale(table, eps, not frozen):
+            return None
+        target = dx.reshape(view.shape)
+        if lone:
+            coefficients = GradientCoefficients(table[:1], *[np.zeros((1, 1))] * 4)
+            self.input_gradient(view, None, coefficients, target, threads)
+            return dx, None, None
+        scale = _or(gamma, 1.0)
+        x = x.reshape(view.shape)
+        sums = self.backward(view, x, mean, var, scale, eps, frozen, target, threads)
+        if not params:
+            return dx, None, None
+        single = (dy if gamma is None else gamma).dtype == np.float32
+        dgamma, dbeta = (_singles(s[0]) if single else s[0] for s in sums)
+        return dx, dgamma, dbeta
 
 
 def load() -> Backend:
     """The backend object."""
     return NumbaBackend()
-
-
-def _walk(x: Array, threads: int) -> _Planes | _Rows:
-    """The family of loops for `x`: by its shape alone, as the bits depend on it."""
-    return _Rows(x, threads) if x.shape[3] < LANES // 2 else _Planes(x, threads)
