@@ -143,17 +143,17 @@ cdef void schedule(Task* t, int threads, Py_ssize_t itemsize) noexcept nogil:
     cdef Py_ssize_t row = (t.C if t.inside else t.S) * itemsize
     # Past the caches go whole lines only; rows of a few lines would mostly be ends. Planes that
     # follow each other are joined.
-    t.large = total >= streams_from(t)
-    t.stream = t.large and t.map != NO_MAP
+    t.large = total >= tuning.stream_rows
+    t.stream = t.map != NO_MAP and total >= streams_from(t)
     t.joined = t.stream and not t.inside and t.pieces == 1 and t.out.c == t.S
     t.stream = t.stream and (t.joined or row % LINE == 0 or row >= 1024)
     t.planes_ahead = 0 if t.inside or t.S > 4 * AHEAD else AHEAD // t.S + 1
     t.threads = min(<Py_ssize_t> threads, max(1, 2 * total // tuning.serial_below - 1))
     if t.reduce == NO_REDUCE or t.inside:
-        # In the order of memory: planes side by side, or rows, of which stretches have their
-        # tables in L1, but memory wants long ones.
+        # In the order of memory: planes side by side, or rows. Stretches of them have their tables
+        # in L1, but memory wants long ones.
         t.split = True
-        block = t.C if t.reduce == NO_REDUCE else 4096 if t.large else 1024 // inputs
+        block = t.C if t.reduce == NO_REDUCE else 1024 if t.large else 1024 // inputs
     else:
         t.split = 10 * channels < 9 * ceil_div(channels, t.threads) * t.threads
         block = 1 if t.split else tuning.l2 // 4 // column

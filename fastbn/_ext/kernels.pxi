@@ -769,7 +769,7 @@ cdef void affine_rows(const real* x, Py_ssize_t x_stride, real* out, Py_ssize_t 
         vload_each(k.k, row + c, pitch, 4)
         source, target = x + c, out + c
         for r in range(rows):
-            prefetch(source + AHEAD // 2)
+            prefetch(source + 2 * AHEAD)
             put(target, affine(vload(source), &k), stream)
             source += x_stride
             target += stride
@@ -806,8 +806,8 @@ cdef void gradient_rows(const real* dy, Py_ssize_t dy_stride, const real* x, Py_
         vload_each(k.k, row + c, pitch, PACKED)
         source, slope, target = x + c, dy + c, out + c
         for r in range(rows):
-            prefetch(source + AHEAD // 2)
-            prefetch(slope + AHEAD // 2)
+            prefetch(source + 2 * AHEAD)
+            prefetch(slope + 2 * AHEAD)
             put(target, gradient(vload(slope), vload(source), &k), stream)
             source += x_stride
             slope += dy_stride
@@ -845,8 +845,9 @@ cdef void map_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
     """
     cdef Chunk k = chunk(t, j)
     cdef bint whole_lines = t.stream and t.out.n * sizeof(real) % 64 == 0
-    # Narrow rows share the fetching of coefficients.
-    cdef Py_ssize_t together = max(1, (128 if t.large else 1024) // t.C)
+    # Narrow rows share the fetching of coefficients, as do those of so many that L1 overflows.
+    cdef bint overflows = t.map == INPUT_GRADIENT and PACKED * t.C * sizeof(real) >= 65536
+    cdef Py_ssize_t together = 4 if overflows else max(1, (128 if t.large else 1024) // t.C)
     cdef Py_ssize_t n = k.n0, n1 = k.n1, c = c0, rows
     if whole_lines and c1 - c0 == t.C and is_dense(t) and n1 > n:
         c = unaligned(at(&t.out, g, n, 0), t.C)

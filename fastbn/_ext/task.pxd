@@ -46,7 +46,7 @@ cdef struct Task:
     # Channels outside: planes from one to the one to be fetched meanwhile; 0: in the same plane.
     Py_ssize_t planes_ahead
     # Order of work, kind of store, size of the team: decided by the machine; no bit depends on it.
-    # Blocks are of channels; the map of a split trip has its own. Large: beyond the caches.
+    # Blocks are of channels; the map of a split trip has its own. Large: rows beyond the caches.
     bint split, shared, large, stream, joined, lookahead
     Py_ssize_t block, map_block
     int threads

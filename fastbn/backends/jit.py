@@ -657,7 +657,7 @@ def _plan(words: Array, asked: Any, eps: float, table: Table) -> int:
     planes_ahead = 0 if inside or s > 4 * AHEAD else AHEAD // s + 1
     lookahead, split, most = False, True, columns
     if inside and summed != NOTHING:
-        most = 4096 if large else 1024 // inputs
+        most = 1024 if large else 1024 // inputs
     elif summed != NOTHING:
         groups = runs * columns
         split = 10 * groups < 9 * _ceil(groups, threads) * threads
