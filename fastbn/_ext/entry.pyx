@@ -140,14 +140,14 @@ cdef void schedule(Task* t, int threads, Py_ssize_t itemsize) noexcept nogil:
     cdef Py_ssize_t inputs = (t.x.data != NULL) + (t.dy.data != NULL)
     cdef Py_ssize_t column = max((t.N + (t.tail > 0)) * t.S * itemsize * inputs, 1)
     cdef Py_ssize_t channels = t.G * t.C, block
-    cdef Py_ssize_t row = (t.C if t.inside else t.S) * itemsize
+    cdef Py_ssize_t plane = t.S * itemsize, row = t.C * itemsize if t.inside else plane
     # Past the caches go whole lines only; rows of a few lines would mostly be ends. Planes that
     # follow each other are joined.
     t.large = total >= tuning.stream_rows
     t.stream = t.map != NO_MAP and total >= streams_from(t)
     t.joined = t.stream and not t.inside and t.pieces == 1 and t.out.c == t.S
     t.stream = t.stream and (t.joined or row % LINE == 0 or row >= 1024)
-    t.planes_ahead = 0 if t.inside or t.S > 4 * AHEAD else AHEAD // t.S + 1
+    t.planes_ahead = 0 if t.inside or plane > 4 * AHEAD else AHEAD // plane + 1
     t.threads = min(<Py_ssize_t> threads, max(1, 2 * total // tuning.serial_below - 1))
     if t.reduce == NO_REDUCE or t.inside:
         # In the order of memory: planes side by side, or rows. Stretches of them have their tables

@@ -116,11 +116,15 @@ cdef inline Chunk chunk(const Task* t, Py_ssize_t j) noexcept nogil:
 
 # ---- Reductions ----
 
+cdef inline Py_ssize_t ahead_values() noexcept nogil:
+    return AHEAD // <Py_ssize_t> sizeof(real)
+
+
 cdef inline Py_ssize_t later(const Task* t, const Operand* a, Py_ssize_t n) noexcept nogil:
-    """From a value of plane n to the one that comes about AHEAD values later: in the same plane,
+    """From a value of plane n to the one that comes about AHEAD bytes later: in the same plane,
     a few planes on or, past the last, in the next channel."""
     if t.planes_ahead == 0:
-        return AHEAD
+        return ahead_values()
     if n + t.planes_ahead < t.N:
         return t.planes_ahead * a.n
     return (t.planes_ahead - t.N) * a.n + a.c
@@ -251,8 +255,8 @@ cdef void reduce_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c
     # Rows share the fetching of sums; but two arrays' rows are many streams for the memory.
     cdef bint sparing = t.large and t.reduce == GRADIENT_MOMENTS
     cdef Py_ssize_t together = max(1, 128 // padded) if sparing else max(4, 1024 // padded)
-    # AHEAD values are in whole steps of so many rows.
-    cdef Py_ssize_t ahead = (AHEAD // (together * padded) + 1) * together
+    # What is AHEAD is in whole steps of so many rows.
+    cdef Py_ssize_t ahead = (ahead_values() // (together * padded) + 1) * together
     memset(sum + c0, 0, padded * sizeof(double))
     memset(sum + t.pitch + c0, 0, padded * sizeof(double))
     while n < k.n1:
@@ -769,7 +773,7 @@ cdef void affine_rows(const real* x, Py_ssize_t x_stride, real* out, Py_ssize_t 
         vload_each(k.k, row + c, pitch, 4)
         source, target = x + c, out + c
         for r in range(rows):
-            prefetch(source + 2 * AHEAD)
+            prefetch(source + 2 * ahead_values())
             put(target, affine(vload(source), &k), stream)
             source += x_stride
             target += stride
@@ -806,8 +810,8 @@ cdef void gradient_rows(const real* dy, Py_ssize_t dy_stride, const real* x, Py_
         vload_each(k.k, row + c, pitch, PACKED)
         source, slope, target = x + c, dy + c, out + c
         for r in range(rows):
-            prefetch(source + 2 * AHEAD)
-            prefetch(slope + 2 * AHEAD)
+            prefetch(source + 2 * ahead_values())
+            prefetch(slope + 2 * ahead_values())
             put(target, gradient(vload(slope), vload(source), &k), stream)
             source += x_stride
             slope += dy_stride

@@ -63,4 +63,4 @@ ctypedef void (*Run)(Task*) noexcept nogil
 
 cdef enum:
     PACKED = 8          # the most coefficients that a map has
-    AHEAD = 1024        # elements from a value to the one fetched meanwhile: 4 or 8 KiB
+    AHEAD = 4096        # bytes from a value to the one fetched meanwhile, or a few times as many
