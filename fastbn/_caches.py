@@ -48,3 +48,13 @@ STREAM_MAPS = LAST
 """The same for elementwise work alone: until its operands exceed the last cache, ordinary stores
 leave the result where its reader finds it (24 MiB: 220 to 270 against 305 us).
 """
+
+STRETCH = 1024
+"""Values of a row, of all operands, whose tables stay in L1: so many columns are summed together,
+in so many rows that there are about as many values; they share the fetching of the tables.
+"""
+
+SPARSE = 128
+"""The same values for rows beyond the caches: several rows at once are more streams than the memory
+follows (39 against 70 GB/s for the sums of gradients, which read two arrays).
+"""

@@ -9,7 +9,9 @@
    the module's `tuning`, a dictionary that experiments may change.
 """
 
-from fastbn._caches import L2, SERIAL_BELOW, STREAM_MAPS, STREAM_PLANES, STREAM_ROWS
+from fastbn._caches import (
+    L2, SERIAL_BELOW, SPARSE, STREAM_MAPS, STREAM_PLANES, STREAM_ROWS, STRETCH,
+)
 
 cimport numpy as cnp
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
@@ -60,20 +62,24 @@ cdef enum:
     CHUNK = 16384           # values of a channel in a chunk: the lanes' sums stay short
     FEWEST_ROWS = 64        # samples in a chunk, channels inside
     MOST_ROWS = 512
+    OVERFLOWING = 65536     # bytes of coefficients that L1 does not keep from row to row
 
 
-# The thresholds of `fastbn._caches`, in bytes; `tune` overrides them in experiments.
+# The thresholds of `fastbn._caches`; `tune` overrides them in experiments.
 cdef struct Tuning:
     Py_ssize_t l2
     Py_ssize_t serial_below
     Py_ssize_t stream_planes
     Py_ssize_t stream_rows
     Py_ssize_t stream_maps
+    Py_ssize_t stretch
+    Py_ssize_t sparse
 
 cdef Tuning tuning
 tuning.l2, tuning.serial_below = L2, SERIAL_BELOW
 tuning.stream_planes, tuning.stream_rows = STREAM_PLANES, STREAM_ROWS
 tuning.stream_maps = STREAM_MAPS
+tuning.stretch, tuning.sparse = STRETCH, SPARSE
 
 
 def tune(**thresholds):
@@ -153,7 +159,7 @@ cdef void schedule(Task* t, int threads, Py_ssize_t itemsize) noexcept nogil:
         # In the order of memory: planes side by side, or rows. Stretches of them have their tables
         # in L1, but memory wants long ones.
         t.split = True
-        block = t.C if t.reduce == NO_REDUCE else 1024 if t.large else 1024 // inputs
+        block = t.C if t.reduce == NO_REDUCE else tuning.stretch if t.large else tuning.stretch // inputs
     else:
         t.split = 10 * channels < 9 * ceil_div(channels, t.threads) * t.threads
         block = 1 if t.split else tuning.l2 // 4 // column
@@ -165,6 +171,17 @@ cdef void schedule(Task* t, int threads, Py_ssize_t itemsize) noexcept nogil:
     t.shared = not t.split and total > t.threads * tuning.l2
     t.block = even_block(t, block)
     t.map_block = even_block(t, t.C)
+    set_rows(t, itemsize)
+
+
+cdef void set_rows(Task* t, Py_ssize_t itemsize) noexcept nogil:
+    """Channels inside: how many rows share the fetching of sums, and of coefficients."""
+    cdef bint sparing = t.large and t.reduce == GRADIENT_MOMENTS
+    cdef bint overflows = t.map == INPUT_GRADIENT and PACKED * t.C * itemsize >= OVERFLOWING
+    t.few = max(1, tuning.sparse // t.block) if sparing else max(4, tuning.stretch // t.block)
+    t.together = max(1, (tuning.sparse if t.large else tuning.stretch) // t.C)
+    if overflows:
+        t.together = 4
 
 
 cdef Py_ssize_t even_block(Task* t, Py_ssize_t most) noexcept nogil:

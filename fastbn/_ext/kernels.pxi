@@ -44,7 +44,6 @@ cdef extern from "simd.h" nogil:
     void vstore(real* p, vec v)
     void vstore_part(real* p, vec v, long n)
     void vstream(real* p, vec v)
-    vec vsplat(double a)
     void vsplat_each(vec* v, const real* p, long pitch, int count)
     void vload_each(vec* v, const real* p, long pitch, int count)
     vec vadd(vec a, vec b)
@@ -252,15 +251,11 @@ cdef void reduce_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c
     cdef Chunk k = chunk(t, j)
     cdef double* sum = sums(t, g, j)
     cdef Py_ssize_t n = k.n0, rows, padded = (c1 - c0 + 15) // 16 * 16
-    # Rows share the fetching of sums; but two arrays' rows are many streams for the memory.
-    cdef bint sparing = t.large and t.reduce == GRADIENT_MOMENTS
-    cdef Py_ssize_t together = max(1, 128 // padded) if sparing else max(4, 1024 // padded)
-    # What is AHEAD is in whole steps of so many rows.
-    cdef Py_ssize_t ahead = (ahead_values() // (together * padded) + 1) * together
+    cdef Py_ssize_t ahead = (ahead_values() // (t.few * padded) + 1) * t.few    # in whole steps
     memset(sum + c0, 0, padded * sizeof(double))
     memset(sum + t.pitch + c0, 0, padded * sizeof(double))
     while n < k.n1:
-        rows = min(together, k.n1 - n)
+        rows = min(t.few, k.n1 - n)
         add_rows(t, g, n, rows, c0, c1 - c0, sum, ahead)
         n += rows
     if k.n1 == t.N and c0 < t.tail:
@@ -849,9 +844,6 @@ cdef void map_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
     """
     cdef Chunk k = chunk(t, j)
     cdef bint whole_lines = t.stream and t.out.n * sizeof(real) % 64 == 0
-    # Narrow rows share the fetching of coefficients, as do those of so many that L1 overflows.
-    cdef bint overflows = t.map == INPUT_GRADIENT and PACKED * t.C * sizeof(real) >= 65536
-    cdef Py_ssize_t together = 4 if overflows else max(1, (128 if t.large else 1024) // t.C)
     cdef Py_ssize_t n = k.n0, n1 = k.n1, c = c0, rows
     if whole_lines and c1 - c0 == t.C and is_dense(t) and n1 > n:
         c = unaligned(at(&t.out, g, n, 0), t.C)
@@ -859,7 +851,7 @@ cdef void map_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
         if c > 0:
             map_rows(t, g, n, 1, 0, c)
     while n < n1:
-        rows = min(together, n1 - n)
+        rows = min(t.together, n1 - n)
         map_rows(t, g, n, rows, c, c1 - c0)
         n += rows
     if n1 < k.n1:

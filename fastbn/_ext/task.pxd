@@ -49,6 +49,8 @@ cdef struct Task:
     # Blocks are of channels; the map of a split trip has its own. Large: rows beyond the caches.
     bint split, shared, large, stream, joined, lookahead
     Py_ssize_t block, map_block
+    # Channels inside: rows that are summed, and mapped, together.
+    Py_ssize_t few, together
     int threads
     long next_block
     # Scratch, `pitch` (C rounded up to whole vectors) apart: (G, ...) tables.
@@ -63,4 +65,4 @@ ctypedef void (*Run)(Task*) noexcept nogil
 
 cdef enum:
     PACKED = 8          # the most coefficients that a map has
-    AHEAD = 4096        # bytes from a value to the one fetched meanwhile, or a few times as many
+    AHEAD = 4096        # bytes from a value to the one fetched meanwhile; rows are mapped with twice that
