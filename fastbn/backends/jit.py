@@ -23,6 +23,8 @@
    instruction set splits it into its registers.
 7. `_run` is compiled twice, serial and parallel. Numba's "workqueue" threads end the process when
    entered twice at once, so one call at a time is parallel and the others run serial meanwhile.
+8. The plain entries take contiguous arrays that fit past all checks: those cost 20 to 30 us a call,
+   more than some 1 MB of work. They answer None, having touched nothing, for everything else.
 """
 
 from __future__ import annotations
@@ -43,7 +45,15 @@ from llvmlite import ir
 from numba import prange, types
 from numba.core import extending
 
-from fastbn._caches import L2, SERIAL_BELOW, STREAM_MAPS, STREAM_PLANES, STREAM_ROWS
+from fastbn._caches import (
+    L2,
+    SERIAL_BELOW,
+    SPARSE,
+    STREAM_MAPS,
+    STREAM_PLANES,
+    STREAM_ROWS,
+    STRETCH,
+)
 from fastbn.backends.base import Affine, Array, Backend, GradientCoefficients, Table
 
 LANES = 16
@@ -619,75 +629,82 @@ def _even_block(columns: int, most: int, whole: int, parts: tuple[int, int]) -> 
     return min(_ceil(_ceil(columns, blocks), whole) * whole, columns)
 
 
-@_compile
-def _plan(words: Array, asked: Any, eps: float, table: Table) -> int:
-    """Make the job; gives the float64 numbers that it needs to work with.
-
-    Chunks follow from the shape and the element type, all else from the machine as well.
-    """
-    threads, size, summed, written, runs, samples, channels, s = asked[:8]
-    l2, stream_from, streamed_row = asked[8:11]
-    job = _job_at(words.ctypes.data)
+@_inline
+def _set_shape(job: Any, shape: tuple[int, int, int, int]) -> None:
+    """Rows, columns and chunks: they follow from the shape and the element type alone."""
+    runs, samples, channels, s = shape
     inside = s < LANES
     fold = _fold(samples, channels, s) if inside else 1
-    spread = s if inside else 1
-    columns = fold * channels * spread
-    rows, rest = samples // fold, samples % fold * channels * spread
-    count, s = samples * s, (1 if inside else s)
-    piece, pieces = s, 1
+    spread, size = (s, 1) if inside else (1, s)
+    columns, rows = fold * channels * spread, samples // fold
+    piece, pieces = size, 1
     if inside:
         height = min(max(_ceil(_ceil(rows, 32), 8) * 8, 64), 512)
         chunks = max(1, _ceil(rows, height))
     else:
-        height, pieces = max(1, CHUNK // s), _ceil(s, CHUNK)
+        height, pieces = max(1, CHUNK // size), _ceil(size, CHUNK)
         if pieces > 1:
-            piece = _ceil(_ceil(s, pieces), 64) * 64
-            pieces = _ceil(s, piece)
+            piece = _ceil(_ceil(size, pieces), 64) * 64
+            pieces = _ceil(size, piece)
         chunks = _ceil(rows, height) * pieces
-    pitch = (columns // LANES + 2) * LANES
+    job.inside, job.runs, job.rows, job.columns, job.size = inside, runs, rows, columns, size
+    job.rest, job.count = samples % fold * channels * spread, samples * s
+    job.fold, job.channels, job.spread = fold, channels, spread
+    job.height, job.piece, job.pieces, job.chunks = height, piece, pieces, chunks
+    job.pitch = (columns // LANES + 2) * LANES
 
-    inputs = 2 if summed == GRADIENTS or written == GRADIENT else 1
-    operands = inputs + (written != NOTHING)
-    total = runs * samples * channels * spread * s * size * operands
-    column = (rows + (rest > 0)) * s * size * inputs
-    joined = not inside and s <= JOINED
-    line = (columns if inside else s) * size
-    large = total >= stream_from
-    stream = large and written != NOTHING and (joined or line % 64 == 0 or line >= streamed_row)
-    planes_ahead = 0 if inside or s > 4 * AHEAD else AHEAD // s + 1
+
+@_inline
+def _schedule(job: Any, threads: int, itemsize: int, machine: Any) -> None:
+    """The order of work, on which no bit depends."""
+    l2, stream_from, streamed_row, stretch, sparse = machine
+    inside, columns, s = job.inside != 0, job.columns, job.size
+    trip, writes = job.summed != NOTHING, job.written != NOTHING
+    inputs = 2 if job.summed == GRADIENTS or job.written == GRADIENT else 1
+    column = (job.rows + (job.rest > 0)) * s * itemsize * inputs
+    total = job.runs * (job.rows * columns + job.rest) * s * itemsize * (inputs + writes)
+    line = (columns if inside else s) * itemsize
+    large, job.joined = total >= stream_from, not inside and s <= JOINED
+    whole_lines = job.joined or line % 64 == 0 or line >= streamed_row
+    job.stream = large and writes and whole_lines
+    job.planes_ahead = 0 if inside or s > 4 * AHEAD else AHEAD // s + 1
     lookahead, split, most = False, True, columns
-    if inside and summed != NOTHING:
-        most = 1024 if large else 1024 // inputs
-    elif summed != NOTHING:
-        groups = runs * columns
+    if inside and trip:
+        most = stretch if large else stretch // inputs
+    elif trip:
+        groups = job.runs * columns
         split = 10 * groups < 9 * _ceil(groups, threads) * threads
         most = 1 if split else l2 // 4 // column
-        lookahead = not split and written != NOTHING and 2 * column <= l2 * 9 // 10
+        lookahead = not split and writes and 2 * column <= l2 * 9 // 10
     shared = not split and total > threads * l2
-    units = runs * (chunks if split else 1)
+    units = job.runs * (job.chunks if split else 1)
     parts = _ceil(threads * (4 if shared else 1), units), threads if not split else 1
-    whole = columns if fold * spread > 1 else LANES if inside else 1
-    # Two arrays in several rows at once are many streams for the memory.
-    sparing = large and summed == GRADIENTS
+    whole = columns if columns > job.channels else LANES if inside else 1
+    job.split, job.shared, job.lookahead = split, shared, lookahead
     job.block = _even_block(columns, most, whole, parts)
     job.written_block = _even_block(columns, columns, whole, parts)
-    job.few = max(1, 128 // job.block) if sparing else max(4, 1024 // job.block)
-    job.summed, job.written, job.inside = summed, written, inside
-    job.runs, job.rows, job.columns, job.size, job.rest = runs, rows, columns, s, rest
-    job.fold, job.channels, job.spread, job.count = fold, channels, spread, count
-    job.height, job.piece, job.pieces, job.chunks = height, piece, pieces, chunks
-    job.split, job.shared, job.stream, job.joined = split, shared, stream, joined
-    job.together = max(1, (128 if large else 1024) // columns)
-    job.lookahead, job.planes_ahead = lookahead, planes_ahead
-    job.pitch, job.table, job.eps = pitch, table.ctypes.data, eps
-    job.start, job.sum, job.finish, job.write = asked[11:15]
-    job.here = words.ctypes.data
-    dense = columns * size if columns > channels else 0
-    _set_operand(job.x, asked[15:19], inside, dense, size)
-    _set_operand(job.dy, asked[19:23], inside, dense, size)
-    _set_operand(job.out, asked[23:27], inside, dense, size)
-    width = runs * pitch
-    return int(width * 8 + (width * (4 + 2 * chunks) if summed != NOTHING else 0))
+    sparing = large and job.summed == GRADIENTS
+    job.few = max(1, sparse // job.block) if sparing else max(4, stretch // job.block)
+    job.together = max(1, (sparse if large else stretch) // columns)
+
+
+@_compile
+def _plan(words: Array, asked: Any, eps: float, table: Table) -> int:
+    """Make the job; gives the float64 numbers that it needs to work with."""
+    threads, size = asked[:2]
+    job = _job_at(words.ctypes.data)
+    job.summed, job.written = asked[2:4]
+    _set_shape(job, asked[4:8])
+    _schedule(job, threads, size, asked[8:13])
+    job.table, job.eps, job.here = table.ctypes.data, eps, words.ctypes.data
+    job.start, job.sum, job.finish, job.write = asked[13:17]
+    inside = job.inside != 0
+    dense = job.columns * size if job.columns > job.channels else 0
+    _set_operand(job.x, asked[17:21], inside, dense, size)
+    _set_operand(job.dy, asked[21:25], inside, dense, size)
+    _set_operand(job.out, asked[25:29], inside, dense, size)
+    width = job.runs * job.pitch
+    return int(width * 8 + (width * (4 + 2 * job.chunks) if job.summed != NOTHING else 0))
 
 
 @_inline
@@ -1374,7 +1391,8 @@ def _call(
     streamed = STREAM_ROWS if inside else STREAM_PLANES
     if summed == NOTHING:
         streamed = STREAM_MAPS
-    asked = (threads, x.itemsize, summed, written, *shape, L2, streamed, STREAMED_ROW)
+    asked = (threads, x.itemsize, summed, written, *shape)
+    asked += (L2, streamed, STREAMED_ROW, STRETCH, SPARSE)
     family = "rows" if inside else "planes"
     asked += (
         _body("start", x.dtype, False) if summed else 0,
@@ -1429,7 +1447,7 @@ def _plain_like(a: Any, x: Array) -> bool:
     return bool(flags.c_contiguous and flags.aligned)
 
 
-def _plain_output(out: Any, x: Array, *inputs: Any) -> Array | None:
+def _plain_output(out: Array | None, x: Array, *inputs: Any) -> Array | None:
     """`out` if it is like x, and apart from the inputs or one of them; or a fresh one."""
     if out is None:
         return np.empty(x.shape, x.dtype)
@@ -1438,7 +1456,7 @@ def _plain_output(out: Any, x: Array, *inputs: Any) -> Array | None:
     for a in (x, *inputs):
         if a is not out and np.may_share_memory(out, a):
             return None
-    return out  # type: ignore[no-any-return]
+    return out
 
 
 def _plain_eps(eps: Any) -> bool:
