@@ -37,9 +37,9 @@ SHAPES = [
 ALWAYS = dict.fromkeys(("stream_planes", "stream_rows", "stream_maps"), 0)
 NEVER = dict.fromkeys(ALWAYS, 1 << 40)
 PRETENDED = [
-    {"serial_below": 1, "l2": 1 << 20, **ALWAYS},
+    {"serial_below": 1, "l2": 1 << 20, "fetch": 0, **ALWAYS},
     {"serial_below": 1, "l2": 1 << 12, **ALWAYS},
-    {"serial_below": 1 << 40, "l2": 1 << 30, **NEVER},
+    {"serial_below": 1 << 40, "l2": 1 << 30, "fetch": 1 << 40, **NEVER},
 ]
 
 

@@ -10,7 +10,7 @@
 """
 
 from fastbn._caches import (
-    L2, SERIAL_BELOW, SPARSE, STREAM_MAPS, STREAM_PLANES, STREAM_ROWS, STRETCH,
+    FETCH, L2, SERIAL_BELOW, SPARSE, STREAM_MAPS, STREAM_PLANES, STREAM_ROWS, STRETCH,
 )
 
 cimport numpy as cnp
@@ -74,12 +74,13 @@ cdef struct Tuning:
     Py_ssize_t stream_maps
     Py_ssize_t stretch
     Py_ssize_t sparse
+    Py_ssize_t fetch
 
 cdef Tuning tuning
 tuning.l2, tuning.serial_below = L2, SERIAL_BELOW
 tuning.stream_planes, tuning.stream_rows = STREAM_PLANES, STREAM_ROWS
 tuning.stream_maps = STREAM_MAPS
-tuning.stretch, tuning.sparse = STRETCH, SPARSE
+tuning.stretch, tuning.sparse, tuning.fetch = STRETCH, SPARSE, FETCH
 
 
 def tune(**thresholds):
@@ -169,6 +170,7 @@ cdef void schedule(Task* t, int threads, Py_ssize_t itemsize) noexcept nogil:
         t.threads = 1
     # Whoever is free takes the next block; small arrays are worked on where they were last time.
     t.shared = not t.split and total > t.threads * tuning.l2
+    t.fetch = total >= t.threads * tuning.fetch
     t.block = even_block(t, block)
     t.map_block = even_block(t, t.C)
     set_rows(t, itemsize)
@@ -180,8 +182,8 @@ cdef void set_rows(Task* t, Py_ssize_t itemsize) noexcept nogil:
     cdef bint overflows = t.map == INPUT_GRADIENT and PACKED * t.C * itemsize >= OVERFLOWING
     t.few = max(1, tuning.sparse // t.block) if sparing else max(4, tuning.stretch // t.block)
     t.together = max(1, (tuning.sparse if t.large else tuning.stretch) // t.C)
-    if overflows:
-        t.together = 4
+    if overflows or not t.large:
+        t.together = max(t.together, 4)
 
 
 cdef Py_ssize_t even_block(Task* t, Py_ssize_t most) noexcept nogil:

@@ -68,7 +68,7 @@ cdef extern from "simd.h" nogil:
     double choose(bint condition, double a, double b)
     bint is_finite(double a)
     void stream_fence()
-    void prefetch(const real* p)
+    void prefetch(const real* p, bint wanted)
     long fetch_add(long* counter, long by)
     int thread_number()
     int team_size()
@@ -147,7 +147,7 @@ cdef void moments_outside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t
         for n in range(k.n0, k.n1):
             ahead = x + later(t, &t.x, n)
             for s in range(0, whole, 16):
-                prefetch(ahead + s)
+                prefetch(ahead + s, t.fetch)
                 add_moments(x + s, 16, shifts, units, &first, &second)
             if whole < size:
                 add_moments(x + whole, size - whole, shifts, units, &first, &second)
@@ -173,8 +173,8 @@ cdef void gradients_outside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize
         for n in range(k.n0, k.n1):
             ahead_x, ahead_dy = x + later(t, &t.x, n), dy + later(t, &t.dy, n)
             for s in range(0, whole, 16):
-                prefetch(ahead_x + s)
-                prefetch(ahead_dy + s)
+                prefetch(ahead_x + s, t.fetch)
+                prefetch(ahead_dy + s, t.fetch)
                 add_gradients(dy + s, x + s, 16, means, &first, &second)
             if whole < size:
                 add_gradients(dy + whole, x + whole, size - whole, means, &first, &second)
@@ -185,7 +185,7 @@ cdef void gradients_outside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize
 
 cdef void add_moments_rows(const real* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t width,
                            const double* shift, const double* unit, double* first,
-                           double* second, Py_ssize_t ahead) noexcept nogil:
+                           double* second, bint fetch, Py_ssize_t ahead) noexcept nogil:
     """Add a few rows to the sums of `width` columns, whose tables start at the first; meanwhile
     the rows `ahead` are fetched."""
     cdef Py_ssize_t c, r, part = width % 16
@@ -196,7 +196,7 @@ cdef void add_moments_rows(const real* x, Py_ssize_t stride, Py_ssize_t rows, Py
         k, u = wload_table(shift + c), wload_table(unit + c)
         a, b = wload_table(first + c), wload_table(second + c)
         for r in range(rows):
-            prefetch(at + ahead * stride)
+            prefetch(at + ahead * stride, fetch)
             add_moments(at, 16, k, u, &a, &b)
             at += stride
         wstore_table(first + c, a)
@@ -213,7 +213,7 @@ cdef void add_moments_rows(const real* x, Py_ssize_t stride, Py_ssize_t rows, Py
 
 cdef void add_gradients_rows(const real* dy, Py_ssize_t dy_stride, const real* x,
                              Py_ssize_t x_stride, Py_ssize_t rows, Py_ssize_t width,
-                             const double* mean, double* first, double* second,
+                             const double* mean, double* first, double* second, bint fetch,
                              Py_ssize_t ahead) noexcept nogil:
     """Add a few rows to the gradient sums of `width` columns, whose tables start at the first."""
     cdef Py_ssize_t c, r, part = width % 16
@@ -221,8 +221,8 @@ cdef void add_gradients_rows(const real* dy, Py_ssize_t dy_stride, const real* x
     for c in range(0, width - part, 16):
         k, a, b = wload_table(mean + c), wload_table(first + c), wload_table(second + c)
         for r in range(rows):
-            prefetch(dy + (r + ahead) * dy_stride + c)
-            prefetch(x + (r + ahead) * x_stride + c)
+            prefetch(dy + (r + ahead) * dy_stride + c, fetch)
+            prefetch(x + (r + ahead) * x_stride + c, fetch)
             add_gradients(dy + r * dy_stride + c, x + r * x_stride + c, 16, k, &a, &b)
         wstore_table(first + c, a)
         wstore_table(second + c, b)
@@ -239,10 +239,11 @@ cdef inline void add_rows(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t 
                           Py_ssize_t width, double* sum, Py_ssize_t ahead) noexcept nogil:
     if t.reduce == MOMENTS:
         add_moments_rows(at(&t.x, g, n, c0), t.x.n, rows, width, t.shift + g * t.pitch + c0,
-                         t.unit + g * t.pitch + c0, sum + c0, sum + t.pitch + c0, ahead)
+                         t.unit + g * t.pitch + c0, sum + c0, sum + t.pitch + c0, t.fetch, ahead)
     else:
         add_gradients_rows(at(&t.dy, g, n, c0), t.dy.n, at(&t.x, g, n, c0), t.x.n, rows, width,
-                           t.shift + g * t.pitch + c0, sum + c0, sum + t.pitch + c0, ahead)
+                           t.shift + g * t.pitch + c0, sum + c0, sum + t.pitch + c0, t.fetch,
+                           ahead)
 
 
 cdef void reduce_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
@@ -666,7 +667,7 @@ cdef inline void fill_line(Line* line, real* out, vec y, Py_ssize_t n) noexcept 
 
 
 cdef void affine_plane(const real* x, real* out, Py_ssize_t n, const real* row, Py_ssize_t pitch,
-                       bint stream, Line* line, Py_ssize_t ahead) noexcept nogil:
+                       bint stream, Line* line, bint fetch, Py_ssize_t ahead) noexcept nogil:
     """n contiguous values of one channel, whose coefficients stand `pitch` apart; meanwhile those
     `ahead` of x are fetched."""
     cdef Coefficients k
@@ -676,7 +677,7 @@ cdef void affine_plane(const real* x, real* out, Py_ssize_t n, const real* row, 
         s = min(16 - line.waiting, n)
         fill_line(line, out, affine(vload_part(x, s), &k), s)
     while s + 16 <= n:
-        prefetch(x + s + ahead)
+        prefetch(x + s + ahead, fetch)
         put(out + s, affine(vload(x + s), &k), stream)
         s += 16
     if s == n:
@@ -688,8 +689,8 @@ cdef void affine_plane(const real* x, real* out, Py_ssize_t n, const real* row, 
 
 
 cdef void gradient_plane(const real* dy, const real* x, real* out, Py_ssize_t n, const real* row,
-                         Py_ssize_t pitch, bint stream, Line* line, Py_ssize_t dy_ahead,
-                         Py_ssize_t x_ahead) noexcept nogil:
+                         Py_ssize_t pitch, bint stream, Line* line, bint fetch,
+                         Py_ssize_t dy_ahead, Py_ssize_t x_ahead) noexcept nogil:
     """n contiguous values of one channel, whose coefficients stand `pitch` apart; meanwhile those
     ahead of dy and x are fetched."""
     cdef Coefficients k
@@ -700,8 +701,8 @@ cdef void gradient_plane(const real* dy, const real* x, real* out, Py_ssize_t n,
         s = min(16 - line.waiting, n)
         fill_line(line, out, gradient(vload_part(dy, s), vload_part(x, s), &k), s)
     while s + 16 <= n:
-        prefetch(dy + s + dy_ahead)
-        prefetch(x + s + x_ahead)
+        prefetch(dy + s + dy_ahead, fetch)
+        prefetch(x + s + x_ahead, fetch)
         put(out + s, gradient(vload(dy + s), vload(x + s), &k), stream)
         s += 16
     if s == n:
@@ -720,10 +721,11 @@ cdef inline void map_plane(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t
     cdef const real* source = at(&t.source, g, n, c) + s0
     cdef real* out = <real*> at(&t.out, g, n, c) + s0
     if t.map == AFFINE:
-        affine_plane(source, out, s1 - s0, row, t.pitch, t.stream, line, ahead * t.source.c)
+        affine_plane(source, out, s1 - s0, row, t.pitch, t.stream, line, t.fetch,
+                     ahead * t.source.c)
     else:
         gradient_plane(at(&t.dy, g, n, c) + s0, source, out, s1 - s0, row, t.pitch, t.stream,
-                       line, ahead * t.dy.c, ahead * t.source.c)
+                       line, t.fetch, ahead * t.dy.c, ahead * t.source.c)
 
 
 cdef void map_outside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t j,
@@ -756,7 +758,7 @@ cdef void affine_part(const real* x, Py_ssize_t x_stride, real* out, Py_ssize_t 
 
 cdef void affine_rows(const real* x, Py_ssize_t x_stride, real* out, Py_ssize_t stride,
                       Py_ssize_t rows, Py_ssize_t width, const real* row, Py_ssize_t pitch,
-                      bint stream) noexcept nogil:
+                      bint stream, bint fetch) noexcept nogil:
     """`width` columns of a few rows; the columns' coefficients stand in rows `pitch` apart."""
     cdef Coefficients k
     cdef Py_ssize_t r, c = unaligned(out, width) if stream else 0
@@ -768,7 +770,7 @@ cdef void affine_rows(const real* x, Py_ssize_t x_stride, real* out, Py_ssize_t 
         vload_each(k.k, row + c, pitch, 4)
         source, target = x + c, out + c
         for r in range(rows):
-            prefetch(source + 2 * ahead_values())
+            prefetch(source + 2 * ahead_values(), fetch)
             put(target, affine(vload(source), &k), stream)
             source += x_stride
             target += stride
@@ -792,7 +794,8 @@ cdef void gradient_part(const real* dy, Py_ssize_t dy_stride, const real* x, Py_
 
 cdef void gradient_rows(const real* dy, Py_ssize_t dy_stride, const real* x, Py_ssize_t x_stride,
                         real* out, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t width,
-                        const real* row, Py_ssize_t pitch, bint stream) noexcept nogil:
+                        const real* row, Py_ssize_t pitch, bint stream,
+                        bint fetch) noexcept nogil:
     """`width` columns of a few rows; the columns' coefficients stand in rows `pitch` apart."""
     cdef Coefficients k
     cdef Py_ssize_t r, c = unaligned(out, width) if stream else 0
@@ -805,8 +808,8 @@ cdef void gradient_rows(const real* dy, Py_ssize_t dy_stride, const real* x, Py_
         vload_each(k.k, row + c, pitch, PACKED)
         source, slope, target = x + c, dy + c, out + c
         for r in range(rows):
-            prefetch(source + 2 * ahead_values())
-            prefetch(slope + 2 * ahead_values())
+            prefetch(source + 2 * ahead_values(), fetch)
+            prefetch(slope + 2 * ahead_values(), fetch)
             put(target, gradient(vload(slope), vload(source), &k), stream)
             source += x_stride
             slope += dy_stride
@@ -824,10 +827,10 @@ cdef void map_rows(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t rows, P
     cdef real* out = <real*> at(&t.out, g, n, c)
     if t.map == AFFINE:
         affine_rows(at(&t.source, g, n, c), t.source.n, out, t.out.n, rows, width, row, t.pitch,
-                    t.stream)
+                    t.stream, t.fetch)
     else:
         gradient_rows(at(&t.dy, g, n, c), t.dy.n, at(&t.source, g, n, c), t.source.n, out, t.out.n,
-                      rows, width, row, t.pitch, t.stream)
+                      rows, width, row, t.pitch, t.stream, t.fetch)
 
 
 cdef inline bint is_dense(const Task* t) noexcept nogil:

@@ -373,12 +373,18 @@ INLINE double saturated(double a) {
 /* The product, and 0 for a difference of 0, whatever the factor. */
 INLINE double product(double difference, double factor) {
     double usual = difference * factor;
-    return choose(difference != 0, usual, 0);
+    uint64_t bits;
+    memcpy(&bits, &usual, sizeof bits);
+    bits &= -(uint64_t)(difference != 0); /* of `choose` GCC would make a branch */
+    memcpy(&usual, &bits, sizeof usual);
+    return usual;
 }
 
 /* ---- Machine ---- */
 
-INLINE void prefetch(const real *p) {
+INLINE void prefetch(const real *p, int wanted) {
+    if (!wanted)
+        return;
     __builtin_prefetch(p, 0, 2);
 #ifdef FASTBN_F64 /* sixteen elements are two lines */
     __builtin_prefetch(p + 8, 0, 2);

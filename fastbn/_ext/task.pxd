@@ -47,7 +47,8 @@ cdef struct Task:
     Py_ssize_t planes_ahead
     # Order of work, kind of store, size of the team: decided by the machine; no bit depends on it.
     # Blocks are of channels; the map of a split trip has its own. Large: rows beyond the caches.
-    bint split, shared, large, stream, joined, lookahead
+    # Fetch: before it is needed; what L2 holds needs no fetching.
+    bint split, shared, large, stream, joined, lookahead, fetch
     Py_ssize_t block, map_block
     # Channels inside: rows that are summed, and mapped, together.
     Py_ssize_t few, together

@@ -46,6 +46,7 @@ from numba import prange, types
 from numba.core import extending
 
 from fastbn._caches import (
+    FETCH,
     L2,
     SERIAL_BELOW,
     SPARSE,
@@ -578,7 +579,7 @@ _JOB = np.dtype(
         *((name, np.int64) for name in ("height", "piece", "pieces", "chunks")),
         # No bit depends on these.
         *((name, np.int64) for name in ("split", "shared", "stream", "joined", "lookahead")),
-        *((name, np.int64) for name in ("planes_ahead", "block", "written_block")),
+        *((name, np.int64) for name in ("fetch", "planes_ahead", "block", "written_block")),
         # Rows that are summed, and written, together: they share the fetching of tables.
         *((name, np.int64) for name in ("few", "together")),
         # Addresses: what is given for each channel and receives results; for each column, of which
@@ -657,7 +658,7 @@ def _set_shape(job: Any, shape: tuple[int, int, int, int]) -> None:
 @_inline
 def _schedule(job: Any, threads: int, itemsize: int, machine: Any) -> None:
     """The order of work, on which no bit depends."""
-    l2, stream_from, streamed_row, stretch, sparse = machine
+    l2, stream_from, streamed_row, stretch, sparse, fetch = machine
     inside, columns, s = job.inside != 0, job.columns, job.size
     trip, writes = job.summed != NOTHING, job.written != NOTHING
     inputs = 2 if job.summed == GRADIENTS or job.written == GRADIENT else 1
@@ -681,11 +682,12 @@ def _schedule(job: Any, threads: int, itemsize: int, machine: Any) -> None:
     parts = _ceil(threads * (4 if shared else 1), units), threads if not split else 1
     whole = columns if columns > job.channels else LANES if inside else 1
     job.split, job.shared, job.lookahead = split, shared, lookahead
+    job.fetch = total >= threads * fetch
     job.block = _even_block(columns, most, whole, parts)
     job.written_block = _even_block(columns, columns, whole, parts)
     sparing = large and job.summed == GRADIENTS
     job.few = max(1, sparse // job.block) if sparing else max(4, stretch // job.block)
-    job.together = max(1, (sparse if large else stretch) // columns)
+    job.together = max(1, sparse // columns) if large else max(4, stretch // columns)
 
 
 @_compile
@@ -695,14 +697,14 @@ def _plan(words: Array, asked: Any, eps: float, table: Table) -> int:
     job = _job_at(words.ctypes.data)
     job.summed, job.written = asked[2:4]
     _set_shape(job, asked[4:8])
-    _schedule(job, threads, size, asked[8:13])
+    _schedule(job, threads, size, asked[8:14])
     job.table, job.eps, job.here = table.ctypes.data, eps, words.ctypes.data
-    job.start, job.sum, job.finish, job.write = asked[13:17]
+    job.start, job.sum, job.finish, job.write = asked[14:18]
     inside = job.inside != 0
     dense = job.columns * size if job.columns > job.channels else 0
-    _set_operand(job.x, asked[17:21], inside, dense, size)
-    _set_operand(job.dy, asked[21:25], inside, dense, size)
-    _set_operand(job.out, asked[25:29], inside, dense, size)
+    _set_operand(job.x, asked[18:22], inside, dense, size)
+    _set_operand(job.dy, asked[22:26], inside, dense, size)
+    _set_operand(job.out, asked[26:30], inside, dense, size)
     width = job.runs * job.pitch
     return int(width * 8 + (width * (4 + 2 * job.chunks) if job.summed != NOTHING else 0))
 
@@ -784,6 +786,13 @@ def _later(job: Any, a: Any, n: int, size: int) -> Any:
 
 
 @_inline
+def _fetch(wanted: int, address: int) -> None:
+    """Before it is needed, where the job says so."""
+    if wanted:
+        _prefetch(address)
+
+
+@_inline
 def _sum_planes(
     job: Any, run: int, c0: int, c1: int, index: int, with_dy: bool, element: Any
 ) -> None:
@@ -799,9 +808,9 @@ def _sum_planes(
             p, q = _at(x, run, n, c), _at(dy, run, n, c)
             p_ahead, q_ahead = p + _later(job, x, n, size), q + _later(job, dy, n, size)
             for s in range(s0 * size, whole * size, LANES * size):
-                _prefetch(p_ahead + s)
+                _fetch(job.fetch, p_ahead + s)
                 if with_dy:
-                    _prefetch(q_ahead + s)
+                    _fetch(job.fetch, q_ahead + s)
                 both = _add(p + s, q + s, LANES, about, both, with_dy, element)
             if whole < s1:
                 p, q = p + whole * size, q + whole * size
@@ -835,9 +844,9 @@ def _sum_rows(
             about = _load(table, 0.0), _load(table + pitch, 0.0)
             both = _load(total, 0.0), _load(total + pitch, 0.0)
             for _ in range(rows):
-                _prefetch(p + ahead * x_row)
+                _fetch(job.fetch, p + ahead * x_row)
                 if with_dy:
-                    _prefetch(q + ahead * dy_row)
+                    _fetch(job.fetch, q + ahead * dy_row)
                 if width - c >= LANES:
                     both = _add(p, q, LANES, about, both, with_dy, element)
                 else:
@@ -1122,9 +1131,9 @@ def _map_planes(
                 _store_some(target, _result(p, q, head, k, both, element), head)
             whole = (head + (count - head) // LANES * LANES) * size
             for s in range(head * size, whole, LANES * size):
-                _prefetch(p + s + p_ahead)
+                _fetch(job.fetch, p + s + p_ahead)
                 if both:
-                    _prefetch(q + s + q_ahead)
+                    _fetch(job.fetch, q + s + q_ahead)
                 _put(target + s, _result(p + s, q + s, LANES, k, both, element), stream)
             rest = count - whole // size
             if rest > 0:
@@ -1149,9 +1158,9 @@ def _map_columns(
     p_row, q_row, target_row = job.dy.row, job.x.row, job.out.row
     p, q, target = at
     for _ in range(rows):
-        _prefetch(p + AHEAD * 2)
+        _fetch(job.fetch, p + AHEAD * 2)
         if both:
-            _prefetch(q + AHEAD * 2)
+            _fetch(job.fetch, q + AHEAD * 2)
         result = _result(p, q, count, k, both, element)
         if count < LANES:
             _store_some(target, result, count)
@@ -1176,9 +1185,9 @@ def _map_few(
         at = (p + s, q + s, target + s)
         if rows == 1:  # a loop over rows would be unrolled, and cost more than it does
             k = _eight(lines + s, job.pitch * size, None, element)
-            _prefetch(p + s + AHEAD * 2)
+            _fetch(job.fetch, p + s + AHEAD * 2)
             if both:
-                _prefetch(q + s + AHEAD * 2)
+                _fetch(job.fetch, q + s + AHEAD * 2)
             _put(target + s, _result(p + s, q + s, LANES, k, both, element), job.stream)
         else:
             _map_columns(job, at, rows, LANES, lines + s, job.stream, both, element)
@@ -1392,7 +1401,7 @@ def _call(
     if summed == NOTHING:
         streamed = STREAM_MAPS
     asked = (threads, x.itemsize, summed, written, *shape)
-    asked += (L2, streamed, STREAMED_ROW, STRETCH, SPARSE)
+    asked += (L2, streamed, STREAMED_ROW, STRETCH, SPARSE, FETCH)
     family = "rows" if inside else "planes"
     asked += (
         _body("start", x.dtype, False) if summed else 0,
