@@ -18,7 +18,8 @@ from hypothesis.extra import numpy as hnp
 from memory import FORMS
 from numpy.random import Generator
 from numpy.typing import NDArray
-from oracle import DTYPES, LAYOUTS, channel_axis, channels_of
+
+from benchmarks.oracle import DTYPES, LAYOUTS, channel_axis, channels_of
 
 Array = NDArray[Any]
 

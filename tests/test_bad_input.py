@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracle import LAYOUTS
 from variants import Variant
 
 import fastbn
+from benchmarks.oracle import LAYOUTS
 
 SHAPE = (4, 10, 8, 20)
 

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
-from oracle import DTYPES, LAYOUTS, Array, assert_within, vector, wide
+from checks import assert_within
 from variants import Variant
 
 import fastbn
+from benchmarks import oracle
+from benchmarks.oracle import DTYPES, LAYOUTS, Array, vector, wide
 
 STEP = 1e-200
 

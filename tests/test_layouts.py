@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from bits import assert_same_bits, run_all
+from checks import check_everything
 from memory import channels_last
-from oracle import DTYPES, LAYOUTS, Array, channels_of, check_everything, to_layout
 from variants import Variant
 
 import fastbn
+from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of, to_layout
 
 SHAPES = [  # as NCHW
     (1, 1),

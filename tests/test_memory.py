@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from bits import assert_same_bits, run_all
 from memory import FORMS, dense_in_its_order
-from oracle import DTYPES, LAYOUTS, Array, channels_of
 from variants import Variant
 
 import fastbn
+from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of
 
 SHAPES = [(5, 7), (3, 17, 9), (2, 5, 6, 7), (3, 2, 2, 3, 5)]
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from bits import Results, assert_same_bits, run_all
-from oracle import DTYPES, LAYOUTS, channels_of, to_layout
 from processes import output
 from variants import CYTHON, activate, environment
 
 import fastbn
+from benchmarks.oracle import DTYPES, LAYOUTS, channels_of, to_layout
 from fastbn import backends
 
 if "cython" not in backends.usable():

@@ -11,10 +11,10 @@ import pytest
 from bits import assert_same_bits
 from memory import WRITEABLE, dense
 from numpy.lib.stride_tricks import as_strided
-from oracle import DTYPES, LAYOUTS, Array, channels_of
 from variants import Variant
 
 import fastbn
+from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of
 
 SHAPES = [(9, 5), (3, 7, 9), (2, 5, 6, 7)]
 

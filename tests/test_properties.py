@@ -7,15 +7,16 @@ that is every tolerance here.
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 from bits import assert_same_bits, run_all
+from checks import assert_within, check_everything
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracle import Array, Wide, assert_within, rows, vector, wide
 from strategies import Problem, problems, recipes, whole_numbers
 
 import fastbn
+from benchmarks import oracle
+from benchmarks.oracle import Array, Wide, rows, vector, wide
 
 pytestmark = pytest.mark.usefixtures("variant")
 
@@ -72,7 +73,7 @@ def assert_same_function(p: Problem, other: fastbn.BatchNormResult, y: Array) ->
 @given(problems)
 def test_every_function_is_within_its_bounds(p: Problem) -> None:
     """Every function, on any problem of the domain, is as right as promised."""
-    oracle.check_everything(p.x, p.dy, p.gamma, p.beta, eps=p.eps, layout=p.layout)
+    check_everything(p.x, p.dy, p.gamma, p.beta, eps=p.eps, layout=p.layout)
 
 
 @given(problems)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from bits import Results, assert_same_bits, run_all
-from oracle import DTYPES, LAYOUTS, Array, channels_of, to_layout
 from variants import CYTHON, Variant, activate
 
 import fastbn
+from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of, to_layout
 from fastbn.backends.base import Backend
 from fastbn.layouts import Arrangement
 

@@ -6,21 +6,14 @@ import warnings
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 from bits import assert_same_bits, run_all
-from oracle import (
-    DTYPES,
-    LAYOUTS,
-    Array,
-    check_backward,
-    check_everything,
-    check_forward,
-    to_layout,
-)
+from checks import check_backward, check_everything, check_forward
 from variants import Variant
 
 import fastbn
+from benchmarks import oracle
+from benchmarks.oracle import DTYPES, LAYOUTS, Array, to_layout
 
 CHANNELS = 19
 

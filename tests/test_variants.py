@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from bits import Array
-from oracle import DTYPES, LAYOUTS
 from variants import VARIANTS, Variant, activate
 
 import fastbn
+from benchmarks.oracle import DTYPES, LAYOUTS
 
 ONES = np.ones(3)
 

@@ -1,0 +1,139 @@
+"""One call of the library against its oracle, every value within its bound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import fastbn
+from benchmarks.oracle import (
+    DTYPES,
+    Array,
+    backward,
+    bound_dbeta,
+    bound_dgamma,
+    bound_dx,
+    bound_mean,
+    bound_var,
+    bound_y,
+    channels_of,
+    moments,
+    normalize,
+    rows,
+    units,
+    vector,
+    wide,
+)
+
+
+def assert_within(actual: Array, expected: Any, bound: Any, what: str) -> None:
+    """Every value is as near what is expected as its bound allows; a NaN anywhere fails."""
+    expected, bound = np.broadcast_arrays(expected, bound)
+    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, not {expected.shape}"
+    off = units(actual, expected, bound)
+    wrong = off > 1
+    if wrong.any():
+        worst = np.unravel_index(np.argmax(off), off.shape)
+        raise AssertionError(
+            f"{what}{[int(i) for i in worst]} is {actual[worst]!r}, expected {expected[worst]!r}: "
+            f"{off[worst]} times what is allowed; {int(wrong.sum())} of {off.size} wrong"
+        )
+
+
+def check_forward(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    layout: str = "NCHW",
+) -> fastbn.BatchNormResult:
+    """`batch_norm`, `moments` and `normalize` are within their bounds; gives batch_norm's."""
+    result = fastbn.batch_norm(x, gamma, beta, eps=eps, layout=layout)
+    c = channels_of(x, layout)
+    dtype = np.dtype(x.dtype.type)
+    values, g, b = wide(x, layout), vector(gamma, 1, c), vector(beta, 0, c)
+    mean, var = moments(values)
+    y = normalize(values, mean, var, g, b, eps)
+    assert result.y.dtype == dtype
+    assert result.y.shape == x.shape
+    for got in (result[1:], fastbn.moments(x, layout=layout)):
+        assert got[0].dtype == got[1].dtype == np.float64
+        assert_within(got[0], mean, bound_mean(mean, var, eps), "mean")
+        assert_within(got[1], var, bound_var(var), "var")
+    assert_within(rows(result.y, layout), y, bound_y(dtype, y, mean, var, g, b, eps), "y")
+    for given in DTYPES:
+        with np.errstate(over="ignore", under="ignore"):
+            m, v = result.mean.astype(given), result.var.astype(given)
+        fits = np.isfinite(m) & np.isfinite(v) & ((v != 0) == (result.var != 0))
+        if fits.all():
+            check_normalize(x, m, v, gamma, beta, eps=eps, layout=layout)
+    return result
+
+
+def check_normalize(
+    x: Array,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    layout: str = "NCHW",
+) -> None:
+    """`normalize` by the statistics given is within its bound."""
+    got = fastbn.normalize(x, mean, var, gamma, beta, eps=eps, layout=layout)
+    c = channels_of(x, layout)
+    m, v, g, b = vector(mean, 0, c), vector(var, 1, c), vector(gamma, 1, c), vector(beta, 0, c)
+    y = normalize(wide(x, layout), m, v, g, b, eps)
+    dtype = np.dtype(x.dtype.type)
+    assert got.dtype == dtype
+    assert_within(rows(got, layout), y, bound_y(dtype, y, m, v, g, b, eps), "normalize")
+
+
+def check_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    layout: str = "NCHW",
+    frozen: bool = False,
+) -> fastbn.Gradients:
+    """`batch_norm_backward`, or (`frozen`) `normalize_backward`, is within its bounds."""
+    verb = fastbn.normalize_backward if frozen else fastbn.batch_norm_backward
+    got = verb(dy, x, mean, var, gamma, eps=eps, layout=layout)
+    c = channels_of(x, layout)
+    dtype = np.dtype(x.dtype.type)
+    of_parameters = dtype if gamma is None else np.dtype(gamma.dtype.type)
+    d, m, v, g = wide(dy, layout), vector(mean, 0, c), vector(var, 1, c), vector(gamma, 1, c)
+    exact = backward(d, wide(x, layout), m, v, g, eps, frozen=frozen)
+    assert got.dgamma is not None
+    assert got.dbeta is not None
+    assert got.dx.dtype == dtype
+    assert got.dgamma.dtype == got.dbeta.dtype == of_parameters
+    bound = bound_dx(dtype, exact, d, m, v, g, eps, frozen=frozen)
+    assert_within(rows(got.dx, layout), exact.dx, bound, "dx")
+    bound = bound_dgamma(of_parameters, exact, m, v, eps)
+    assert_within(got.dgamma, exact.dgamma, bound, "dgamma")
+    bound = bound_dbeta(of_parameters, exact, m, v, eps)
+    assert_within(got.dbeta, exact.dbeta, bound, "dbeta")
+    return got
+
+
+def check_everything(
+    x: Array,
+    dy: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    layout: str = "NCHW",
+) -> None:
+    """All five functions on one problem."""
+    _, mean, var = check_forward(x, gamma, beta, eps=eps, layout=layout)
+    for frozen in (False, True):
+        check_backward(dy, x, mean, var, gamma, eps=eps, layout=layout, frozen=frozen)
