@@ -1,7 +1,7 @@
 """Data that is hard to normalize: what single precision, one pass or one scale gets wrong.
 
 Each case is a recipe for any shape and element type, so that tests and the accuracy benchmark ask
-the same of everyone. Array are made in NCHW and rounded to the element type: what is then asked is
+the same of everyone. Values are made in NCHW and rounded to the element type: what is then asked is
 the exact result for the rounded values.
 """
 
