@@ -5,6 +5,7 @@ No bit of a result depends on them.
 
 from __future__ import annotations
 
+from math import ceil
 from pathlib import Path
 
 
@@ -65,3 +66,20 @@ fetching is enough, and ours only takes the time of loads: without it sums of gr
 1.2 ns for 16 pairs instead of 2.0, and at 13 MB of operands two threads are 5 to 20 % faster; at 50
 they are up to twice as slow.
 """
+
+SCRATCH = 1000 << 10
+"""Bytes of tables between the passes that are never too many: with their padding, up to 1 MiB."""
+
+SCRATCH_PART = 50
+"""Above that, tables may take this part of the array that is worked on; wide arrays with few values
+a channel are worked on in parts.
+"""
+
+
+def channels_at_once(channels: int, array_bytes: int, channel_bytes: int) -> int:
+    """How many channels' tables are in memory at a time: all, or equal parts of whole vectors."""
+    most = max(max(SCRATCH, array_bytes // SCRATCH_PART) // channel_bytes // 16, 1)
+    if channels <= most * 16:
+        return channels
+    parts = ceil(channels / (most * 16))
+    return ceil(channels / (parts * 16)) * 16

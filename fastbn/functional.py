@@ -7,6 +7,7 @@ checked, explained, and arranged as (G, N, C, S) views for the six functions of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import checks
+from fastbn._caches import channels_at_once
 from fastbn.backends.base import (
     Affine,
     Backend,
@@ -28,6 +30,9 @@ from fastbn.layouts import Arrangement, channel_axis
 from fastbn.results import BatchNormResult, Gradients, Statistics
 
 Array = NDArray[Any]
+
+CHANNEL_BYTES = 160
+"""Of the tables that a call makes here, for a channel: up to twenty float64 vectors at a time."""
 
 
 def batch_norm(
@@ -91,11 +96,14 @@ def batch_norm(
     if call.is_empty:
         return BatchNormResult(y, call.zeros(np.float64), call.zeros(np.float64))
     target = call.arrangement.target(y)
-    mean, var = backend.forward(
-        call.view(x), call.table("gamma", 1.0), call.table("beta", 0.0), eps, target, threads
-    )
+    view, mean, var = call.view(x), call.zeros(np.float64), call.zeros(np.float64)
+    for part in call.parts(backend):
+        scale, shift = call.table("gamma", 1.0, part), call.table("beta", 0.0, part)
+        mean[part], var[part] = backend.forward(
+            view[:, :, part], scale, shift, eps, target[:, :, part], threads
+        )
     call.arrangement.deliver(target, y)
-    return BatchNormResult(y, mean[0], var[0])
+    return BatchNormResult(y, mean, var)
 
 
 def normalize(
@@ -150,10 +158,11 @@ def normalize(
     y = call.output(out, {"x": call.array})
     if call.is_empty:
         return y
-    scale = normal_scale(call.table("gamma", 1.0), call.table("var", 1.0), eps)
-    affine = Affine(call.table("mean", 0.0), scale, call.table("beta", 0.0))
-    target = call.arrangement.target(y)
-    backend.normalize(call.view(x), affine, target, threads)
+    view, target = call.view(x), call.arrangement.target(y)
+    for part in call.parts(backend):
+        scale = normal_scale(call.table("gamma", 1.0, part), call.table("var", 1.0, part), eps)
+        affine = Affine(call.table("mean", 0.0, part), scale, call.table("beta", 0.0, part))
+        backend.normalize(view[:, :, part], affine, target[:, :, part], threads)
     call.arrangement.deliver(target, y)
     return y
 
@@ -296,8 +305,10 @@ def moments(x: Array, *, layout: str = "NCHW") -> Statistics:
     call = _Call(x, "x", layout)
     if call.is_empty:
         return Statistics(call.zeros(np.float64), call.zeros(np.float64))
-    mean, var = backend.moments(call.view(x), threads)
-    return Statistics(mean[0], var[0])
+    view, mean, var = call.view(x), call.zeros(np.float64), call.zeros(np.float64)
+    for part in call.parts(backend):
+        mean[part], var[part] = backend.moments(view[:, :, part], threads)
+    return Statistics(mean, var)
 
 
 def _gradients(
@@ -336,44 +347,52 @@ def _gradients(
     eps = checks.epsilon(eps)
     dx = call.output(out, {"dy": dy, "x": x})
     dtype = (call.array if gamma is None else gamma).dtype.newbyteorder("=")
+    dgamma, dbeta = (call.zeros(dtype), call.zeros(dtype)) if params else (None, None)
     if call.is_empty:
-        zeros = (call.zeros(dtype), call.zeros(dtype)) if params else (None, None)
-        return Gradients(dx, *zeros)
+        return Gradients(dx, dgamma, dbeta)
     target = call.arrangement.target(dx)
-    sums = _run_backward(backend, call, dy, eps, params, frozen, target, threads)
+    dy_view, x_view = call.view(dy), None if frozen and not params else call.view(call.array)
+    for part in call.parts(backend):
+        mean, var, gamma = (
+            call.table(name, default, part)
+            for name, default in (("mean", 0.0), ("var", 1.0), ("gamma", 1.0))
+        )
+        views = dy_view[:, :, part], None if x_view is None else x_view[:, :, part]
+        sums = _run_backward(
+            backend, *views, mean, var, gamma, eps, frozen, target[:, :, part], threads
+        )
+        if dgamma is not None and dbeta is not None:
+            dgamma[part], dbeta[part] = (_rounded(s, dtype) for s in sums)
     call.arrangement.deliver(target, dx)
-    return Gradients(dx, *(None if s is None else _rounded(s[0], dtype) for s in sums))
+    return Gradients(dx, dgamma, dbeta)
 
 
 @quiet
-def _rounded(sums: Array, dtype: Any) -> Array:
+def _rounded(sums: Table, dtype: Any) -> Array:
     """A gradient's sums in the parameter's type."""
     return sums.astype(dtype)
 
 
 def _run_backward(
     backend: Backend,
-    call: _Call,
     dy: Array,
+    x: Array | None,
+    mean: Table,
+    var: Table,
+    gamma: Table,
     eps: float,
-    params: bool,
     frozen: bool,
     target: Array,
     threads: int,
-) -> tuple[Table, Table] | tuple[None, None]:
-    """The backward trip, or the one pass that frozen statistics need for dx alone."""
-    mean, var, gamma = call.table("mean", 0.0), call.table("var", 1.0), call.table("gamma", 1.0)
-    dy_view = call.view(dy)
-    if frozen and not params:
-        rstd = inverse_deviation(var, eps)
-        zero = np.zeros_like(rstd)
-        scale = normal_scale(gamma, var, eps)
-        coefficients = GradientCoefficients(scale, zero, zero, mean, rstd)
-        backend.input_gradient(dy_view, None, coefficients, target, threads)
-        return None, None
-    x = call.view(call.array)
-    sums = backend.backward(dy_view, x, mean, var, gamma, eps, frozen, target, threads)
-    return sums if params else (None, None)
+) -> tuple[Table, ...]:
+    """The backward trip or, without x, the one pass that frozen statistics need for dx alone."""
+    if x is not None:
+        return backend.backward(dy, x, mean, var, gamma, eps, frozen, target, threads)
+    zero = np.zeros_like(var)
+    scale, rstd = normal_scale(gamma, var, eps), inverse_deviation(var, eps)
+    coefficients = GradientCoefficients(scale, zero, zero, mean, rstd)
+    backend.input_gradient(dy, None, coefficients, target, threads)
+    return ()
 
 
 class _Call:
@@ -411,12 +430,19 @@ class _Call:
         """`a`, of x's shape, as a (G, N, C, S) view."""
         return self.arrangement.view(a)
 
-    def table(self, name: str, default: float) -> Table:
-        """A per-channel vector, or its default, as a (G, C) table."""
+    def parts(self, backend: Backend) -> Iterator[slice]:
+        """The channels, in parts whose tables stay small beside x; mostly one."""
+        each = CHANNEL_BYTES + backend.channel_bytes(self.arrangement.view_shape)
+        most = channels_at_once(self.channels, self.array.nbytes, each)
+        for start in range(0, self.channels, most):
+            yield slice(start, min(start + most, self.channels))
+
+    def table(self, name: str, default: float, part: slice) -> Table:
+        """Part of a per-channel vector, or of its default, as a (G, C) table."""
         vector = self.vectors[name]
         if vector is None:
-            return np.full((1, self.channels), default)
-        return vector.astype(np.float64)[None]
+            return np.full((1, part.stop - part.start), default)
+        return vector[part].astype(np.float64)[None]
 
     def zeros(self, dtype: Any) -> Array:
         """A vector of zeros, one a channel."""

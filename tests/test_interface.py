@@ -44,16 +44,17 @@ def parameters(function: object) -> list[tuple[str, object]]:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_backend_is_six_functions(name: str) -> None:
-    """Each backend has the six functions and the plain entries of the base, and nothing more."""
+    """Each backend has the six functions, the plain entries and the size of its tables, and nothing
+    more."""
     backend = backends.get(name) if name not in CYTHON else _cython(name)
     assert isinstance(backend, Backend)
     assert backend.name == name.partition("-")[0]
-    for function in (*SIX, *PLAIN):
+    for function in (*SIX, *PLAIN, "channel_bytes"):
         assert parameters(getattr(type(backend), function)) == parameters(
             getattr(Backend, function)
         ), function
     public = {attribute for attribute in dir(backend) if not attribute.startswith("_")}
-    assert public - EXTRAS.get(backend.name, set()) == {"name", *SIX, *PLAIN}
+    assert public - EXTRAS.get(backend.name, set()) == {"name", "channel_bytes", *SIX, *PLAIN}
 
 
 def _cython(name: str) -> Backend:

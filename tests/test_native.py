@@ -38,7 +38,7 @@ ALWAYS = dict.fromkeys(("stream_planes", "stream_rows", "stream_maps"), 0)
 NEVER = dict.fromkeys(ALWAYS, 1 << 40)
 PRETENDED = [
     {"serial_below": 1, "l2": 1 << 20, "fetch": 0, **ALWAYS},
-    {"serial_below": 1, "l2": 1 << 12, **ALWAYS},
+    {"serial_below": 1, "l2": 1 << 12, "scratch": 1, **ALWAYS},
     {"serial_below": 1 << 40, "l2": 1 << 30, "fetch": 1 << 40, **NEVER},
 ]
 
@@ -79,15 +79,18 @@ def test_pretended_machines_agree(name: str, dtype: Any, layout: str) -> None:
 def test_streams_to_any_address(name: str, dtype: Any, layout: str) -> None:
     """Streaming stores reach every value, wherever in a line an output begins, and no other."""
     entry.tune(**ALWAYS)
-    for shape in [(5, 64, 30), (3, 2, 300), (40, 300), (9, 16, 4, 4)]:
+    for shape in [(5, 64, 30), (3, 2, 300), (40, 300), (9, 16, 4, 4), (9, 2050)]:
         x = to_layout(np.random.default_rng(0).normal(size=shape), layout).astype(dtype)
         with activate(name):
-            expected = fastbn.batch_norm(x, layout=layout).y
+            expected, mean, var = fastbn.batch_norm(x, layout=layout)
+            expected_dx = fastbn.batch_norm_backward(x, x, mean, var, layout=layout).dx
             for offset in range(0, LINE // x.itemsize, 3):
                 memory = np.full(x.size + 2 * LINE, 7, dtype)
                 out = memory[offset : offset + x.size].reshape(x.shape)
                 fastbn.batch_norm(x, layout=layout, out=out)
                 np.testing.assert_array_equal(out, expected)
+                fastbn.batch_norm_backward(x, x, mean, var, layout=layout, out=out)
+                np.testing.assert_array_equal(out, expected_dx)
                 assert (memory[:offset] == 7).all()
                 assert (memory[offset + x.size :] == 7).all()
 

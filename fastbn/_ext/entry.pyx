@@ -7,10 +7,13 @@
 2. `set_chunks` cuts the samples into chunks. It sees shape alone, for it decides roundings.
 3. `schedule` decides what no bit depends on: blocks, streaming stores, threads. Its thresholds are
    the module's `tuning`, a dictionary that experiments may change.
+4. Tables between the passes stay small beside the array: `run_parts` takes wide arrays with few
+   values a channel some channels at a time. Neither that changes a bit.
 """
 
+from fastbn import _caches
 from fastbn._caches import (
-    FETCH, L2, SERIAL_BELOW, SPARSE, STREAM_MAPS, STREAM_PLANES, STREAM_ROWS, STRETCH,
+    FETCH, L2, SCRATCH, SERIAL_BELOW, SPARSE, STREAM_MAPS, STREAM_PLANES, STREAM_ROWS, STRETCH,
 )
 
 cimport numpy as cnp
@@ -56,9 +59,10 @@ if guard_forks() != 0:
 
 cdef enum:
     LINE = 64
+    LANES = 16
     FOLD_BELOW = 64         # columns; rows narrower than this are taken several at a time,
     MANY = 65536            # and in arrays of this many values all rows of broken vectors,
-    MOST_COLUMNS = 4096     # up to this many columns together
+    MOST_COLUMNS = 1280     # up to this many columns together
     CHUNK = 16384           # values of a channel in a chunk: the lanes' sums stay short
     FEWEST_ROWS = 64        # samples in a chunk, channels inside
     MOST_ROWS = 512
@@ -75,12 +79,16 @@ cdef struct Tuning:
     Py_ssize_t stretch
     Py_ssize_t sparse
     Py_ssize_t fetch
+    Py_ssize_t scratch
 
 cdef Tuning tuning
 tuning.l2, tuning.serial_below = L2, SERIAL_BELOW
 tuning.stream_planes, tuning.stream_rows = STREAM_PLANES, STREAM_ROWS
 tuning.stream_maps = STREAM_MAPS
 tuning.stretch, tuning.sparse, tuning.fetch = STRETCH, SPARSE, FETCH
+tuning.scratch = SCRATCH
+
+cdef Py_ssize_t SCRATCH_PART = _caches.SCRATCH_PART
 
 
 def tune(**thresholds):
@@ -111,7 +119,11 @@ cdef void set_shape(Task* t, Py_ssize_t G, Py_ssize_t N, Py_ssize_t C, Py_ssize_
             k *= 2
         if k * C <= MOST_COLUMNS:
             t.fold, t.C, t.N, t.tail = k, k * C, N // k, N % k * C
-    t.pitch = ceil_div(t.C, 16) * 16 + 16
+    set_pitch(t)
+
+
+cdef void set_pitch(Task* t) noexcept nogil:
+    t.pitch = ceil_div(t.C, LANES) * LANES + LANES
 
 
 cdef void set_chunks(Task* t) noexcept nogil:
@@ -205,14 +217,18 @@ cdef char* take(char** free, Py_ssize_t size) noexcept nogil:
     return taken
 
 
+cdef Py_ssize_t rows_of_sums(Task* t) noexcept nogil:
+    """Float64 tables between the passes: shift, unit, total and each chunk's two sums."""
+    return 0 if t.reduce == NO_REDUCE else 4 + 2 * t.chunks
+
+
 cdef int set_scratch(Task* t, Py_ssize_t itemsize, char** memory) except -1 nogil:
-    """The tables between the passes: a few vectors of C, and two for each chunk."""
+    """The tables between the passes."""
     cdef Py_ssize_t table = t.G * t.pitch * sizeof(double)
     cdef Py_ssize_t packed = t.G * t.pitch * PACKED * itemsize
     cdef Py_ssize_t reducing = 0 if t.reduce == NO_REDUCE else 1
     cdef char* free
-    memory[0] = <char*> PyMem_RawMalloc(
-        reducing * (4 + 2 * t.chunks) * table + packed + 8 * LINE)
+    memory[0] = <char*> PyMem_RawMalloc(rows_of_sums(t) * table + packed + 8 * LINE)
     if memory[0] == NULL:
         raise MemoryError("fastbn: no memory for the tables of sums")
     free = memory[0] + (-<size_t> memory[0] & (LINE - 1))
@@ -221,6 +237,75 @@ cdef int set_scratch(Task* t, Py_ssize_t itemsize, char** memory) except -1 nogi
     t.total = <double*> take(&free, reducing * 2 * table)
     t.partial = <double*> take(&free, reducing * 2 * t.chunks * table)
     t.packed = take(&free, packed)
+    return 0
+
+
+# ---- In parts: the tables of a wide array with few values a channel would outgrow it ----
+
+cdef Py_ssize_t channels_at_once(Task* t, Py_ssize_t itemsize) noexcept nogil:
+    """How many channels' tables are in memory at a time: all, or equal parts of whole vectors."""
+    cdef Py_ssize_t each = rows_of_sums(t) * <Py_ssize_t> sizeof(double) + PACKED * itemsize
+    cdef Py_ssize_t array = t.G * (t.N * t.C + t.tail) * t.S * itemsize
+    cdef Py_ssize_t most = max(max(tuning.scratch, array // SCRATCH_PART) // each // LANES, 1) * LANES
+    if t.C <= most or t.fold > 1:
+        return most
+    return ceil_div(t.C, ceil_div(t.C, most) * LANES) * LANES
+
+
+cdef void shift_operand(Operand* a, Py_ssize_t g, Py_ssize_t c, Py_ssize_t itemsize) noexcept nogil:
+    if a.data != NULL:
+        a.data += (g * a.g + c * a.c) * itemsize
+
+
+cdef void shift_table(Table* table, Py_ssize_t g, Py_ssize_t c) noexcept nogil:
+    if table.data != NULL:
+        table.data += g * table.g + c * table.c
+
+
+cdef Task part_of(Task* t, Py_ssize_t g, Py_ssize_t G, Py_ssize_t c, Py_ssize_t C,
+                  Py_ssize_t itemsize) noexcept nogil:
+    """The task on G runs from run g on and, where rows are not folded, C channels from c on."""
+    cdef Task part = t[0]
+    cdef Operand* operands[4]
+    cdef Table* tables[10]
+    cdef Py_ssize_t i
+    operands[:] = [&part.x, &part.dy, &part.source, &part.out]
+    tables[:] = [&part.mean, &part.var, &part.gamma, &part.beta, &part.a, &part.b, &part.dy_mean,
+                 &part.rstd, &part.first, &part.second]
+    for i in range(4):
+        shift_operand(operands[i], g, c, itemsize)
+    for i in range(10):
+        shift_table(tables[i], g, c)
+    part.G = G
+    if t.fold == 1:
+        part.C = part.channels = C
+        set_pitch(&part)
+    return part
+
+
+cdef int run_part(Task* t, Run run, int threads, Py_ssize_t itemsize) except -1 nogil:
+    cdef char* memory = NULL
+    schedule(t, threads, itemsize)
+    set_scratch(t, itemsize, &memory)
+    run(t)
+    PyMem_RawFree(memory)
+    return 0
+
+
+cdef int run_parts(Task* t, Run run, int threads, Py_ssize_t itemsize) except -1 nogil:
+    """The whole task at once if its tables are small beside it, else some runs, or some channels
+    of one run, after others."""
+    cdef Py_ssize_t most = channels_at_once(t, itemsize), g = 0, c
+    cdef Py_ssize_t G = min(max(most // t.C, 1), t.G)
+    cdef Py_ssize_t C = t.C if t.fold > 1 else min(most, t.C)
+    cdef Task part
+    while g < t.G:
+        c = 0
+        while c < t.C:
+            part = part_of(t, g, min(G, t.G - g), c, min(C, t.C - c), itemsize)
+            run_part(&part, run, threads, itemsize)
+            c += C
+        g += G
     return 0
 
 
@@ -267,21 +352,6 @@ cdef cnp.ndarray new_table(Task* t):
     cdef cnp.npy_intp[2] shape
     shape[0], shape[1] = t.G, t.channels
     return cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
-
-
-cdef cnp.ndarray in_dtype(cnp.ndarray sums, int element):
-    """A (C,) float64 vector in the wanted element type."""
-    cdef Py_ssize_t c, C = cnp.PyArray_DIM(sums, 0)
-    cdef const double* value = <const double*> cnp.PyArray_DATA(sums)
-    cdef cnp.ndarray result
-    cdef float* single
-    if element == cnp.NPY_FLOAT64:
-        return sums
-    result = new_vector(C, element)
-    single = <float*> cnp.PyArray_DATA(result)
-    for c in range(C):
-        single[c] = <float> value[c]
-    return result
 
 
 # ---- What is plain: None of these says why something is not; that is for checks.py ----
@@ -399,23 +469,18 @@ cdef class Engine:
         return sum(module.calls() for module in self.modules)
 
     cdef int go(self, Task* t, int element, int threads) except -1:
-        """Cut into chunks, schedule, run."""
+        """Cut into chunks and parts, schedule, run."""
         cdef Py_ssize_t itemsize = 4 if element == cnp.NPY_FLOAT32 else 8
         cdef Run run = self.run_f32 if element == cnp.NPY_FLOAT32 else self.run_f64
-        cdef char* memory = NULL
         with nogil:
             set_chunks(t)
-            schedule(t, threads, itemsize)
-            set_scratch(t, itemsize, &memory)
-            run(t)
-            PyMem_RawFree(memory)
+            run_parts(t, run, threads, itemsize)
         return 0
 
     cdef tuple with_tables(self, Task* t, int element, int threads):
         """Run with fresh (G, C) tables for the results, and return them."""
         cdef cnp.ndarray first = new_table(t), second = new_table(t)
-        t.first = <double*> cnp.PyArray_DATA(first)
-        t.second = <double*> cnp.PyArray_DATA(second)
+        t.first, t.second = table(first), table(second)
         self.go(t, element, threads)
         return first, second
 
@@ -481,7 +546,7 @@ cdef class Engine:
         t.x = dense(&t, x)
         mean = new_vector(t.channels, cnp.NPY_FLOAT64)
         var = new_vector(t.channels, cnp.NPY_FLOAT64)
-        t.first, t.second = <double*> cnp.PyArray_DATA(mean), <double*> cnp.PyArray_DATA(var)
+        t.first, t.second = table(mean), table(var)
         self.go(&t, cnp.PyArray_TYPE(x), threads)
         return mean, var
 
@@ -503,7 +568,7 @@ cdef class Engine:
         set_parameters(&t, gamma, beta)
         mean = new_vector(t.channels, cnp.NPY_FLOAT64)
         var = new_vector(t.channels, cnp.NPY_FLOAT64)
-        t.first, t.second = <double*> cnp.PyArray_DATA(mean), <double*> cnp.PyArray_DATA(var)
+        t.first, t.second = table(mean), table(var)
         self.go(&t, cnp.PyArray_TYPE(x), threads)
         return out, mean, var
 
@@ -566,15 +631,13 @@ cdef class Engine:
             if not frozen:
                 t.source = t.x
         if not lone:
-            dgamma = new_vector(t.channels, cnp.NPY_FLOAT64)
-            dbeta = new_vector(t.channels, cnp.NPY_FLOAT64)
-            t.first = <double*> cnp.PyArray_DATA(dgamma)
-            t.second = <double*> cnp.PyArray_DATA(dbeta)
+            element = cnp.PyArray_TYPE(dy if gamma is None else gamma)
+            dgamma, dbeta = new_vector(t.channels, element), new_vector(t.channels, element)
+            t.first, t.second = table(dgamma), table(dbeta)
         self.go(&t, cnp.PyArray_TYPE(dy), threads)
         if params is False:
             return out, None, None
-        element = cnp.PyArray_TYPE(dy if gamma is None else gamma)
-        return out, in_dtype(dgamma, element), in_dtype(dbeta, element)
+        return out, dgamma, dbeta
 
 
 cdef Task new_task(cnp.ndarray x, int reduce, int map):

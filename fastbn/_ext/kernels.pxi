@@ -340,6 +340,18 @@ cdef inline void gather(const Table* table, Py_ssize_t g, Py_ssize_t c, Py_ssize
             values[i] = entry(table, g, c + i, default)
 
 
+cdef inline void scatter(const Table* table, Py_ssize_t g, Py_ssize_t c, Py_ssize_t count,
+                         const double* values) noexcept nogil:
+    """`count` entries of a dense table of results, from channel c on."""
+    cdef char* row = table.data + g * table.g + c * table.c
+    cdef Py_ssize_t i
+    if table.single:
+        for i in range(count):
+            (<float*> row)[i] = <float> values[i]
+    else:
+        store_doubles(<double*> row, values, count)
+
+
 cdef inline void first_values(const real* x, Py_ssize_t stride, Py_ssize_t count,
                               double* values) noexcept nogil:
     """The values of some channels at one place."""
@@ -432,8 +444,8 @@ cdef void finish_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t 
             mean[i] = shift[i] + m * unit[i]
             m = var[i] / t.count - m * m
             var[i] = choose(m < 0, 0, m) * unit[i] * unit[i]
-        store_doubles(t.first + g * t.channels + c, mean, count)
-        store_doubles(t.second + g * t.channels + c, var, count)
+        scatter(&t.first, g, c, count, mean)
+        scatter(&t.second, g, c, count, var)
 
 
 cdef inline void invert_deviations(double* var, Py_ssize_t count, double eps) noexcept nogil:
@@ -479,8 +491,8 @@ cdef void finish_affine(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c
     for c in range(c0, end, 16):
         count = min(16, end - c)
         if t.reduce == MOMENTS:
-            load_doubles(mean, t.first + g * t.channels + c, count)
-            load_doubles(scale, t.second + g * t.channels + c, count)
+            gather(&t.first, g, c, count, 0, mean)
+            gather(&t.second, g, c, count, 0, scale)
             invert_deviations(scale, count, t.eps)
         else:
             gather(&t.mean, g, c, count, 0, mean)
@@ -513,8 +525,8 @@ cdef inline void sums_to_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c, Py
         k.a[i] *= k.rstd[i]
         k.b[i] = -k.a[i] * (dgamma[i] / t.count)
         k.dy_mean[i] = dbeta[i] / t.count
-    store_doubles(t.first + g * t.channels + c, dgamma, count)
-    store_doubles(t.second + g * t.channels + c, dbeta, count)
+    scatter(&t.first, g, c, count, dgamma)
+    scatter(&t.second, g, c, count, dbeta)
 
 
 cdef void finish_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
@@ -847,6 +859,8 @@ cdef void map_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
     """
     cdef Chunk k = chunk(t, j)
     cdef bint whole_lines = t.stream and t.out.n * sizeof(real) % 64 == 0
+    # Rows whose lines begin at different columns are streamed one by one.
+    cdef Py_ssize_t together = t.together if whole_lines or not t.stream else 1
     cdef Py_ssize_t n = k.n0, n1 = k.n1, c = c0, rows
     if whole_lines and c1 - c0 == t.C and is_dense(t) and n1 > n:
         c = unaligned(at(&t.out, g, n, 0), t.C)
@@ -854,7 +868,7 @@ cdef void map_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
         if c > 0:
             map_rows(t, g, n, 1, 0, c)
     while n < n1:
-        rows = min(t.together, n1 - n)
+        rows = min(together, n1 - n)
         map_rows(t, g, n, rows, c, c1 - c0)
         n += rows
     if n1 < k.n1:

@@ -37,9 +37,8 @@ cdef struct Task:
     Table mean, var, gamma, beta
     # Given coefficients of the input's gradient, instead of those that follow from sums.
     Table a, b, dy_mean, rstd
-    # Results, (G, channels) each: mean and var, or the sums of dy * (x - mean) and of dy.
-    double* first
-    double* second
+    # Results: mean and var, or the sums of dy * (x - mean), over s where var is given, and of dy.
+    Table first, second
     # Chunks: pieces of the samples, fixed by shape and element type alone. A chunk is `rows`
     # samples or, of one sample that is longer, `piece` values.
     Py_ssize_t chunks, rows, pieces, piece

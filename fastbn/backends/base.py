@@ -95,6 +95,11 @@ class Backend(ABC):
         _never_plain
     )
 
+    def channel_bytes(self, shape: tuple[int, int, int, int]) -> int:
+        """Bytes of tables that a call takes for each channel of a (G, N, C, S) view, where it does
+        not see to it itself that they stay small."""
+        return 0
+
     @abstractmethod
     def moments(self, x: Array, threads: int) -> tuple[Table, Table]:
         """Mean and biased variance over N and S."""

@@ -48,12 +48,14 @@ from numba.core import extending
 from fastbn._caches import (
     FETCH,
     L2,
+    SCRATCH,
     SERIAL_BELOW,
     SPARSE,
     STREAM_MAPS,
     STREAM_PLANES,
     STREAM_ROWS,
     STRETCH,
+    channels_at_once,
 )
 from fastbn.backends.base import Affine, Array, Backend, GradientCoefficients, Table
 
@@ -65,7 +67,7 @@ FOLD_BELOW = 64
 """Columns; narrower rows are taken several at a time,"""
 MANY = 1 << 16
 """and in arrays of this many values all rows of broken lanes,"""
-MOST_COLUMNS = 4096
+MOST_COLUMNS = 1280
 """up to so many columns together."""
 AHEAD = 1024
 """Values from one to the one that is fetched meanwhile."""
@@ -78,7 +80,8 @@ FEW = 1024
 
 NOTHING, MOMENTS, GRADIENTS = 0, 1, 2  # what is summed
 AFFINE, GRADIENT = 1, 2  # what is written: (source - mean) * scale + beta, or dx
-GAMMA, BETA, MEAN, VAR, DBETA = range(5)  # rows of a call's table
+TABLE = 5
+GAMMA, BETA, MEAN, VAR, DBETA = range(TABLE)  # rows of a call's table
 DGAMMA = BETA
 DY_MEAN = DBETA
 
@@ -630,6 +633,19 @@ def _even_block(columns: int, most: int, whole: int, parts: tuple[int, int]) -> 
     return min(_ceil(_ceil(columns, blocks), whole) * whole, columns)
 
 
+@_compile
+def _cut(rows: int, size: int) -> tuple[int, int, int, int]:
+    """Rows to a chunk or, of a longer row, values; pieces of a row, and chunks."""
+    if size == 1:
+        height = min(max(_ceil(_ceil(rows, 32), 8) * 8, 64), 512)
+        return height, 1, 1, max(1, _ceil(rows, height))
+    height, piece, pieces = max(1, CHUNK // size), size, _ceil(size, CHUNK)
+    if pieces > 1:
+        piece = _ceil(_ceil(size, pieces), 64) * 64
+        pieces = _ceil(size, piece)
+    return height, piece, pieces, _ceil(rows, height) * pieces
+
+
 @_inline
 def _set_shape(job: Any, shape: tuple[int, int, int, int]) -> None:
     """Rows, columns and chunks: they follow from the shape and the element type alone."""
@@ -638,16 +654,7 @@ def _set_shape(job: Any, shape: tuple[int, int, int, int]) -> None:
     fold = _fold(samples, channels, s) if inside else 1
     spread, size = (s, 1) if inside else (1, s)
     columns, rows = fold * channels * spread, samples // fold
-    piece, pieces = size, 1
-    if inside:
-        height = min(max(_ceil(_ceil(rows, 32), 8) * 8, 64), 512)
-        chunks = max(1, _ceil(rows, height))
-    else:
-        height, pieces = max(1, CHUNK // size), _ceil(size, CHUNK)
-        if pieces > 1:
-            piece = _ceil(_ceil(size, pieces), 64) * 64
-            pieces = _ceil(size, piece)
-        chunks = _ceil(rows, height) * pieces
+    height, piece, pieces, chunks = _cut(rows, size)
     job.inside, job.runs, job.rows, job.columns, job.size = inside, runs, rows, columns, size
     job.rest, job.count = samples % fold * channels * spread, samples * s
     job.fold, job.channels, job.spread = fold, channels, spread
@@ -1368,9 +1375,18 @@ def _dense(a: Array) -> Array:
     return a if a[0].flags.c_contiguous else np.ascontiguousarray(a)
 
 
+def _channel_bytes(samples: int, channels: int, size: int) -> int:
+    """At most, of the tables for a channel; where not all fit, of a part's dense copies too."""
+    spread, size = (size, 1) if size < LANES else (1, size)
+    chunks = _cut(samples, size)[3]
+    tables = (TABLE + 2 + spread * (8 + 4 + 2 * chunks)) * 8
+    copied = spread > 1 and samples > 1 and channels * tables > SCRATCH
+    return tables + copied * 3 * samples * spread * 8
+
+
 def _table_of(x: Array, *rows: Any) -> Table:
     """A call's table: what is given for the channels, and room for results."""
-    table = np.empty((5, x.shape[0], x.shape[2]))
+    table = np.empty((TABLE, x.shape[0], x.shape[2]))
     for row, values in enumerate(rows):
         table[row] = values
     return table
@@ -1412,7 +1428,7 @@ def _call(
     x_place = _place(x)
     asked += x_place + (x_place if dy is x else _place(dy)) + _place(target)
     words = np.zeros(_JOB.itemsize // 8 + 1, np.int64)
-    scratch = np.empty(_plan(words, asked, eps, table.reshape(5, -1)))
+    scratch = np.empty(_plan(words, asked, eps, table.reshape(TABLE, -1)))
     _run(threads, words, scratch)
     if out is not None and target is not out:
         out[...] = target
@@ -1436,6 +1452,8 @@ def _plain_view(a: Any, layout: Any) -> Array | None:
     elif layout == "NHWC":
         n, c, s = a.size // shape[-1], shape[-1], 1
     else:
+        return None
+    if c > LANES and c > channels_at_once(c, a.nbytes, _channel_bytes(n, c, s)):
         return None
     return a.reshape(1, 1, 1, n) if c == s == 1 else a.reshape(1, n, c, s)
 
@@ -1508,6 +1526,9 @@ class NumbaBackend(Backend):
         self.plain_batch_norm = self._plain_batch_norm
         self.plain_normalize = self._plain_normalize
         self.plain_backward = self._plain_backward
+
+    def channel_bytes(self, shape: tuple[int, int, int, int]) -> int:
+        return _channel_bytes(*shape[1:])
 
     def moments(self, x: Array, threads: int) -> tuple[Table, Table]:
         table = _table_of(x)

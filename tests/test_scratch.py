@@ -1,0 +1,97 @@
+"""How much memory a call takes besides its results: tables between the passes, and copies."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from memory import strided
+from variants import VARIANTS, Variant, activate
+
+import fastbn
+from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of, to_layout
+
+COMPILED = [name for name in VARIANTS if name in ("numba", "cython-portable")]
+SHAPES = [
+    (2, 50_000),
+    (300, 5000),
+    (2048, 2048),
+    (1, 40_000, 4),
+    (3, 10_000, 2, 2),
+    (8160, 79),
+    (20_000, 67),
+    (64, 64, 17, 17),
+    (1, 1, 500_000),
+]
+"""As NCHW: wide with few values a channel, tall, narrow, folded, planes, one channel."""
+ALWAYS_ALLOWED, PART = 1 << 20, 50
+
+
+def temporary(call: Callable[[], object]) -> int:
+    """Bytes at the worst moment of a call beyond what it leaves behind."""
+    call()
+    tracemalloc.start()
+    try:
+        results = call()
+        left, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert results is not None
+    return most - left
+
+
+def calls_of(x: Array, dy: Array, layout: str, gamma: Array) -> dict[str, Callable[[], object]]:
+    """Every function with a ready output."""
+    out = np.empty(x.shape, x.dtype)
+    mean, var = fastbn.moments(x, layout=layout)
+    ready: dict[str, Any] = {"layout": layout, "out": out}
+    return {
+        "moments": lambda: fastbn.moments(x, layout=layout),
+        "batch_norm": lambda: fastbn.batch_norm(x, gamma, gamma, **ready),
+        "normalize": lambda: fastbn.normalize(x, mean, var, gamma, gamma, **ready),
+        "batch_norm_backward": lambda: fastbn.batch_norm_backward(dy, x, mean, var, gamma, **ready),
+        "normalize_backward": lambda: fastbn.normalize_backward(dy, x, mean, var, gamma, **ready),
+        "dx alone": lambda: fastbn.normalize_backward(
+            dy, None, mean, var, gamma, params=False, **ready
+        ),
+    }
+
+
+@pytest.fixture(params=COMPILED)
+def compiled(request: pytest.FixtureRequest) -> Any:
+    """The reference is left out: it is written to be read, and holds float64 copies."""
+    with activate(request.param) as active:
+        before = active.calls()
+        yield active
+        assert active.calls() > before
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tables_are_small_beside_x(
+    compiled: Variant, shape: tuple[int, ...], dtype: Any, layout: str, plain: bool
+) -> None:
+    """At most 2 % of x or 1 MiB, whichever is more, by the plain entry and by the walked path."""
+    x = to_layout(np.random.default_rng(0).normal(size=shape), layout).astype(dtype)
+    gamma = np.ones(2 * channels_of(x, layout), dtype)[:: 1 if plain else 2]
+    gamma = gamma[: channels_of(x, layout)]
+    for name, call in calls_of(x, x, layout, gamma).items():
+        assert temporary(call) <= max(ALWAYS_ALLOWED, x.nbytes // PART), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_array_whose_axes_do_not_collapse_is_copied_once(
+    compiled: Variant, dtype: Any, layout: str
+) -> None:
+    """Strided x and dy cost one copy each, and nothing more."""
+    x, dy = (strided(np.ones((40, 24, 24, 24), dtype)) for _ in range(2))
+    gamma = np.ones(24, dtype)
+    for name, call in calls_of(x, dy, layout, gamma).items():
+        copies = 1 if name in ("moments", "batch_norm", "normalize", "dx alone") else 2
+        assert temporary(call) <= ALWAYS_ALLOWED + copies * x.size * x.itemsize, name
