@@ -32,11 +32,14 @@ class Data:
         self.shape, self.dtype = cell.array_shape, np.dtype(cell.dtype)
         self.axis = 3 if cell.layout == "NHWC" else 1
         self.channels = cell.channels
-        self._block = np.random.default_rng(0).standard_normal(BLOCK)
 
     @staticmethod
     def key_of(cell: Cell) -> tuple[str, str, Shape]:
         return cell.layout, cell.dtype, cell.shape
+
+    @cached_property
+    def _block(self) -> Array:
+        return np.random.default_rng(0).standard_normal(BLOCK)
 
     @cached_property
     def x(self) -> Array:
