@@ -135,8 +135,9 @@ def markdown(found: Accuracy) -> str:
 
 
 def grids(judged: Sequence[Judged]) -> list[Grid]:
-    """What breaks the promise, then a grid for each element type and kind of result."""
-    made = [broken_grid(judged)]
+    """What breaks the promise or fails, then one for each element type and kind of result."""
+    troubles = troubles_grid(judged)
+    made = [broken_grid(judged), *([troubles] if troubles.rows else [])]
     for dtype in DTYPES:
         for work, results in TABLES:
             cell = (dtype, work)
@@ -156,6 +157,16 @@ def broken_grid(judged: Sequence[Judged]) -> Grid:
     ]
     headings = ("case", "cell", "backend", "result", "units")
     return Grid("Where fastbn is off by more than it promises", headings, rows, 4, "nowhere")
+
+
+def troubles_grid(judged: Sequence[Judged]) -> Grid:
+    rows = [
+        (j.case, j.measured.cell.name, name, outcome.status, outcome.note.replace("|", "/"))
+        for j in judged
+        for name, outcome in j.measured.outcomes.items()
+        if outcome.status != "timed"
+    ]
+    return Grid("Not judged", ("case", "cell", "library", "what", "why"), rows, 5)
 
 
 def units_grid(judged: Sequence[Judged], results: Sequence[str]) -> Grid:

@@ -106,8 +106,11 @@ def made_up(cell: Cell, units: float) -> Judged:
 
 def test_the_worse_layout_counts_and_a_broken_promise_comes_first() -> None:
     nhwc = replace(FORWARD, layout="NHWC")
-    broken, table = accuracy.grids([made_up(FORWARD, 0.5), made_up(nhwc, np.inf)])
+    broken, troubles, table = accuracy.grids([made_up(FORWARD, 0.5), made_up(nhwc, np.inf)])
     assert broken.rows == [(ORDINARY, nhwc.name, OURS, "y", "inf")]
+    assert troubles.rows == [
+        (ORDINARY, cell.name, "JAX", "failed", "why") for cell in (FORWARD, nhwc)
+    ]
     assert table.headings == ("case", OURS, "JAX")
     assert table.rows[0] == (ORDINARY, "inf", "failed")
     assert table.rows[1:] == [("time, NCHW", "1 ms", "-"), ("time, NHWC", "1 ms", "-")]
