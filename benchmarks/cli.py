@@ -1,4 +1,7 @@
-"""``python -m benchmarks``: measure, compare two runs, or make a run's report again."""
+"""``python -m benchmarks``: measure, compare two runs, or make a run's report again.
+
+``python -m benchmarks accuracy`` measures errors on hard data instead.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,7 @@ WIDE = 240
 
 def main() -> None:
     arguments = parse()
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDE)
+    console = make_console()
     if arguments.compare:
         old, new = arguments.compare
         sys.exit(compare(old, new, arguments.threshold, console))
@@ -39,6 +40,11 @@ def main() -> None:
     report.show(run, console)
     for path in written:
         console.print(f"Written: {path}", soft_wrap=True)
+
+
+def make_console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDE)
 
 
 def parse() -> argparse.Namespace:
@@ -161,13 +167,17 @@ def measure(arguments: argparse.Namespace, console: Console) -> Run:
         findings = measure_all(cells, libraries, rounds, screen)
     return Run(
         machine=this_machine(available_cpus()),
-        date=datetime.datetime.now().astimezone().date().isoformat(),
+        date=today(),
         versions=findings.versions,
         missing=findings.missing,
         import_seconds=took,
         measured=findings.measured,
         rounds=rounds,
     )
+
+
+def today() -> str:
+    return datetime.datetime.now().astimezone().date().isoformat()
 
 
 def cost(cell: Cell, libraries: Sequence[str], rounds: int) -> float:

@@ -45,7 +45,7 @@ class Hard:
         """The case in one shape (N, C, ...)."""
         rng = np.random.default_rng(seed)
         with np.errstate(over="ignore", under="ignore"):
-            x = self.x(rng, shape).astype(dtype)
+            x = self.x(rng, shape).astype(dtype, order="C")
         exact = x.astype(np.float64)
         gamma = rng.uniform(0.5, 1.5, shape[1])
         beta = rng.normal(size=shape[1]) if self.beta is None else self.beta(gamma)
@@ -76,6 +76,11 @@ def leaning(rng: Generator, x: Array) -> Array:
     return 0.5 + 0.5 * standardized(x) + noise
 
 
+def small(rng: Generator, x: Array) -> Array:
+    """Noise as ever, so small that dx is in the range of float32 where 1/s is not."""
+    return 1e-5 * leaning(rng, x)
+
+
 def normal(mean: float, s: float = 1.0) -> Callable[[Generator, Shape], Array]:
     return lambda rng, shape: rng.normal(mean, s, shape)
 
@@ -86,7 +91,7 @@ def times(factor: float) -> Callable[[Generator, Shape], Array]:
 
 
 def constant(rng: Generator, shape: Shape) -> Array:
-    values = np.resize([0.1, -1 / 3, 1e6 + 0.1, 1e-30, 0.0, 3e30], shape[1])
+    values = np.resize([0.1, -1 / 3, 2e3 + 0.1, 1e-30, 0.0, -3e3], shape[1])
     return np.broadcast_to(per_channel(values, shape), shape).copy()
 
 
@@ -147,7 +152,7 @@ def _of_float(dtype: Any) -> Iterator[Hard]:
     single = np.dtype(dtype).itemsize == 4
     yield Hard("ordinary: N(0, 1)", normal(0))
     for exponent in (2, 4, 6) if single else (4, 8, 12):
-        yield Hard(f"mean 1e{exponent}, deviation 1", normal(10.0**exponent))
+        yield Hard(f"mean 1e{exponent}, deviation 2", normal(10.0**exponent, 2))
     yield Hard("U(0, 1) + 250", lambda rng, shape: 250 + rng.uniform(size=shape))
     yield Hard("mean -1e3, deviation 1e-2", normal(-1e3, 1e-2))
     yield Hard("constant channels", constant)
@@ -159,7 +164,7 @@ def _of_float(dtype: Any) -> Iterator[Hard]:
     yield Hard("scales from 1e-15 to 1e15", side_by_side)
     yield Hard("near the largest", times(3.4e38 if single else 1e150))
     if single:
-        yield Hard("subnormal, eps = 0", times(1e-40), eps=0.0)
+        yield Hard("subnormal, eps = 0", times(1e-40), dy=small, eps=0.0)
     yield Hard("near the smallest, eps = 0", times(1e-37 if single else 1e-150), eps=0.0)
     yield Hard("NaN and infinity in two channels", poisoned)
     yield Hard("deviation 1e-6, eps = 1e-12", normal(0, 1e-6), eps=1e-12)

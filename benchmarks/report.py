@@ -12,6 +12,7 @@ from rich.table import Table
 from benchmarks.cells import MB
 from benchmarks.compare import Change
 from benchmarks.libraries import OURS
+from benchmarks.machine import Machine
 from benchmarks.results import Measured, Run
 from benchmarks.targets import Check, Target, verdicts
 
@@ -59,15 +60,17 @@ def show(run: Run, console: Console) -> None:
 
 def markdown(run: Run) -> str:
     """The same as a document."""
-    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
-    missing = "".join(f"\n* Not measured: {name} ({why})" for name, why in run.missing.items())
-    head = (
-        f"* Machine: {run.machine}\n* Versions: {versions}\n* Date: {run.date}, "
-        f"{run.rounds} rounds{missing}\n"
-    )
+    head = heading(run.machine, run.versions, run.missing, f"{run.date}, {run.rounds} rounds")
     first = [lost_grid(run), targets_grid(run), missed_grid(run), troubles_grid(run)]
     grids = [grid for grid in first if grid.rows or grid.empty]
     return "\n".join([head, *(g.to_markdown() for g in (*grids, *cell_grids(run)))])
+
+
+def heading(machine: Machine, versions: dict[str, str], missing: dict[str, str], when: str) -> str:
+    """What a document begins with."""
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    left_out = "".join(f"\n* Not measured: {name} ({why})" for name, why in missing.items())
+    return f"* Machine: {machine}\n* Versions: {listed}\n* Date: {when}{left_out}\n"
 
 
 # --- the grids ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.cells import Cell
 from benchmarks.libraries import BEST_COPY, LIBRARIES, OURS
@@ -80,6 +80,15 @@ class Measured:
         """A time in copies of the same bytes."""
         seconds, copy = self.seconds(library), self.best_copy
         return seconds / copy if seconds and copy else None
+
+
+class Judged(NamedTuple):
+    """One cell with hard data: what became of each library, and its errors."""
+
+    case: str
+    measured: Measured
+    units: dict[str, dict[str, float]]
+    """By library and result, the largest error in units of its bound."""
 
 
 @dataclass(frozen=True)

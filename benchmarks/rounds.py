@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 from benchmarks.cells import MB, Cell
 from benchmarks.libraries import LIBRARIES, Library
 from benchmarks.machine import available_memory
-from benchmarks.results import Measured, Outcome
+from benchmarks.results import Judged, Measured, Outcome
 
 ROOT = Path(__file__).parents[1]
 
@@ -182,7 +182,8 @@ class Team:
     def measure(self, cell: Cell, libraries: Sequence[str], rounds: int) -> Measured:
         """Time a cell with all libraries that have something for it."""
         outcomes: dict[str, Outcome] = {}
-        notes = self._prepare(cell, libraries, outcomes)
+        ready = self._prepare(cell, libraries, outcomes, do="prepare")
+        notes = {name: answer["note"] for name, answer in ready.items()}
         seconds: dict[str, list[float]] = {name: [] for name in notes}
         guesses = {
             name: min(taken) for name in notes if (taken := self._turn(name, outcomes, loops=1))
@@ -199,14 +200,32 @@ class Team:
         self._release(keep=cell.bytes <= KEPT)
         return Measured(cell, {name: outcomes[name] for name in libraries if name in outcomes})
 
+    def judge(self, cell: Cell, case: str, libraries: Sequence[str]) -> Judged:
+        """Units of error of all libraries that have something for a cell, with hard data."""
+        outcomes: dict[str, Outcome] = {}
+        ready = self._prepare(cell, libraries, outcomes, do="judge", case=case)
+        for name, answer in ready.items():
+            if taken := self._turn(name, outcomes, loops=1):
+                outcomes[name] = Outcome.of(taken, answer["note"])
+        self._release(keep=False)
+        return Judged(
+            case,
+            Measured(cell, {name: outcomes[name] for name in libraries if name in outcomes}),
+            {name: answer["units"] for name, answer in ready.items()},
+        )
+
     def _prepare(
-        self, cell: Cell, libraries: Sequence[str], outcomes: dict[str, Outcome]
-    ) -> dict[str, str]:
-        """Prepare the cell in all processes; the notes of those that are ready.
+        self,
+        cell: Cell,
+        libraries: Sequence[str],
+        outcomes: dict[str, Outcome],
+        **request: str,
+    ) -> dict[str, dict[str, Any]]:
+        """Prepare the cell in all processes; the answers of those that are ready.
 
         They do so at once as far as the memory goes, peers last: what finds no room is left out.
         """
-        notes: dict[str, str] = {}
+        ready: dict[str, dict[str, Any]] = {}
         preparing: list[str] = []
         room = ROOM * cell.bytes
 
@@ -214,7 +233,7 @@ class Team:
             with self._watched(name, outcomes):
                 answer = self._worker(name).receive()
                 if answer["status"] == "ready":
-                    notes[name] = answer["note"]
+                    ready[name] = answer
                 elif answer["status"] != "cannot":
                     outcomes[name] = Outcome(answer["status"], answer["note"])
 
@@ -225,13 +244,13 @@ class Team:
                 outcomes[name] = Outcome("left out", "too little memory is free")
                 continue
             with self._watched(name, outcomes):
-                self._worker(name).send(do="prepare", cell=cell.to_json())
+                self._worker(name).send(**request, cell=cell.to_json())
                 preparing.append(name)
         for name in preparing:
             collect(name)
-        for name in notes:
+        for name in ready:
             self._worker(name).rest()
-        return notes
+        return ready
 
     def _turn(self, name: str, outcomes: dict[str, Outcome], loops: int) -> list[float]:
         seconds: list[float] = []

@@ -4,6 +4,8 @@ It answers a line of JSON on its input with one on its output:
 
 * at the start, unasked: {"version"} or {"missing"};
 * {"do": "prepare", "cell"}: {"status": "ready"}, "cannot", "wrong" or "failed", with a "note";
+* {"do": "judge", "cell", "case"}: the same with the hard data of that name, and instead of "wrong"
+  the "units" of each result;
 * {"do": "run", "samples", "loops", "budget"}: {"seconds"}, after one call not timed: a number for
   each sample of so many calls, until there are enough or the budget of seconds is spent;
 * {"do": "release", "keep"}: {}; what was prepared is dropped, its inputs too unless kept.
@@ -16,13 +18,18 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from itertools import repeat
 from time import perf_counter
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from benchmarks.cells import Cell
 from benchmarks.data import Data, complaint
+from benchmarks.judge import HardData, worst
 from benchmarks.libraries import LIBRARIES, Module, Task
+
+Answer = dict[str, Any]
+D = TypeVar("D", bound=Data)
 
 
 class Session:
@@ -33,25 +40,31 @@ class Session:
         self.data: Data | None = None
         self.task: Task | None = None
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, request: dict[str, Any]) -> Answer:
         if request["do"] == "prepare":
             return self.prepare(Cell.from_json(request["cell"]))
+        if request["do"] == "judge":
+            cell = Cell.from_json(request["cell"])
+            return self.checked(cell, HardData(cell, request["case"]), judge)
         if request["do"] == "run":
             return {"seconds": self.run(request["samples"], request["loops"], request["budget"])}
         self.release(keep=request["keep"])
         return {}
 
-    def prepare(self, cell: Cell) -> dict[str, str]:
+    def prepare(self, cell: Cell) -> Answer:
         if self.data is None or self.data.key != Data.key_of(cell):
             self.data = Data(cell)
+        return self.checked(cell, self.data, verify)
+
+    def checked(self, cell: Cell, data: D, check: Callable[[Cell, D, Task], Answer]) -> Answer:
+        """Prepare the task and call it once; `check` says what the answer holds besides."""
         try:
-            self.task = self.module.prepare(cell, self.data)
+            self.task = self.module.prepare(cell, data)
             if self.task is None:
                 return {"status": "cannot", "note": ""}
-            wrong = verify(cell, self.data, self.task)
+            return {"status": "ready", "note": self.task.note} | check(cell, data, self.task)
         except Exception as error:
             return {"status": "failed", "note": in_a_line(error)}
-        return {"status": "wrong" if wrong else "ready", "note": wrong or self.task.note}
 
     def run(self, samples: int, loops: int, budget: float) -> list[float]:
         """Seconds of a call, at least once; short calls are timed several at once."""
@@ -72,13 +85,20 @@ class Session:
             self.data = None
 
 
-def verify(cell: Cell, data: Data, task: Task) -> str | None:
-    """What is wrong with the results of one call, or None."""
+def verify(cell: Cell, data: Data, task: Task) -> Answer:
+    """What is wrong with the results of one call, if anything is."""
     if task.read is None:
-        return None
+        return {}
     if cell.output == "ready":
         data.out.fill(float("nan"))  # what an earlier cell left there proves nothing
-    return complaint(cell, data, task.read(task.call()))
+    wrong = complaint(cell, data, task.read(task.call()))
+    return {"status": "wrong", "note": wrong} if wrong else {}
+
+
+def judge(cell: Cell, data: HardData, task: Task) -> Answer:
+    """How far from exact the results of one call are."""
+    assert task.read is not None
+    return {"units": worst(cell, data, task.read(task.call()))}
 
 
 def in_a_line(error: Exception) -> str:

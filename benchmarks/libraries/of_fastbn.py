@@ -6,7 +6,7 @@ from typing import Any
 
 import fastbn
 from benchmarks.cells import Cell
-from benchmarks.data import EPS, Data, Results
+from benchmarks.data import Data, Results
 from benchmarks.libraries import Task
 
 
@@ -18,7 +18,8 @@ def version() -> str:
 
 def prepare(cell: Cell, data: Data) -> Task:
     gamma, beta = data.gamma, data.beta
-    options: dict[str, Any] = {"eps": EPS, "layout": "NHWC" if cell.layout == "NHWC" else "NCHW"}
+    layout = "NHWC" if cell.layout == "NHWC" else "NCHW"
+    options: dict[str, Any] = {"eps": data.eps, "layout": layout}
     if cell.output == "ready":
         options["out"] = data.out
     if cell.work == "forward":

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.cells import Cell
-from benchmarks.data import EPS, Data, Results
+from benchmarks.data import Data, Results
 from benchmarks.libraries import Task
 
 
@@ -23,14 +23,15 @@ def prepare(cell: Cell, data: Data) -> Task:
     gamma, beta = data.column(data.gamma), data.column(data.beta)
     over = tuple(axis for axis in range(len(data.shape)) if axis != data.axis)
     if cell.work == "forward":
-        return task(partial(forward, over=over), data.x, gamma, beta)
+        return task(partial(forward, over=over, eps=data.eps), data.x, gamma, beta)
     if cell.work == "backward":
         mean, var = (data.column(v.astype(data.dtype)) for v in data.batch_statistics)
-        return task(partial(backward, over=over), data.dy, data.x, mean, var, gamma)
+        function = partial(backward, over=over, eps=data.eps)
+        return task(function, data.dy, data.x, mean, var, gamma)
     mean, var = data.column(data.mean), data.column(data.var)
     if cell.work == "inference":
-        return task(inference, data.x, mean, var, gamma, beta)
-    return task(lambda dy, var, gamma: (dy * (gamma * rsqrt(var)),), data.dy, var, gamma)
+        return task(partial(inference, eps=data.eps), data.x, mean, var, gamma, beta)
+    return task(partial(frozen, eps=data.eps), data.dy, var, gamma)
 
 
 def task(function: Callable[..., tuple[Any, ...]], *operands: Any) -> Task:
@@ -44,23 +45,23 @@ def task(function: Callable[..., tuple[Any, ...]], *operands: Any) -> Task:
     return Task(lambda: jax.block_until_ready(compiled(*arrays)), read)
 
 
-def rsqrt(var: Any) -> Any:
-    return jax.lax.rsqrt(var + EPS)
+def inference(x: Any, mean: Any, var: Any, gamma: Any, beta: Any, *, eps: float) -> tuple[Any, ...]:
+    return ((x - mean) * (gamma * jax.lax.rsqrt(var + eps)) + beta,)
 
 
-def inference(x: Any, mean: Any, var: Any, gamma: Any, beta: Any) -> tuple[Any, ...]:
-    return ((x - mean) * (gamma * rsqrt(var)) + beta,)
+def frozen(dy: Any, var: Any, gamma: Any, *, eps: float) -> tuple[Any, ...]:
+    return (dy * (gamma * jax.lax.rsqrt(var + eps)),)
 
 
-def forward(x: Any, gamma: Any, beta: Any, *, over: tuple[int, ...]) -> tuple[Any, ...]:
+def forward(x: Any, gamma: Any, beta: Any, *, over: tuple[int, ...], eps: float) -> tuple[Any, ...]:
     mean, var = jnp.mean(x, over, keepdims=True), jnp.var(x, over, keepdims=True)
-    return (*inference(x, mean, var, gamma, beta), mean, var)
+    return (*inference(x, mean, var, gamma, beta, eps=eps), mean, var)
 
 
 def backward(
-    dy: Any, x: Any, mean: Any, var: Any, gamma: Any, *, over: tuple[int, ...]
+    dy: Any, x: Any, mean: Any, var: Any, gamma: Any, *, over: tuple[int, ...], eps: float
 ) -> tuple[Any, ...]:
-    rstd = rsqrt(var)
+    rstd = jax.lax.rsqrt(var + eps)
     xhat = (x - mean) * rstd
     dgamma, dbeta = jnp.sum(dy * xhat, over, keepdims=True), jnp.sum(dy, over, keepdims=True)
     n = x.size // gamma.size

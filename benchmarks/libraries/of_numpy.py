@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.cells import Cell
-from benchmarks.data import EPS, Array, Data, Results
+from benchmarks.data import Array, Data, Results
 from benchmarks.libraries import Task
 
 
@@ -16,35 +16,37 @@ def version() -> str:
 def prepare(cell: Cell, data: Data) -> Task:
     gamma, beta = data.column(data.gamma), data.column(data.beta)
     out = data.out if cell.output == "ready" else None
-    over = tuple(axis for axis in range(len(data.shape)) if axis != data.axis)
+    over, eps = tuple(axis for axis in range(len(data.shape)) if axis != data.axis), data.eps
     if cell.work == "forward":
         x = data.x
-        return Task(lambda: forward(x, gamma, beta, over, out), Results)
+        return Task(lambda: forward(x, gamma, beta, over, eps, out), Results)
     if cell.work == "backward":
         dy, x = data.dy, data.x
         mean, var = (data.column(v.astype(data.dtype)) for v in data.batch_statistics)
         return Task(
-            lambda: backward(dy, x, mean, var, gamma, over, out),
+            lambda: backward(dy, x, mean, var, gamma, over, eps, out),
             lambda r: Results(r[0], r[1].ravel(), r[2].ravel()),
         )
     mean, var = data.column(data.mean), data.column(data.var)
     if cell.work == "inference":
         x = data.x
-        return Task(lambda: inference(x, mean, var, gamma, beta, out), Results)
+        return Task(lambda: inference(x, mean, var, gamma, beta, eps, out), Results)
     dy = data.dy
-    return Task(lambda: np.multiply(dy, gamma / np.sqrt(var + EPS), out=out), Results)
+    return Task(lambda: np.multiply(dy, gamma / np.sqrt(var + eps), out=out), Results)
 
 
 def inference(
-    x: Array, mean: Array, var: Array, gamma: Array, beta: Array, out: Array | None
+    x: Array, mean: Array, var: Array, gamma: Array, beta: Array, eps: float, out: Array | None
 ) -> Array:
-    y: Array = np.add(gamma * (x - mean) / np.sqrt(var + EPS), beta, out=out)
+    y: Array = np.add(gamma * (x - mean) / np.sqrt(var + eps), beta, out=out)
     return y
 
 
-def forward(x: Array, gamma: Array, beta: Array, over: tuple[int, ...], out: Array | None) -> Array:
+def forward(
+    x: Array, gamma: Array, beta: Array, over: tuple[int, ...], eps: float, out: Array | None
+) -> Array:
     mean, var = x.mean(over, keepdims=True), x.var(over, keepdims=True)
-    return inference(x, mean, var, gamma, beta, out)
+    return inference(x, mean, var, gamma, beta, eps, out)
 
 
 def backward(
@@ -54,9 +56,10 @@ def backward(
     var: Array,
     gamma: Array,
     over: tuple[int, ...],
+    eps: float,
     out: Array | None,
 ) -> tuple[Array, Array, Array]:
-    rstd = 1 / np.sqrt(var + EPS)
+    rstd = 1 / np.sqrt(var + eps)
     xhat = (x - mean) * rstd
     dgamma, dbeta = (dy * xhat).sum(over, keepdims=True), dy.sum(over, keepdims=True)
     n = x.size // gamma.size

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cells import WORKS, Cell
-from benchmarks.data import EPS, Array, Data, Results
+from benchmarks.data import Array, Data, Results
 from benchmarks.libraries import Task, build
 
 _PREFIX = sys.prefix
@@ -50,7 +50,7 @@ def prepare(cell: Cell, data: Data) -> Task | None:
         return None
     arrays = vectors(cell, data)
     arrays |= {name: getattr(data, name) for name in reads(cell)} | {"out": data.out}
-    work = Work(cell, f"tag_{cell.layout.lower()}", arrays)
+    work = Work(cell, f"tag_{cell.layout.lower()}", arrays, data.eps)
     return work.task(cell.output == "fresh", lambda out: out)
 
 
@@ -74,13 +74,13 @@ def vectors(cell: Cell, data: Data) -> dict[str, Array]:
 class Work:
     """A primitive with its arrays."""
 
-    def __init__(self, cell: Cell, tag: str, arrays: dict[str, Array]) -> None:
+    def __init__(self, cell: Cell, tag: str, arrays: dict[str, Array], eps: float) -> None:
         arrays.setdefault("x", arrays.get("dy", arrays["out"]))  # frozen: must be there, not read
         self.arrays = arrays
         dims = (c_int64 * len(cell.shape))(*cell.shape)
         addresses = Arrays(**{name: a.ctypes.data for name, a in arrays.items()})
         kind, layout = WORKS.index(cell.work), getattr(_native, tag)()
-        made = _native.make(kind, layout, len(cell.shape), dims, EPS, ctypes.byref(addresses))
+        made = _native.make(kind, layout, len(cell.shape), dims, eps, ctypes.byref(addresses))
         if not made:
             raise RuntimeError(f"oneDNN refuses: {_native.problem().decode()}")
         self.handle = c_void_p(made)

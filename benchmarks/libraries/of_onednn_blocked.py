@@ -21,7 +21,8 @@ def prepare(cell: Cell, data: Data) -> Task | None:
         return None
     arrays = vectors(cell, data) | {name: to_blocks(getattr(data, name)) for name in reads(cell)}
     arrays["out"] = np.full_like(arrays[reads(cell)[0]], np.nan)
-    return Work(cell, "tag_blocked", arrays).task(cell.output == "fresh", from_blocks)
+    work = Work(cell, "tag_blocked", arrays, data.eps)
+    return work.task(cell.output == "fresh", from_blocks)
 
 
 def to_blocks(a: Array) -> Array:

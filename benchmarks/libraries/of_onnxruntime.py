@@ -8,7 +8,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.cells import Cell
-from benchmarks.data import EPS, Data, Results
+from benchmarks.data import Data, Results
 from benchmarks.libraries import Task
 
 
@@ -39,7 +39,7 @@ def model(cell: Cell, data: Data) -> bytes:
     element = TensorProto.FLOAT if cell.dtype == "float32" else TensorProto.DOUBLE
     vectors = {name: getattr(data, name) for name in ("gamma", "beta", "mean", "var")}
     graph = helper.make_graph(
-        [helper.make_node("BatchNormalization", ["x", *vectors], ["y"], epsilon=EPS)],
+        [helper.make_node("BatchNormalization", ["x", *vectors], ["y"], epsilon=data.eps)],
         "batch_norm",
         [helper.make_tensor_value_info("x", element, cell.shape)],
         [helper.make_tensor_value_info("y", element, cell.shape)],

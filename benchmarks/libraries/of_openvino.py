@@ -9,7 +9,7 @@ import openvino
 from openvino import opset13 as ops
 
 from benchmarks.cells import Cell
-from benchmarks.data import EPS, Data, Results
+from benchmarks.data import Data, Results
 from benchmarks.libraries import Task
 
 
@@ -23,7 +23,7 @@ def prepare(cell: Cell, data: Data) -> Task | None:
         return None
     x = ops.parameter(list(cell.shape), openvino.Type.f32)
     vectors = (ops.constant(v) for v in (data.gamma, data.beta, data.mean, data.var))
-    model = openvino.Model([ops.batch_norm_inference(x, *vectors, epsilon=EPS)], [x])
+    model = openvino.Model([ops.batch_norm_inference(x, *vectors, epsilon=data.eps)], [x])
     options = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": cell.threads,

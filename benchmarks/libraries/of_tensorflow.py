@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks.cells import Cell
-from benchmarks.data import EPS, Data, Results
+from benchmarks.data import Data, Results
 from benchmarks.libraries import Task
 
 
@@ -20,7 +20,7 @@ def prepare(cell: Cell, data: Data) -> Task | None:
     if cell.dtype != "float32":
         return None
     gamma = tf.constant(data.gamma)
-    options = {"epsilon": EPS, "data_format": "NCHW" if cell.layout == "NCHW" else "NHWC"}
+    options = {"epsilon": data.eps, "data_format": "NCHW" if cell.layout == "NCHW" else "NHWC"}
     normalize, differentiate = tf.raw_ops.FusedBatchNormV3, tf.raw_ops.FusedBatchNormGradV3
     training = cell.work in ("forward", "backward")
     options["is_training"] = training

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.cells import Cell
-from benchmarks.data import EPS, Array, Data, Results
+from benchmarks.data import Array, Data, Results
 from benchmarks.libraries import Task
 
 BACKWARD = torch.ops.aten.native_batch_norm_backward.default
@@ -19,7 +19,7 @@ def version() -> str:
 
 def prepare(cell: Cell, data: Data) -> Task:
     torch.set_num_threads(cell.threads)
-    gamma = torch.from_numpy(data.gamma)
+    gamma, eps = torch.from_numpy(data.gamma), data.eps
     if cell.work in ("forward", "inference"):
         call = normalization(cell, data, gamma)
         return Task(call, lambda r: Results(array(cell, r[0])))
@@ -27,35 +27,33 @@ def prepare(cell: Cell, data: Data) -> Task:
     if cell.work == "backward":
         x = tensor(cell, data.x)
         mean, var = data.batch_statistics
-        kind = gamma.dtype
-        save_mean, rstd = (torch.from_numpy(v).to(kind) for v in (mean, (var + EPS) ** -0.5))
+        rstd = (var + eps) ** -0.5
+        saved = [torch.from_numpy(v).to(gamma.dtype) for v in (mean, rstd)]
         return Task(
-            lambda: BACKWARD(
-                dy, x, gamma, None, None, save_mean, rstd, True, EPS, [True, True, True]
-            ),
+            lambda: BACKWARD(dy, x, gamma, None, None, *saved, True, eps, [True, True, True]),
             lambda r: Results(array(cell, r[0]), r[1].numpy(), r[2].numpy()),
         )
     mean, var = torch.from_numpy(data.mean), torch.from_numpy(data.var)
     wanted = [True, False, False]
     # x is not read where its gradient alone is wanted, but must be there.
     return Task(
-        lambda: BACKWARD(dy, dy, gamma, mean, var, None, None, False, EPS, wanted),
+        lambda: BACKWARD(dy, dy, gamma, mean, var, None, None, False, eps, wanted),
         lambda r: Results(array(cell, r[0])),
     )
 
 
 def normalization(cell: Cell, data: Data, gamma: Any) -> Any:
     """A forward, by the batch's statistics or by given ones."""
-    x, beta = tensor(cell, data.x), torch.from_numpy(data.beta)
+    x, beta, eps = tensor(cell, data.x), torch.from_numpy(data.beta), data.eps
     training = cell.work == "forward"
     mean = None if training else torch.from_numpy(data.mean)
     var = None if training else torch.from_numpy(data.var)
     call = torch.native_batch_norm
     if cell.output == "fresh":
-        return lambda: call(x, gamma, beta, mean, var, training, 0.1, EPS)
+        return lambda: call(x, gamma, beta, mean, var, training, 0.1, eps)
     saved = (torch.empty(cell.channels if training else 0, dtype=x.dtype) for _ in range(2))
     out = (tensor(cell, data.out), *saved)
-    return lambda: call(x, gamma, beta, mean, var, training, 0.1, EPS, out=out)
+    return lambda: call(x, gamma, beta, mean, var, training, 0.1, eps, out=out)
 
 
 def tensor(cell: Cell, a: Array) -> Any:
