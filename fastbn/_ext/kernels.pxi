@@ -46,9 +46,8 @@ cdef extern from "simd.h" nogil:
     void vstream(real* p, vec v)
     void vsplat_each(vec* v, const real* p, long pitch, int count)
     void vload_each(vec* v, const real* p, long pitch, int count)
-    vec vadd(vec a, vec b)
-    vec vsub(vec a, vec b)
-    vec vmul(vec a, vec b)
+    vec affine(vec x, const vec* k)
+    vec gradient(vec dy, vec x, const vec* k)
     wide wload_table(const double* p)
     wide wload_table_part(const double* p, long n)
     void wstore_table(double* p, wide w)
@@ -622,19 +621,6 @@ cdef void finish(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noex
 
 # ---- Maps ----
 
-cdef struct Coefficients:
-    vec k[PACKED]
-
-
-cdef inline vec affine(vec x, const Coefficients* k) noexcept nogil:
-    return vadd(vmul(vsub(vmul(x, k.k[0]), k.k[1]), k.k[2]), k.k[3])
-
-
-cdef inline vec gradient(vec dy, vec x, const Coefficients* k) noexcept nogil:
-    cdef vec d = vsub(vsub(vmul(x, k.k[3]), k.k[4]), k.k[5])
-    return vadd(vmul(vsub(vmul(dy, k.k[0]), k.k[1]), k.k[2]), vadd(vmul(d, k.k[6]), k.k[7]))
-
-
 cdef inline Py_ssize_t unaligned(const real* p, Py_ssize_t n) noexcept nogil:
     """How many of the n elements from p on lie before the first whole 64-byte line."""
     return min((-(<uintptr_t> p) & 63) // sizeof(real), <size_t> n)
@@ -682,22 +668,22 @@ cdef void affine_plane(const real* x, real* out, Py_ssize_t n, const real* row, 
                        bint stream, Line* line, bint fetch, Py_ssize_t ahead) noexcept nogil:
     """n contiguous values of one channel, whose coefficients stand `pitch` apart; meanwhile those
     `ahead` of x are fetched."""
-    cdef Coefficients k
+    cdef vec[PACKED] k
     cdef Py_ssize_t s = 0
-    vsplat_each(k.k, row, pitch, 4)
+    vsplat_each(k, row, pitch, 4)
     if stream and line.waiting > 0:
         s = min(16 - line.waiting, n)
-        fill_line(line, out, affine(vload_part(x, s), &k), s)
+        fill_line(line, out, affine(vload_part(x, s), k), s)
     while s + 16 <= n:
         prefetch(x + s + ahead, fetch)
-        put(out + s, affine(vload(x + s), &k), stream)
+        put(out + s, affine(vload(x + s), k), stream)
         s += 16
     if s == n:
         return
     if stream:
-        fill_line(line, out + s, affine(vload_part(x + s, n - s), &k), n - s)
+        fill_line(line, out + s, affine(vload_part(x + s, n - s), k), n - s)
     else:
-        vstore_part(out + s, affine(vload_part(x + s, n - s), &k), n - s)
+        vstore_part(out + s, affine(vload_part(x + s, n - s), k), n - s)
 
 
 cdef void gradient_plane(const real* dy, const real* x, real* out, Py_ssize_t n, const real* row,
@@ -705,21 +691,21 @@ cdef void gradient_plane(const real* dy, const real* x, real* out, Py_ssize_t n,
                          Py_ssize_t dy_ahead, Py_ssize_t x_ahead) noexcept nogil:
     """n contiguous values of one channel, whose coefficients stand `pitch` apart; meanwhile those
     ahead of dy and x are fetched."""
-    cdef Coefficients k
+    cdef vec[PACKED] k
     cdef Py_ssize_t s = 0
     cdef vec y
-    vsplat_each(k.k, row, pitch, PACKED)
+    vsplat_each(k, row, pitch, PACKED)
     if stream and line.waiting > 0:
         s = min(16 - line.waiting, n)
-        fill_line(line, out, gradient(vload_part(dy, s), vload_part(x, s), &k), s)
+        fill_line(line, out, gradient(vload_part(dy, s), vload_part(x, s), k), s)
     while s + 16 <= n:
         prefetch(dy + s + dy_ahead, fetch)
         prefetch(x + s + x_ahead, fetch)
-        put(out + s, gradient(vload(dy + s), vload(x + s), &k), stream)
+        put(out + s, gradient(vload(dy + s), vload(x + s), k), stream)
         s += 16
     if s == n:
         return
-    y = gradient(vload_part(dy + s, n - s), vload_part(x + s, n - s), &k)
+    y = gradient(vload_part(dy + s, n - s), vload_part(x + s, n - s), k)
     if stream:
         fill_line(line, out + s, y, n - s)
     else:
@@ -761,29 +747,29 @@ cdef void map_outside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
 cdef void affine_part(const real* x, Py_ssize_t x_stride, real* out, Py_ssize_t stride,
                       Py_ssize_t rows, Py_ssize_t width, const real* row, Py_ssize_t pitch) noexcept nogil:
     """Fewer than 16 columns of a few rows."""
-    cdef Coefficients k
+    cdef vec[PACKED] k
     cdef Py_ssize_t r
-    vload_each(k.k, row, pitch, 4)
+    vload_each(k, row, pitch, 4)
     for r in range(rows):
-        vstore_part(out + r * stride, affine(vload_part(x + r * x_stride, width), &k), width)
+        vstore_part(out + r * stride, affine(vload_part(x + r * x_stride, width), k), width)
 
 
 cdef void affine_rows(const real* x, Py_ssize_t x_stride, real* out, Py_ssize_t stride,
                       Py_ssize_t rows, Py_ssize_t width, const real* row, Py_ssize_t pitch,
                       bint stream, bint fetch) noexcept nogil:
     """`width` columns of a few rows; the columns' coefficients stand in rows `pitch` apart."""
-    cdef Coefficients k
+    cdef vec[PACKED] k
     cdef Py_ssize_t r, c = unaligned(out, width) if stream else 0
     cdef const real* source
     cdef real* target
     if c > 0:
         affine_part(x, x_stride, out, stride, rows, c, row, pitch)
     while c + 16 <= width:
-        vload_each(k.k, row + c, pitch, 4)
+        vload_each(k, row + c, pitch, 4)
         source, target = x + c, out + c
         for r in range(rows):
             prefetch(source + 2 * ahead_values(), fetch)
-            put(target, affine(vload(source), &k), stream)
+            put(target, affine(vload(source), k), stream)
             source += x_stride
             target += stride
         c += 16
@@ -795,13 +781,13 @@ cdef void gradient_part(const real* dy, Py_ssize_t dy_stride, const real* x, Py_
                         real* out, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t width,
                         const real* row, Py_ssize_t pitch) noexcept nogil:
     """Fewer than 16 columns of a few rows."""
-    cdef Coefficients k
+    cdef vec[PACKED] k
     cdef Py_ssize_t r
     cdef vec d, v
-    vload_each(k.k, row, pitch, PACKED)
+    vload_each(k, row, pitch, PACKED)
     for r in range(rows):
         d, v = vload_part(dy + r * dy_stride, width), vload_part(x + r * x_stride, width)
-        vstore_part(out + r * stride, gradient(d, v, &k), width)
+        vstore_part(out + r * stride, gradient(d, v, k), width)
 
 
 cdef void gradient_rows(const real* dy, Py_ssize_t dy_stride, const real* x, Py_ssize_t x_stride,
@@ -809,7 +795,7 @@ cdef void gradient_rows(const real* dy, Py_ssize_t dy_stride, const real* x, Py_
                         const real* row, Py_ssize_t pitch, bint stream,
                         bint fetch) noexcept nogil:
     """`width` columns of a few rows; the columns' coefficients stand in rows `pitch` apart."""
-    cdef Coefficients k
+    cdef vec[PACKED] k
     cdef Py_ssize_t r, c = unaligned(out, width) if stream else 0
     cdef const real* source
     cdef const real* slope
@@ -817,12 +803,12 @@ cdef void gradient_rows(const real* dy, Py_ssize_t dy_stride, const real* x, Py_
     if c > 0:
         gradient_part(dy, dy_stride, x, x_stride, out, stride, rows, c, row, pitch)
     while c + 16 <= width:
-        vload_each(k.k, row + c, pitch, PACKED)
+        vload_each(k, row + c, pitch, PACKED)
         source, slope, target = x + c, dy + c, out + c
         for r in range(rows):
             prefetch(source + 2 * ahead_values(), fetch)
             prefetch(slope + 2 * ahead_values(), fetch)
-            put(target, gradient(vload(slope), vload(source), &k), stream)
+            put(target, gradient(vload(slope), vload(source), k), stream)
             source += x_stride
             slope += dy_stride
             target += stride

@@ -194,17 +194,19 @@ INLINE void vsplat_each(vec *v, const real *p, long pitch, int count) {
 INLINE void vload_each(vec *v, const real *p, long pitch, int count) {
     UNROLLED (int i = 0; i < count; i++) v[i] = vload(p + i * pitch);
 }
-INLINE vec vadd(vec a, vec b) {
-    UNROLLED (int i = 0; i < VEC_REGISTERS; i++) a.r[i] += b.r[i];
-    return a;
+/* y = (x*near - hi)*scale + shift, of coefficients k in this order. */
+INLINE vec affine(vec x, const vec *k) {
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++)
+        x.r[i] = (x.r[i] * k[0].r[i] - k[1].r[i]) * k[2].r[i] + k[3].r[i];
+    return x;
 }
-INLINE vec vsub(vec a, vec b) {
-    UNROLLED (int i = 0; i < VEC_REGISTERS; i++) a.r[i] -= b.r[i];
-    return a;
-}
-INLINE vec vmul(vec a, vec b) {
-    UNROLLED (int i = 0; i < VEC_REGISTERS; i++) a.r[i] *= b.r[i];
-    return a;
+/* dx = (dy*far - dhi)*a + (((x*near - hi) - lo)*b + rest), of coefficients k in this order. */
+INLINE vec gradient(vec dy, vec x, const vec *k) {
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++) {
+        vec_register d = x.r[i] * k[3].r[i] - k[4].r[i] - k[5].r[i];
+        dy.r[i] = (dy.r[i] * k[0].r[i] - k[1].r[i]) * k[2].r[i] + (d * k[6].r[i] + k[7].r[i]);
+    }
+    return dy;
 }
 
 /* ---- wide: float64 sums ---- */
