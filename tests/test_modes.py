@@ -98,8 +98,26 @@ def alike():
 
 WORKERS = SUBNORMALS + "everywhere(alike)\n"
 
+# Threads that a call starts in the caller's mode are still there when the caller has another.
+LATER_WORKERS = (
+    SUBNORMALS
+    + """
+def first_flushing():
+    with fpmode.flushing(), fastbn.use_num_threads(7):
+        all_calls()
+    alike()
+everywhere(first_flushing)
+"""
+)
+
 READS = pytest.mark.skipif(
     not fpmode.READABLE, reason="where MXCSR is found is known of x86-64 with glibc alone"
+)
+
+
+KEPT = pytest.mark.xfail(
+    reason="threads that a kernel starts while its caller flushes go on flushing in later calls",
+    strict=False,  # who starts threads anew, or has none, passes
 )
 
 
@@ -111,6 +129,7 @@ READS = pytest.mark.skipif(
         pytest.param(RAISING, id="raising"),
         pytest.param(CALLERS, id="caller's", marks=READS),
         pytest.param(WORKERS, id="workers"),
+        pytest.param(LATER_WORKERS, id="later workers", marks=[READS, KEPT]),
     ],
 )
 def test_modes(code: str, name: str) -> None:
