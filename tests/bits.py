@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,13 @@ import fastbn
 
 Array = NDArray[Any]
 Results = dict[str, Array]
+Place = Callable[[Array, Array], tuple[Array, Array, Array | None]]
+"""Where x and dy lie for one call, and its `out`."""
+
+
+def as_given(x: Array, dy: Array) -> tuple[Array, Array, None]:
+    """The arrays themselves, and a fresh result."""
+    return x, dy, None
 
 
 def run_all(
@@ -21,26 +29,32 @@ def run_all(
     *,
     layout: str = "NCHW",
     eps: float = 1e-5,
+    place: Place = as_given,
 ) -> Results:
-    """What the five functions give for one problem, by name."""
-    y, mean, var = fastbn.batch_norm(x, gamma, beta, eps=eps, layout=layout)
-    statistics = fastbn.moments(x, layout=layout)
+    """What the five functions give for one problem, by name; each call's arrays are placed anew."""
+    a, _, out = place(x, dy)
+    y, mean, var = fastbn.batch_norm(a, gamma, beta, eps=eps, layout=layout, out=out)
+    a, _, out = place(x, dy)
+    statistics = fastbn.moments(a, layout=layout)
+    # A NaN in var is for batch_norm_backward alone: normalize refuses it.
+    v = np.where(np.isnan(var), 1.0, var)
     results: dict[str, Array | None] = {
         "y": y,
         "mean": mean,
         "var": var,
         "moments.mean": statistics.mean,
         "moments.var": statistics.var,
+        "normalize": fastbn.normalize(a, mean, v, gamma, beta, eps=eps, layout=layout, out=out),
     }
-    # A NaN in var is for batch_norm_backward alone: normalize refuses it.
-    v = np.where(np.isnan(var), 1.0, var)
-    results["normalize"] = fastbn.normalize(x, mean, v, gamma, beta, eps=eps, layout=layout)
     for params in (True, False):
+        a, b, out = place(x, dy)
         got = fastbn.batch_norm_backward(
-            dy, x, mean, var, gamma, eps=eps, layout=layout, params=params
+            b, a, mean, var, gamma, eps=eps, layout=layout, params=params, out=out
         )
+        a, b, out = place(x, dy)
+        given = a if params else None
         frozen = fastbn.normalize_backward(
-            dy, x if params else None, mean, v, gamma, eps=eps, layout=layout, params=params
+            b, given, mean, v, gamma, eps=eps, layout=layout, params=params, out=out
         )
         for kind, gradients in (("batch_norm", got), ("normalize", frozen)):
             for name, value in gradients._asdict().items():

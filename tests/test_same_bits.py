@@ -1,138 +1,177 @@
-"""The same bits, for each backend by itself: whatever the threads, the company and the path."""
+"""The same bits, for each backend by itself: whatever the threads, the memory and the company.
+
+Every test holds one way of computing against the baseline of `grid`, over the whole grid. Of Cython
+every instruction set is held against the same one.
+"""
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from itertools import combinations
-from typing import Any
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
-from bits import Results, assert_same_bits, run_all
-from variants import CYTHON, Variant, activate
+from bits import Array, Place, Results, assert_same_bits, run_all
+from grid import (
+    Digests,
+    Point,
+    Way,
+    assert_baseline,
+    baseline,
+    digests,
+    digests_of,
+    points_of,
+    problem,
+    way,
+)
+from machines import MACHINES, pretend
+from memory import FORMS, WRITEABLE, dense
+from processes import output
+from variants import TRIPS, VARIANTS, Variant, activate, environment
 
-import fastbn
-from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of, to_layout
-from fastbn.backends.base import Backend
-from fastbn.layouts import Arrangement
+from benchmarks.oracle import DTYPES
+from fastbn import backends
+from fastbn.backends import base
 
-SHAPES = [(6, 24, 40, 41), (5, 3, 130, 131), (2, 1, 300, 301), (3001, 67), (8, 300, 7, 7)]
-"""As NCHW: many channels and few, one, none but rows, small planes; all worth several threads."""
+MANY = 13
+"""More threads than most machines have processors; Numba has so many only if told at its start."""
 
-Problem = tuple[Array, Array, Array, Array]
-
-
-def problem(shape: tuple[int, ...], dtype: Any, layout: str, seed: int = 0) -> Problem:
-    rng = np.random.default_rng(seed)
-    x = to_layout(rng.normal(3, 2, shape), layout).astype(dtype)
-    dy = to_layout(rng.normal(size=shape), layout).astype(dtype)
-    gamma, beta = rng.normal(size=(2, channels_of(x, layout))).astype(dtype)
-    return x, dy, gamma, beta
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_any_number_of_threads(
-    variant: Variant, shape: tuple[int, ...], dtype: Any, layout: str
-) -> None:
-    """1, 2, 3 and 7 threads give the same bits, and so does a second run."""
-    arguments = problem(shape, dtype, layout)
-    with fastbn.use_num_threads(1):
-        expected = run_all(*arguments, layout=layout)
-    for threads in (2, 3, 7, 2):
-        with fastbn.use_num_threads(threads):
-            assert_same_bits(run_all(*arguments, layout=layout), expected)
+BEHIND = (
+    "reversed",
+    "strided",
+    "padded inside",
+    "padded channels",
+    "misaligned",
+    "unlucky",
+    "subclass",  # lies where it lay, and yet takes the way through all checks
+)
+"""The forms in C order."""
+OUTS = ("dense", "strided", "misaligned", "unlucky")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_concurrent_calls(variant: Variant, dtype: Any) -> None:
-    """Calls from several Python threads at once give what each gives alone."""
-    problems = [
-        (problem(shape, dtype, layout, seed), layout)
-        for seed, shape in enumerate([(4, 24, 40, 41), (3, 3, 130, 131), (2001, 67), (5, 7)])
-        for layout in LAYOUTS
-    ]
+def behind(form: str) -> Place:
+    """x and dy in a form."""
+    return lambda x, dy: (FORMS[form](x), FORMS[form](dy), None)
 
-    def run(item: tuple[Problem, str]) -> Results:
-        with fastbn.use_num_threads(2):
-            return run_all(*item[0], layout=item[1])
 
-    expected = [run(item) for item in problems]
-    with ThreadPoolExecutor(4) as pool:
+def into(form: str) -> Place:
+    """`out` in a form, full of what must not be left."""
+    return lambda x, dy: (x, dy, WRITEABLE[form](np.full_like(x, np.nan)))
+
+
+def in_place_of_x(x: Array, dy: Array) -> tuple[Array, Array, Array]:
+    x = dense(x)
+    return x, dy, x
+
+
+def in_place_of_dy(x: Array, dy: Array) -> tuple[Array, Array, Array]:
+    dy = dense(dy)
+    return x, dy, dy
+
+
+def trips_as_passes(active: Variant, point: Point) -> Results:
+    """Each trip as its two passes, with the small step in NumPy; no plain entries of trips."""
+    with pytest.MonkeyPatch.context() as patch:
+        for trip in TRIPS:
+            passes = partial(getattr(base.Backend, trip), active.backend)
+            patch.setattr(active.backend, trip, passes)
+        for plain in ("plain_batch_norm", "plain_backward"):
+            patch.setattr(active.backend, plain, base._never_plain)
+        return way(threads=3)(active, point)
+
+
+WAYS: dict[str, Way] = {
+    "again": way(),
+    **{f"{threads} threads": way(threads=threads) for threads in (2, 3, 7)},
+    **{f"out {form}": way(place=into(form)) for form in OUTS},
+    "in place of x, 3 threads": way(threads=3, place=in_place_of_x),
+    "in place of dy": way(place=in_place_of_dy),
+    **{f"{form} x and dy": way(place=behind(form)) for form in BEHIND},
+    "padded channels, 3 threads": way(threads=3, place=behind("padded channels")),
+    "trips as passes": trips_as_passes,
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("how", WAYS)
+def test_way(how: str, name: str) -> None:
+    """A number of threads, a kind of memory, a path through the library."""
+    assert_baseline(how, name, digests(name, WAYS[how]))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "numpy"])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_pretended_machine(machine: str, name: str, threads: int) -> None:
+    """Cache sizes, streaming stores and the size of the team."""
+    with pretend(serial_below=1, **MACHINES[machine]):
+        found = digests(name, way(threads=threads))
+    assert_baseline(f"{threads} threads, {machine}", name, found)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_concurrent_calls(name: str) -> None:
+    """Calls from several Python threads at once, each with threads of its own."""
+    with activate(name) as active, ThreadPoolExecutor(4) as pool:
+        before = active.calls()
         futures = [
-            pool.submit(copy_context().run, run, item) for _ in range(3) for item in problems
+            (point, pool.submit(copy_context().run, way(threads=2), active, point))
+            for point in points_of(name)
         ]
-        for i, future in enumerate(futures):
-            assert_same_bits(future.result(timeout=120), expected[i % len(problems)])
+        found: Digests = {}
+        for point, future in futures:
+            found |= digests_of(point, future.result(timeout=120))
+        assert active.calls() > before
+    assert_baseline("concurrent calls", name, found)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+PROCESS = """
+import json, os, sys
+sys.path.append({tests!r})
+from grid import digests, way
+several = way(threads={threads})
+first = digests({name!r}, several)
+reading, writing = os.pipe()
+if os.fork() == 0:
+    try:
+        with os.fdopen(writing, "w") as pipe:
+            json.dump(digests({name!r}, several), pipe)
+    finally:
+        os._exit(0)
+os.close(writing)
+with os.fdopen(reading) as pipe:
+    print(json.dumps({{"first calls": first, "forked child": json.load(pipe)}}))
+"""
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_in_a_process_of_its_own(name: str) -> None:
+    """The first calls of a process, and calls of a child forked after them."""
+    code = PROCESS.format(tests=str(Path(__file__).parent), threads=MANY, name=name)
+    variables = environment(name) | {"NUMBA_NUM_THREADS": str(MANY)}
+    for how, found in json.loads(output(code, **variables)).items():
+        assert_baseline(how, name, found)
+
+
+@pytest.mark.parametrize("backend", backends.usable())
+def test_a_forward_gives_the_bits_of_its_passes(backend: str) -> None:
+    """batch_norm is moments, then normalize."""
+    pairs = {"y": "normalize", "mean": "moments.mean", "var": "moments.var"}
+    found = baseline(backend)
+    for point in points_of(backend):
+        for trip, alone in pairs.items():
+            assert found[f"{point}: {trip}"] == found[f"{point}: {alone}"], f"{point}: {trip}"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [*SHAPES, (3, 5, 7), (2, 33, 1), (1, 1)], ids=str)
-def test_a_trip_gives_its_two_passes_bits(
-    variant: Variant, shape: tuple[int, ...], dtype: Any, layout: str
+@pytest.mark.parametrize("shape", [(3, 5, 7), (20, 70, 7, 7), (701, 100)], ids=str)
+def test_no_parameters_are_ones_and_zeros(
+    variant: Variant, shape: tuple[int, ...], dtype: type[np.generic]
 ) -> None:
-    """Forward is moments then normalize; backward is its two passes; with out or without."""
-    x, dy, gamma, beta = problem(shape, dtype, layout)
-    y, mean, var = fastbn.batch_norm(x, gamma, beta, layout=layout)
-    passes = fastbn.moments(x, layout=layout)
-    z = fastbn.normalize(x, *passes, gamma, beta, layout=layout)
-    again = fastbn.batch_norm(x, gamma, beta, layout=layout, out=np.empty_like(x))
-    for other in ((z, *passes), again):
-        assert_same_bits(
-            dict(zip(("y", "mean", "var"), other, strict=True)), {"y": y, "mean": mean, "var": var}
-        )
-
-    arrangement = Arrangement.of(x, layout)
-    views = arrangement.view(dy), arrangement.view(x)
-    tables = mean[None], var[None], gamma.astype(np.float64)[None]
-    for frozen in (False, True):
-        backend, trip, two = variant.backend, np.empty_like(views[1]), np.empty_like(views[1])
-        sums = backend.backward(*views, *tables, 1e-5, frozen, trip, 2)
-        sums_of_two = Backend.backward(backend, *views, *tables, 1e-5, frozen, two, 2)
-        verb = fastbn.normalize_backward if frozen else fastbn.batch_norm_backward
-        dx, dgamma, dbeta = verb(dy, x, mean, var, gamma, layout=layout)
-        assert dgamma is not None
-        assert dbeta is not None
-        assert_same_bits(
-            {"dx": trip, "dgamma": sums[0], "dbeta": sums[1]},
-            {"dx": two, "dgamma": sums_of_two[0], "dbeta": sums_of_two[1]},
-        )
-        assert_same_bits(
-            {"dx": arrangement.view(dx), "dgamma": dgamma, "dbeta": dbeta},
-            {
-                "dx": two,
-                "dgamma": sums_of_two[0][0].astype(dtype),
-                "dbeta": sums_of_two[1][0].astype(dtype),
-            },
-        )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 5, 7), (4, 24, 20, 21)], ids=str)
-def test_the_plain_entry_and_the_walked_path(
-    variant: Variant, shape: tuple[int, ...], dtype: Any
-) -> None:
-    """Arguments that are plain, and equal ones that are not, take two ways to the same bits."""
-    x, dy, gamma, beta = problem(shape, dtype, "NCHW")
-    apart = np.repeat(gamma, 2)[::2], np.repeat(beta, 2)[::2]
-    assert_same_bits(run_all(x, dy, *apart), run_all(x, dy, gamma, beta))
-    assert_same_bits(run_all(x, dy), run_all(x, dy, np.ones_like(gamma), np.zeros_like(beta)))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pair", list(combinations(CYTHON, 2)), ids=" and ".join)
-def test_instruction_sets_agree(pair: tuple[str, str], dtype: Any, layout: str) -> None:
-    """Every compiled instruction set gives the same bits."""
-    for shape in (*SHAPES, (3, 5, 7), (2, 33, 9), (5, 17, 1), (1, 1), (9, 8, 2, 2)):
-        arguments = problem(shape, dtype, layout)
-        results = []
-        for name in pair:
-            with activate(name) as active:
-                before = active.calls()
-                results.append(run_all(*arguments, layout=layout))
-                assert active.calls() > before
-        assert_same_bits(*results)
+    """gamma and beta that are not given have the bits of ones and zeros."""
+    x, dy, gamma, beta = problem(Point(shape, "NCHW", np.dtype(dtype).name))
+    parameters = np.ones_like(gamma, dtype), np.zeros_like(beta, dtype)
+    assert_same_bits(run_all(x, dy), run_all(x, dy, *parameters))

@@ -68,6 +68,13 @@ def environment(name: str) -> dict[str, str]:
     return {"FASTBN_BACKEND": backend_name, **({"FASTBN_ISA": isa} if isa else {})}
 
 
+def proof(name: str) -> str:
+    """Code that fails in a process of which `name` is not the default."""
+    backend, _, isa = name.partition("-")
+    code = f"\nassert fastbn.get_backend() == {backend!r}\n"
+    return code + (f"assert fastbn.get_config()['isa'] == {isa!r}\n" if isa else "")
+
+
 def _counted(backend: Backend, patch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Count the calls of the backend's six functions."""
     made: list[str] = []

@@ -1,0 +1,151 @@
+"""A grid of problems, and what one way of computing gives on it: one digest for each result.
+
+A digest tells equal bits from others without keeping the results, so that every way can be held
+against one baseline over the whole grid: one thread, dense arrays, fresh results. All instruction
+sets share the baseline of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from bits import Array, Place, Results, as_given, run_all
+from variants import VARIANTS, Variant, activate
+
+import fastbn
+from benchmarks.oracle import LAYOUTS, channels_of, to_layout
+
+# As NCHW words. Values and bytes decide: 16384 values make a chunk of planes, 64 to 512 rows one of
+# rows, 128 KiB of operands are worth a second thread and a MB more than ten.
+SHAPES: tuple[tuple[int, ...], ...] = (
+    # a single value, or few; broken lanes; empty axes
+    (1, 1),
+    (5, 17, 1),
+    (3, 5, 7),
+    (3, 2, 33),
+    # tiny planes, which rows may hold; rank 5
+    (9, 8, 2, 2),
+    (2, 3, 2, 2, 3),
+    (6001, 3, 2, 2),
+    # planes: several chunks of several samples; channels more and fewer than threads
+    (20, 70, 7, 7),
+    (5, 300, 7, 7),
+    (700, 3, 49),
+    (12, 17, 13, 17),
+    (3, 15, 2, 13, 17),
+    (5, 24, 30, 31),
+    # planes in pieces
+    (3, 3, 130, 131),
+    (1, 1, 40000),
+    (2, 3, 16500),
+    # rows: narrow and folded with a broken last one, whole lanes, broken lanes, long
+    (9001, 3),
+    (4003, 16),
+    (701, 100),
+    (1501, 67),
+    (2, 5001),
+)
+EXTREME = {"float32": 1.0, "float64": 1e153}
+"""Values of this size have squares whose sum overflows."""
+
+
+class Point(NamedTuple):
+    """One problem of the grid."""
+
+    shape: tuple[int, ...]
+    layout: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.layout} {self.dtype}"
+
+
+GRID = tuple(
+    Point(shape, layout, dtype) for shape in SHAPES for layout in LAYOUTS for dtype in EXTREME
+)
+
+Problem = tuple[Array, Array, Array, Array]
+Way = Callable[[Variant, Point], Results]
+Digests = dict[str, str]
+"""By point and result."""
+
+
+@cache
+def problem(point: Point) -> Problem:
+    """x, dy, gamma and beta, which nobody may change; some channels need a second summation."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, *point.shape))
+    x = 3 + 2 * x
+    n, channels = point.shape[:2]
+    x[:, 4::7] *= EXTREME[point.dtype]
+    starts = x.reshape(n, channels, -1)[0, :, 0]
+    starts[n % 3 :: 3] = 1e4  # outliers: a bad shift
+    x, dy = (to_layout(a, point.layout).astype(point.dtype) for a in (x, dy))
+    # In float64, so that the sums of gradients are given unrounded.
+    gamma, beta = rng.normal(size=(2, channels_of(x, point.layout)))
+    for a in (x, dy, gamma, beta):
+        a.flags.writeable = False
+    return x, dy, gamma, beta
+
+
+def way(*, threads: int = 1, place: Place = as_given) -> Way:
+    """All functions with some number of threads, their arrays in some places."""
+
+    def compute(active: Variant, point: Point) -> Results:
+        with fastbn.use_num_threads(threads):
+            return run_all(*problem(point), layout=point.layout, place=place)
+
+    return compute
+
+
+def points_of(name: str) -> tuple[Point, ...]:
+    """The variant's grid: NumPy has neither threads nor chunks, and a third will do."""
+    return GRID[::3] if name == "numpy" else GRID
+
+
+def digests(name: str, compute: Way) -> Digests:
+    """What a way gives on the variant `name`, which runs at every point, from the grid's end."""
+    found: Digests = {}
+    with activate(name) as active:
+        for point in reversed(points_of(name)):
+            before = active.calls()
+            found |= digests_of(point, compute(active, point))
+            assert active.calls() > before, f"{name} did not run"
+    return found
+
+
+def digests_of(point: Point, results: Results) -> Digests:
+    return {f"{point}: {name}": _digest(a) for name, a in results.items()}
+
+
+def assert_baseline(how: str, name: str, found: Digests) -> None:
+    """A variant's digests are those of its backend's baseline; if not, tell which way and where."""
+    expected = baseline(name.partition("-")[0])
+    assert not found.keys() ^ expected.keys(), f"{how}: not the results of the whole grid"
+    wrong = [where for where, digest in found.items() if digest != expected[where]]
+    listed = "\n".join(wrong[:20])
+    assert not wrong, f"{how}, {name}: {len(wrong)} of {len(found)} results differ:\n{listed}"
+
+
+@cache
+def baseline(backend: str) -> Digests:
+    """What a backend gives with one thread and dense arrays, when it is first asked."""
+
+    def compute(active: Variant, point: Point) -> Results:
+        results = way()(active, point)
+        for result, a in results.items():
+            assert not np.isnan(a).any(), f"{point}: {result}"
+        return results
+
+    return digests([v for v in VARIANTS if v.partition("-")[0] == backend][-1], compute)
+
+
+def _digest(a: Array) -> str:
+    """Of type, shape and bits."""
+    digest = hashlib.blake2b(f"{a.dtype.str} {a.shape}".encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(a).data)
+    return digest.hexdigest()

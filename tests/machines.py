@@ -1,0 +1,55 @@
+"""Pretending another machine: the thresholds by which the compiled backends order their work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from fastbn import backends
+
+ALWAYS_STREAM = dict.fromkeys(("stream_planes", "stream_rows", "stream_maps"), 0)
+NEVER_STREAM = dict.fromkeys(ALWAYS_STREAM, 1 << 40)
+
+MACHINES = {
+    "usual caches, all streams": {"l2": 1 << 20, "fetch": 0, **ALWAYS_STREAM},
+    "tiny caches, all streams": {
+        "l2": 1 << 12,
+        "stretch": 48,
+        "sparse": 16,
+        "scratch": 1,
+        **ALWAYS_STREAM,
+    },
+    "vast caches, no streams": {
+        "l2": 1 << 30,
+        "stretch": 1 << 20,
+        "sparse": 1 << 20,
+        "fetch": 1 << 40,
+        **NEVER_STREAM,
+    },
+}
+"""Threads are worth it on each, even for the smallest array."""
+
+
+@contextmanager
+def pretend(**thresholds: int) -> Iterator[None]:
+    """Override thresholds of the compiled backends, by the names of `entry.tune`, in the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "numba" in backends.usable():
+            from fastbn.backends import jit
+
+            for name, value in thresholds.items():
+                patch.setattr(jit, name.upper(), value)
+            if thresholds.get("stream_rows") == 0:
+                patch.setattr(jit, "STREAMED_ROW", 0)  # not even rows with unaligned ends
+        if "cython" in backends.usable():
+            from fastbn._ext import entry
+
+            in_force = entry.tune()
+            entry.tune(**thresholds)
+        try:
+            yield
+        finally:
+            if "cython" in backends.usable():
+                entry.tune(**in_force)
