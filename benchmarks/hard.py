@@ -196,7 +196,7 @@ def _in_order() -> Iterator[Hard]:
 
 def _at_the_ends(single: bool) -> Iterator[Hard]:
     """Scales of every size."""
-    largest, smallest = (float(np.finfo(np.float32).max), 1e-37) if single else (1e150, 1e-150)
+    largest, smallest = (float(np.finfo(np.float32).max), 1e-37) if single else (1e153, 1e-150)
     yield Hard("scales from 1e-15 to 1e15", side_by_side)
     yield Hard("near the largest", times(largest))
     yield Hard("near the largest, of one sign", below(largest))
