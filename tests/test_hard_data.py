@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import Results, assert_same_bits, run_all
+from bits import Results, assert_same_bits, of_channels, run_all
 from checks import check_everything
 from memory import channels_last, strided
 from variants import Variant
 
 import fastbn
 from benchmarks.hard import Hard, hard_data
-from benchmarks.oracle import DTYPES, LAYOUTS, Array, channel_axis, rows, to_layout
+from benchmarks.oracle import DTYPES, LAYOUTS, Array, rows, to_layout
 
 SHAPES = [(2, 19, 7, 7), (3, 2, 500), (40, 17), (2, 5), (600, 3), (2, 1, 8209)]
 """As NCHW: small planes and long ones, many rows and few, several chunks of rows and of a plane."""
@@ -32,14 +32,6 @@ CASES = [
 def finite_channels(x: Array, layout: str) -> Array:
     """Which channels hold no NaN and no infinity."""
     return np.asarray(np.isfinite(rows(x, layout)).all(1))
-
-
-def of_channels(results: Results, chosen: Array, layout: str) -> Results:
-    """The results of some channels alone."""
-    return {
-        name: a.compress(chosen, channel_axis(a.ndim, layout) if a.ndim > 1 else 0)
-        for name, a in results.items()
-    }
 
 
 def check_poisoned(x: Array, results: Results, clean: Results, layout: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import assert_same_bits, run_all
+from bits import Results, assert_same_bits, of_channels, run_all
 from checks import check_backward, check_everything, check_forward
 from variants import Variant
 
@@ -31,6 +31,12 @@ def channel(a: Array, c: int, layout: str) -> tuple[Any, ...]:
     return tuple(index)
 
 
+def assert_same_elsewhere(results: Results, expected: Results, c: int, layout: str) -> None:
+    """All channels but one have the same bits."""
+    others = np.arange(CHANNELS) != c
+    assert_same_bits(of_channels(results, others, layout), of_channels(expected, others, layout))
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["x", "dy", "gamma", "beta"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -51,12 +57,7 @@ def test_nan_and_infinity_stay_in_their_channel(
                 values = arrays[name][channel(arrays[name], c, layout)]
                 values[np.unravel_index(place % values.size, values.shape)] = poison
             results = run_all(**arrays, layout=layout)
-            others, wanted = dict(results), dict(expected)
-            for key, a in results.items():
-                where = channel(a, c, layout) if a.ndim > 1 else (c,)
-                others[key], wanted[key] = a.copy(), expected[key].copy()
-                others[key][where] = wanted[key][where] = 0
-            assert_same_bits(others, wanted)
+            assert_same_elsewhere(results, expected, c, layout)
             if name == "x":
                 assert not np.isfinite(results["mean"][c])
                 assert np.isnan(results["var"][c])
@@ -64,6 +65,27 @@ def test_nan_and_infinity_stay_in_their_channel(
             if name in ("x", "dy"):
                 dx = results["batch_norm_backward(params=True).dx"]
                 assert not np.isfinite(dx[channel(dx, c, layout)]).any()
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e160, 1e300, 1.7e308])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_float64_out_of_range_stays_in_its_channel(
+    variant: Variant, layout: str, size: float
+) -> None:
+    """A variance that is no float64 leaves y = beta or NaN, and no trace in other channels."""
+    x, dy = batch(np.float64, layout), batch(np.float64, layout, 9)
+    beta = np.random.default_rng(1).normal(size=CHANNELS)
+    expected = run_all(x, dy, None, beta, eps=0.0, layout=layout)
+    where = channel(x, 8, layout)
+    x[where] = size * np.sign(x[where])
+    results = run_all(x, dy, None, beta, eps=0.0, layout=layout)
+    assert_same_elsewhere(results, expected, 8, layout)
+    y = results["y"][where]
+    assert results["var"][8] == 0 if size < 1 else not np.isfinite(results["var"][8])
+    assert ((y == beta[8]) | np.isnan(y)).all()
+    dy[where] = np.finfo(np.float64).max * np.sign(dy[where])
+    results = run_all(batch(np.float64, layout), dy, None, beta, eps=0.0, layout=layout)
+    assert_same_elsewhere(results, expected, 8, layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
