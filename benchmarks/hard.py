@@ -45,7 +45,7 @@ class Hard:
         """The case in one shape (N, C, ...)."""
         rng = np.random.default_rng(seed)
         with np.errstate(over="ignore", under="ignore"):
-            x = self.x(rng, shape).astype(dtype, order="C")
+            x = np.ascontiguousarray(self.x(rng, shape), dtype)
         exact = x.astype(np.float64)
         gamma = rng.uniform(0.5, 1.5, shape[1])
         beta = rng.normal(size=shape[1]) if self.beta is None else self.beta(gamma)
@@ -76,13 +76,23 @@ def leaning(rng: Generator, x: Array) -> Array:
     return 0.5 + 0.5 * standardized(x) + noise
 
 
-def small(rng: Generator, x: Array) -> Array:
-    """Noise as ever, so small that dx is in the range of float32 where 1/s is not."""
-    return 1e-5 * leaning(rng, x)
+def leaning_of_size(size: float) -> Callable[[Generator, Array], Array]:
+    """The same, so large or small that results stay representable beside an extreme x."""
+    return lambda rng, x: size * leaning(rng, x)
 
 
 def normal(mean: float, s: float = 1.0) -> Callable[[Generator, Shape], Array]:
     return lambda rng, shape: rng.normal(mean, s, shape)
+
+
+def far(*ratios: float) -> Callable[[Generator, Shape], Array]:
+    """Deviation 1 about a mean as large as the ratio: the first channel's first, and so on."""
+
+    def make(rng: Generator, shape: Shape) -> Array:
+        means = per_channel(np.resize(ratios, shape[1]), shape)
+        return means + standardized(rng.normal(size=shape))
+
+    return make
 
 
 def times(factor: float) -> Callable[[Generator, Shape], Array]:
@@ -90,8 +100,18 @@ def times(factor: float) -> Callable[[Generator, Shape], Array]:
     return lambda rng, shape: factor * rng.uniform(-1, 1, shape)
 
 
+def below(largest: float) -> Callable[[Generator, Shape], Array]:
+    """Just below the largest: all of one sign, their mean beyond a thousand deviations."""
+    return lambda rng, shape: largest * (1 - 1e-3 * rng.random(shape))
+
+
+def rarely(value: float) -> Callable[[Generator, Shape], Array]:
+    """Mostly the negative of a value, and now and then the value."""
+    return lambda rng, shape: np.where(rng.random(shape) < 0.05, value, -value)
+
+
 def constant(rng: Generator, shape: Shape) -> Array:
-    values = np.resize([0.1, -1 / 3, 2e3 + 0.1, 1e-30, 0.0, -3e3], shape[1])
+    values = np.resize([0.1, -1 / 3, 2e3 + 0.1, 1e-40, 0.0, -3e3], shape[1])
     return np.broadcast_to(per_channel(values, shape), shape).copy()
 
 
@@ -101,12 +121,12 @@ def per_channel(values: Array, shape: Shape) -> Array:
 
 
 def outlier(place: int) -> Callable[[Generator, Shape], Array]:
-    """One value of 1e30 in each channel, its first or another."""
+    """One value of 1e30 in every second channel, beside ordinary ones."""
 
     def make(rng: Generator, shape: Shape) -> Array:
         rows = rng.normal(1, 2, (shape[1], shape[0], *shape[2:]))
         flat = rows.reshape(shape[1], -1)
-        flat[:, place % flat.shape[1]] = 1e30
+        flat[::2, place % flat.shape[1]] = 1e30
         return np.moveaxis(rows, 0, 1)
 
     return make
@@ -148,26 +168,50 @@ def two_values(rng: Generator, shape: Shape) -> Array:
     return 100 + rng.choice([-1.0, 1.0], shape)
 
 
-def _of_float(dtype: Any) -> Iterator[Hard]:
-    single = np.dtype(dtype).itemsize == 4
-    yield Hard("ordinary: N(0, 1)", normal(0))
-    for exponent in (2, 4, 6) if single else (4, 8, 12):
-        yield Hard(f"mean 1e{exponent}, deviation 2", normal(10.0**exponent, 2))
+def _far_away(limit: float) -> Iterator[Hard]:
+    """|mean|/s up to the limit of the promise."""
+    exponents = np.linspace(0, np.log10(limit), 4)
+    for exponent in exponents[1:]:
+        yield Hard(f"mean 1e{exponent:.0f}, deviation 1", far(0.99 * 10**exponent))
+    below_limit = 0.99 * 10 ** np.linspace(exponents[-1], 0, 13)
+    signs = (-1) ** np.arange(13)
+    yield Hard(f"means to -1e{exponents[-1]:.0f}, eps = 0", far(*-signs * below_limit), eps=0.0)
     yield Hard("U(0, 1) + 250", lambda rng, shape: 250 + rng.uniform(size=shape))
     yield Hard("mean -1e3, deviation 1e-2", normal(-1e3, 1e-2))
+
+
+def _in_order() -> Iterator[Hard]:
+    """Ordinary values, one exceptional value or an order that sums do not like."""
     yield Hard("constant channels", constant)
     yield Hard("an outlier of 1e30", outlier(-2))
     yield Hard("an outlier of 1e30, first", outlier(0))
+    yield Hard("an outlier of 1e30, second", outlier(1))
+    yield Hard("an outlier of 1e30, in a second vector", outlier(16))
+    yield Hard("an outlier of 1e30, last", outlier(-1))
     yield Hard("sorted", ascending)
     yield Hard("a jump", jump)
     yield Hard("alternating signs", alternating)
-    yield Hard("scales from 1e-15 to 1e15", side_by_side)
-    yield Hard("near the largest", times(3.4e38 if single else 1e150))
-    if single:
-        yield Hard("subnormal, eps = 0", times(1e-40), dy=small, eps=0.0)
-    yield Hard("near the smallest, eps = 0", times(1e-37 if single else 1e-150), eps=0.0)
     yield Hard("NaN and infinity in two channels", poisoned)
+
+
+def _at_the_ends(single: bool) -> Iterator[Hard]:
+    """Scales of every size."""
+    largest, smallest = (float(np.finfo(np.float32).max), 1e-37) if single else (1e153, 1e-150)
+    yield Hard("scales from 1e-15 to 1e15", side_by_side)
+    yield Hard("near the largest", times(largest))
+    yield Hard("near the largest, of one sign", below(largest))
+    yield Hard("near the largest, dy too", times(largest), dy=leaning_of_size(1e30))
+    yield Hard("the largest and its negative", rarely(largest))
+    if single:
+        tiny = leaning_of_size(1e-10)
+        yield Hard("subnormal, eps = 0", times(1e-40), dy=tiny, eps=0.0)
+    of_results = leaning_of_size(1e-2)
+    yield Hard("near the smallest, eps = 0", times(smallest), dy=of_results, eps=0.0)
     yield Hard("deviation 1e-6, eps = 1e-12", normal(0, 1e-6), eps=1e-12)
+
+
+def _of_parameters() -> Iterator[Hard]:
+    """Cancellation against beta, and gradients that are 0 but for rounding."""
     yield Hard("beta cancels gamma * xhat", two_values, beta=lambda gamma: -gamma)
     yield Hard("dy constant", normal(3), dy=lambda rng, x: np.full(x.shape, 0.7))
     yield Hard("dy parallel to xhat", normal(3), dy=lambda rng, x: 0.7 + standardized(x))
@@ -175,4 +219,13 @@ def _of_float(dtype: Any) -> Iterator[Hard]:
 
 def hard_data(dtype: Any) -> dict[str, Hard]:
     """All cases for an element type, by name."""
-    return {case.name: case for case in _of_float(dtype)}
+    single = np.dtype(dtype).itemsize == 4
+    ordinary = Hard("ordinary: N(0, 1)", normal(0))
+    cases = (
+        ordinary,
+        *_far_away(1e6 if single else 1e12),
+        *_in_order(),
+        *_at_the_ends(single),
+        *_of_parameters(),
+    )
+    return {case.name: case for case in cases}

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastbn
+from benchmarks.oracle import channel_axis
 
 Array = NDArray[Any]
 Results = dict[str, Array]
@@ -60,6 +61,14 @@ def run_all(
             for name, value in gradients._asdict().items():
                 results[f"{kind}_backward(params={params}).{name}"] = value
     return {name: value for name, value in results.items() if value is not None}
+
+
+def of_channels(results: Results, chosen: Array, layout: str) -> Results:
+    """The results of some channels alone."""
+    return {
+        name: a.compress(chosen, channel_axis(a.ndim, layout) if a.ndim > 1 else 0)
+        for name, a in results.items()
+    }
 
 
 def assert_same_bits(actual: Results, expected: Results) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,6 +10,7 @@ import fastbn
 from benchmarks.oracle import (
     DTYPES,
     Array,
+    Wide,
     backward,
     bound_dbeta,
     bound_dgamma,
@@ -41,6 +42,37 @@ def assert_within(actual: Array, expected: Any, bound: Any, what: str) -> None:
         )
 
 
+class Judged(NamedTuple):
+    """A result, what is exact, how far from that it may be, and its name."""
+
+    actual: Array
+    expected: Wide
+    bound: Wide
+    what: str
+
+
+def judge_forward(
+    result: fastbn.BatchNormResult,
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    layout: str = "NCHW",
+) -> list[Judged]:
+    """What `batch_norm` gave for these arguments, beside what it should."""
+    c = channels_of(x, layout)
+    dtype = np.dtype(x.dtype.type)
+    values, g, b = wide(x, layout), vector(gamma, 1, c), vector(beta, 0, c)
+    mean, var = moments(values)
+    y = normalize(values, mean, var, g, b, eps)
+    return [
+        Judged(result.mean, mean, bound_mean(mean, var, eps), "mean"),
+        Judged(result.var, var, bound_var(var), "var"),
+        Judged(rows(result.y, layout), y, bound_y(dtype, y, mean, var, g, b, eps), "y"),
+    ]
+
+
 def check_forward(
     x: Array,
     gamma: Array | None = None,
@@ -51,18 +83,15 @@ def check_forward(
 ) -> fastbn.BatchNormResult:
     """`batch_norm`, `moments` and `normalize` are within their bounds; gives batch_norm's."""
     result = fastbn.batch_norm(x, gamma, beta, eps=eps, layout=layout)
-    c = channels_of(x, layout)
-    dtype = np.dtype(x.dtype.type)
-    values, g, b = wide(x, layout), vector(gamma, 1, c), vector(beta, 0, c)
-    mean, var = moments(values)
-    y = normalize(values, mean, var, g, b, eps)
-    assert result.y.dtype == dtype
+    assert result.y.dtype == np.dtype(x.dtype.type)
     assert result.y.shape == x.shape
-    for got in (result[1:], fastbn.moments(x, layout=layout)):
-        assert got[0].dtype == got[1].dtype == np.float64
-        assert_within(got[0], mean, bound_mean(mean, var, eps), "mean")
-        assert_within(got[1], var, bound_var(var), "var")
-    assert_within(rows(result.y, layout), y, bound_y(dtype, y, mean, var, g, b, eps), "y")
+    mean, var, y = judge_forward(result, x, gamma, beta, eps=eps, layout=layout)
+    alone = fastbn.moments(x, layout=layout)
+    again = mean._replace(actual=alone.mean), var._replace(actual=alone.var)
+    for statistic in (mean, var, *again):
+        assert statistic.actual.dtype == np.float64
+    for judged in (mean, var, y, *again):
+        assert_within(*judged)
     for given in DTYPES:
         with np.errstate(over="ignore", under="ignore"):
             m, v = result.mean.astype(given), result.var.astype(given)
@@ -92,6 +121,37 @@ def check_normalize(
     assert_within(rows(got, layout), y, bound_y(dtype, y, m, v, g, b, eps), "normalize")
 
 
+def judge_backward(
+    got: fastbn.Gradients,
+    dy: Array,
+    x: Array,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    layout: str = "NCHW",
+    frozen: bool = False,
+) -> list[Judged]:
+    """What a backward gave for these arguments, beside what it should."""
+    c = channels_of(x, layout)
+    dtype = np.dtype(x.dtype.type)
+    of_parameters = dtype if gamma is None else np.dtype(gamma.dtype.type)
+    d, m, v, g = wide(dy, layout), vector(mean, 0, c), vector(var, 1, c), vector(gamma, 1, c)
+    exact = backward(d, wide(x, layout), m, v, g, eps, frozen=frozen)
+    dx, dgamma, dbeta = got
+    assert dgamma is not None
+    assert dbeta is not None
+    assert dx.dtype == dtype
+    assert dgamma.dtype == dbeta.dtype == of_parameters
+    bound = bound_dx(dtype, exact, d, m, v, g, eps, frozen=frozen)
+    return [
+        Judged(rows(dx, layout), exact.dx, bound, "dx"),
+        Judged(dgamma, exact.dgamma, bound_dgamma(of_parameters, exact, m, v, eps), "dgamma"),
+        Judged(dbeta, exact.dbeta, bound_dbeta(of_parameters, exact, m, v, eps), "dbeta"),
+    ]
+
+
 def check_backward(
     dy: Array,
     x: Array,
@@ -106,21 +166,9 @@ def check_backward(
     """`batch_norm_backward`, or (`frozen`) `normalize_backward`, is within its bounds."""
     verb = fastbn.normalize_backward if frozen else fastbn.batch_norm_backward
     got = verb(dy, x, mean, var, gamma, eps=eps, layout=layout)
-    c = channels_of(x, layout)
-    dtype = np.dtype(x.dtype.type)
-    of_parameters = dtype if gamma is None else np.dtype(gamma.dtype.type)
-    d, m, v, g = wide(dy, layout), vector(mean, 0, c), vector(var, 1, c), vector(gamma, 1, c)
-    exact = backward(d, wide(x, layout), m, v, g, eps, frozen=frozen)
-    assert got.dgamma is not None
-    assert got.dbeta is not None
-    assert got.dx.dtype == dtype
-    assert got.dgamma.dtype == got.dbeta.dtype == of_parameters
-    bound = bound_dx(dtype, exact, d, m, v, g, eps, frozen=frozen)
-    assert_within(rows(got.dx, layout), exact.dx, bound, "dx")
-    bound = bound_dgamma(of_parameters, exact, m, v, eps)
-    assert_within(got.dgamma, exact.dgamma, bound, "dgamma")
-    bound = bound_dbeta(of_parameters, exact, m, v, eps)
-    assert_within(got.dbeta, exact.dbeta, bound, "dbeta")
+    options: dict[str, Any] = {"eps": eps, "layout": layout, "frozen": frozen}
+    for judged in judge_backward(got, dy, x, mean, var, gamma, **options):
+        assert_within(*judged)
     return got
 
 

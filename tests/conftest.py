@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -23,6 +27,32 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "no_kernel: the test's calls are refused or empty, so that no kernel may run"
     )
+    config.addinivalue_line(
+        "markers", "large(gigabytes): the test needs so much memory, and runs where there is more"
+    )
+
+
+def available_gigabytes() -> float:
+    """The memory that this machine could give without swapping."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return int(kilobytes) / 1e6
+
+
+@pytest.fixture(autouse=True)
+def large(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One large test at a time, in whatever process, and only where memory allows."""
+    marker = request.node.get_closest_marker("large")
+    if marker is None:
+        yield
+        return
+    needed = 1.2 * marker.kwargs["gigabytes"]
+    with (Path(tempfile.gettempdir()) / f"fastbn-large-{os.getuid()}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        available = available_gigabytes()
+        if available < needed:
+            pytest.skip(f"needs {needed:.1f} GB of memory, {available:.1f} GB are available")
+        yield
 
 
 @pytest.fixture(params=VARIANTS)

@@ -3,14 +3,15 @@
 1. Everything is float64, whatever the arrays hold; a result is rounded once, when it is stored.
 2. Statistics take two passes. Each channel is first shifted by its own first value, so that a
    constant channel gives a variance of exactly 0 and a large mean costs no digits; the variance
-   is then taken about the mean, and corrected for what rounding left of it (Chan, Golub & LeVeque
-   1983, equation 1.7).
+   is then taken about the mean, at a scale where no square overflows, and corrected for what
+   rounding left of the mean (Chan, Golub & LeVeque 1983, equation 1.7).
 3. A channel is looked at a time: the temporaries are one channel's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -31,9 +32,8 @@ class ReferenceBackend(Backend):
             centred = values - shift
             offset = centred.mean()
             centred -= offset
-            residue = centred.mean()
-            mean[channel] = shift + (offset + residue)
-            var[channel] = max(np.square(centred).mean() - residue * residue, 0.0)
+            mean[channel] = shift + (offset + centred.mean())
+            var[channel] = _variance(centred)
         return mean, var
 
     @quiet
@@ -77,6 +77,17 @@ class ReferenceBackend(Backend):
 def load() -> Backend:
     """The backend object."""
     return ReferenceBackend()
+
+
+def _variance(centred: Table) -> Any:
+    """The variance of values whose mean is 0 but for rounding.
+
+    Taken at a scale of 1: a power of two is exact, and no sum of squares overflows.
+    """
+    exponent = np.frexp(np.abs(centred).max())[1]
+    scaled = np.ldexp(centred, -exponent)
+    residue = scaled.mean()
+    return np.ldexp(max(np.square(scaled).mean() - residue * residue, 0.0), 2 * exponent)
 
 
 def _channels(x: Array) -> Iterator[tuple[int, int]]:
