@@ -115,12 +115,6 @@ READS = pytest.mark.skipif(
 )
 
 
-KEPT = pytest.mark.xfail(
-    reason="threads that a kernel starts while its caller flushes go on flushing in later calls",
-    strict=False,  # who starts threads anew, or has none, passes
-)
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(
     "code",
@@ -129,7 +123,7 @@ KEPT = pytest.mark.xfail(
         pytest.param(RAISING, id="raising"),
         pytest.param(CALLERS, id="caller's", marks=READS),
         pytest.param(WORKERS, id="workers"),
-        pytest.param(LATER_WORKERS, id="later workers", marks=[READS, KEPT]),
+        pytest.param(LATER_WORKERS, id="later workers", marks=READS),
     ],
 )
 def test_modes(code: str, name: str) -> None:

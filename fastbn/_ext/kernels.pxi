@@ -57,6 +57,7 @@ cdef extern from "simd.h" nogil:
     double wsum(wide a)
     void add_moments(const real* x, long n, wide shift, wide unit, wide* first, wide* second)
     void add_gradients(const real* dy, const real* x, long n, wide mean, wide* first, wide* second)
+    const double FARTHEST   # x times `near` stays below
     double inverse_root(double a)
     double power_of_two(double a)
     double rough_root(double a)
@@ -66,6 +67,10 @@ cdef extern from "simd.h" nogil:
     double product(double difference, double factor)
     double choose(bint condition, double a, double b)
     bint is_finite(double a)
+    ctypedef struct fp_mode:
+        pass
+    fp_mode usual_mode()
+    void restore_mode(fp_mode mode)
     void stream_fence()
     void prefetch(const real* p, bint wanted)
     long fetch_add(long* counter, long by)
@@ -569,7 +574,7 @@ cdef inline void pack_gradient(real* row, Py_ssize_t pitch, Py_ssize_t count,
         # b*xhat is ((x - mean)*near)*b': `near` goes half of b's way, so that all stays in range.
         half = rough_root(k.b[i])
         wanted = k.rstd[i] * choose(k.b[i] != 0, half, 1)
-        most = 1e36 / fabs(k.mean[i])
+        most = FARTHEST / fabs(k.mean[i])
         near[i] = power_of_two(choose(wanted < most, wanted, most))
     for i in range(16):
         k.a[i] *= inverse_of_power(far[i])
@@ -946,12 +951,14 @@ cdef void run_split(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
 
 
 cdef void work(Task* t, int thread, int team) noexcept nogil:
+    cdef fp_mode mode = usual_mode()
     if t.split:
         run_split(t, thread, team)
     else:
         run_blocks(t, thread, team)
     if t.stream:
         stream_fence()
+    restore_mode(mode)
 
 
 cdef long _calls = 0

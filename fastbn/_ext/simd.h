@@ -23,7 +23,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifndef FASTBN_PORTABLE
+#ifdef FASTBN_PORTABLE
+#include <fenv.h>
+#else
 #include <immintrin.h>
 #endif
 
@@ -42,6 +44,9 @@ typedef struct { f64_register r[WIDE_REGISTERS]; } wide;
 enum { FLOATS = FASTBN_WIDTH / 4, VEC_REGISTERS = LANES / FLOATS };
 typedef float real;
 #define LARGEST ((double)FLT_MAX)
+#define LEAST_POWER 0x1p-126
+#define MOST_POWER 0x1p127
+#define FARTHEST 1e36
 typedef float f32_register __attribute__((vector_size(FASTBN_WIDTH)));
 typedef float f32_half __attribute__((vector_size(FASTBN_WIDTH / 2)));
 typedef f32_register vec_register;
@@ -50,6 +55,9 @@ typedef struct { vec_register r[VEC_REGISTERS]; } vec;
 enum { VEC_REGISTERS = WIDE_REGISTERS };
 typedef double real;
 #define LARGEST DBL_MAX
+#define LEAST_POWER 0x1p-1000
+#define MOST_POWER 0x1p1000
+#define FARTHEST 1e300
 typedef f64_register vec_register;
 typedef wide vec;
 #endif
@@ -333,15 +341,15 @@ INLINE double inverse_root(double a) {
     double inverse = 1 / sqrt(a);
     return choose(a != 0, inverse, 0);
 }
-/* A power of two near |a|, in the range of float32; 1 for 0, infinity and NaN. */
+/* A power of two near |a|, in the range of the element type; 1 for 0, infinity and NaN. */
 INLINE double power_of_two(double a) {
     double power;
     uint64_t bits;
     memcpy(&bits, &a, sizeof bits);
     bits &= UINT64_C(0x7ff0000000000000);
     memcpy(&power, &bits, sizeof power);
-    power = choose(power < 0x1p-126, 0x1p-126, power);
-    power = choose(power > 0x1p127, 0x1p127, power);
+    power = choose(power < LEAST_POWER, LEAST_POWER, power);
+    power = choose(power > MOST_POWER, MOST_POWER, power);
     return choose((a != 0) & is_finite(a), power, 1);
 }
 /* A number within a factor of two of sqrt(|a|), by halving the exponent; some power for 0. */
@@ -383,6 +391,27 @@ INLINE double product(double difference, double factor) {
 }
 
 /* ---- Machine ---- */
+
+/* The usual floating-point mode, in which nothing is flushed, while a kernel runs: a thread of the
+ * team has the mode of whoever called first, and the caller may have another by now. */
+#ifdef FASTBN_PORTABLE
+typedef fenv_t fp_mode;
+INLINE fp_mode usual_mode(void) {
+    fp_mode was;
+    fegetenv(&was);
+    fesetenv(FE_DFL_ENV);
+    return was;
+}
+INLINE void restore_mode(fp_mode mode) { fesetenv(&mode); }
+#else
+typedef unsigned fp_mode;
+INLINE fp_mode usual_mode(void) {
+    fp_mode was = _mm_getcsr();
+    _mm_setcsr(_MM_MASK_MASK);
+    return was;
+}
+INLINE void restore_mode(fp_mode mode) { _mm_setcsr(mode); }
+#endif
 
 INLINE void prefetch(const real *p, int wanted) {
     if (!wanted)

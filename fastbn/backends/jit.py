@@ -32,6 +32,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import platform
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -75,6 +76,8 @@ JOINED = 1024
 """Values: planes up to this size are streamed several at a time."""
 STREAMED_ROW = 1 << 10
 """Bytes from which a row's unaligned ends do not matter to streaming."""
+USUAL_MODE = 0x1F80
+"""MXCSR of a new process: rounds to nearest, flushes nothing, traps nothing."""
 FEW = 1024
 """Channels whose small step is no work for several threads."""
 
@@ -366,6 +369,29 @@ def _fence(context: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), generate
+
+
+@_intrinsic
+def _mode(context: Any, word: Any) -> Any:
+    """The thread's floating-point mode, which becomes `word`; on x86 alone, others keep theirs.
+
+    A thread of the team has the mode of whoever called first, and the caller may have another by
+    now: kernels run in the usual one, in which nothing is flushed.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if platform.machine() != "x86_64":
+            return args[0]
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()])
+        old, new = (builder.alloca(_INT32) for _ in range(2))
+        builder.store(builder.trunc(args[0], _INT32), new)
+        for name, place in (("stmxcsr", old), ("ldmxcsr", new)):
+            name = "llvm.x86.sse." + name
+            known = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+            builder.call(known, [builder.bitcast(place, ir.IntType(8).as_pointer())])
+        return builder.zext(builder.load(old), ir.IntType(64))
+
+    return types.int64(types.int64), generate
 
 
 @_intrinsic
@@ -936,9 +962,11 @@ def _is_doubtful(job: Any, run: int, c0: int, c1: int) -> bool:
 
 
 @_inline
-def _power(a: Any) -> Any:
-    """A power of two near a >= 0, in the range of float32; 1 for 0, infinity and NaN."""
-    one, least, most = _spread(1.0), _spread(2.0**-126), _spread(2.0**127)
+def _power(a: Any, element: Any) -> Any:
+    """A power of two near a >= 0, in the range of the element; 1 for 0, infinity and NaN."""
+    single = _itemsize(element) == 4
+    one, least = _spread(1.0), _spread(2.0**-126 if single else 2.0**-1000)
+    most = _spread(2.0**127 if single else 2.0**1000)
     power = _exponent(a)
     power = _if_less(power, least, least, power)
     power = _if_less(most, power, most, power)
@@ -946,9 +974,9 @@ def _power(a: Any) -> Any:
 
 
 @_inline
-def _half_way(a: Any) -> Any:
+def _half_way(a: Any, element: Any) -> Any:
     """1 where float32 takes a >= 0 in its stride; else a power of two near its square root."""
-    power = _power(_root(a))
+    power = _power(_root(a), element)
     usual = _if_less(_spread(1e-18), a, _spread(1.0), power)
     return _if_less(a, _spread(1e18), usual, power)
 
@@ -984,10 +1012,10 @@ def _coefficients(
     """k of (source*k0 - k1)*k2 + k3 = (source - shift)*a + rest, to which `both` adds
     b*xhat = ((x*k4 - k5) - k6)*k7, xhat = (x - mean)*rstd.
 
-    Powers of two (k0, k4) keep all in the range of float32. What k1 (and k5, k6) cannot hold of
+    Powers of two (k0, k4) keep all in the range of the element. What k1 (and k5, k6) cannot hold of
     the mean goes into k3.
     """
-    far = _half_way(_absolute(a))
+    far = _half_way(_absolute(a), element)
     a, shift = a / far, shift * far
     rest = rest - _lost(shift, a, element)
     near = high = middle = factor = _spread(0.0)
@@ -995,8 +1023,8 @@ def _coefficients(
         # `near` goes half of b's way, so that both factors stay in range.
         half = _root(_absolute(b))
         wanted = rstd * _unless_0(half, half, _spread(1.0))
-        most = _spread(1e36) / _absolute(mean)
-        near = _power(_if_less(wanted, most, wanted, most))
+        most = _spread(1e36 if _itemsize(element) == 4 else 1e300) / _absolute(mean)
+        near = _power(_if_less(wanted, most, wanted, most), element)
         factor, high = b * (rstd / near), mean * near
         middle = high - _widen(_narrow(high, element))
         rest = rest - _lost(middle, factor, element)
@@ -1277,7 +1305,7 @@ def _next(job: Any, block: int, end: int) -> Any:
 def _run_blocks(here: int, thread: Any, threads: int) -> None:
     """A thread's blocks of channels, each through the whole trip: the second walk starts on what
     the cache still holds, and may fetch the block that comes after."""
-    job = _job_at(here)
+    job, mode = _job_at(here), _mode(USUAL_MODE)
     blocks = _blocks(job, job.block)
     end = blocks if job.shared else blocks * (thread + 1) // threads
     block = _next(job, blocks * thread // threads - 1, end)
@@ -1294,12 +1322,13 @@ def _run_blocks(here: int, thread: Any, threads: int) -> None:
         block = later
     if job.stream:
         _fence()
+    _mode(mode)
 
 
 @_part
 def _run_units(here: int, thread: Any, threads: int, writes: bool) -> None:
     """A thread's share of the chunks of all blocks, in the order in which memory has them."""
-    job = _job_at(here)
+    job, mode = _job_at(here), _mode(USUAL_MODE)
     size = job.written_block if writes else job.block
     blocks = _blocks(job, size)
     units = blocks * job.chunks
@@ -1308,16 +1337,18 @@ def _run_units(here: int, thread: Any, threads: int, writes: bool) -> None:
         _invoke(job.write if writes else job.sum, here, run, c0, c1, unit // blocks, 0)
     if writes and job.stream:
         _fence()
+    _mode(mode)
 
 
 @_part
 def _run_columns(here: int, body: int, thread: Any, threads: int) -> None:
     """A thread's share of the small step."""
-    job = _job_at(here)
+    job, mode = _job_at(here), _mode(USUAL_MODE)
     share = _ceil(_ceil(job.columns, threads), LANES) * LANES
     c0, c1 = min(thread * share, job.columns), min((thread + 1) * share, job.columns)
     for run in range(job.runs if c0 < c1 else 0):
         _invoke(body, here, run, c0, c1, 0, 0)
+    _mode(mode)
 
 
 @_Kernel
