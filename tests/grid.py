@@ -42,12 +42,14 @@ SHAPES: tuple[tuple[int, ...], ...] = (
     (3, 3, 130, 131),
     (1, 1, 40000),
     (2, 3, 16500),
-    # rows: narrow and folded with a broken last one, whole lanes, broken lanes, long
+    # rows: narrow and folded with a broken last one, whole lanes, broken lanes, long, and so wide
+    # that they are worked on in parts
     (9001, 3),
     (4003, 16),
     (701, 100),
     (1501, 67),
     (2, 5001),
+    (2, 20_003),
 )
 EXTREME = {"float32": 1.0, "float64": 1e153}
 """Values of this size have squares whose sum overflows."""
