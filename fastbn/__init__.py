@@ -11,6 +11,7 @@ from fastbn.config import (
     use_num_threads,
 )
 from fastbn.errors import BackendError
+from fastbn.folding import fold_into_conv, fold_into_linear
 from fastbn.functional import (
     batch_norm,
     batch_norm_backward,
@@ -18,15 +19,18 @@ from fastbn.functional import (
     normalize,
     normalize_backward,
 )
-from fastbn.results import BatchNormResult, Gradients, Statistics
+from fastbn.results import BatchNormResult, Folded, Gradients, Statistics
 
 __all__ = [
     "BackendError",
     "BatchNormResult",
+    "Folded",
     "Gradients",
     "Statistics",
     "batch_norm",
     "batch_norm_backward",
+    "fold_into_conv",
+    "fold_into_linear",
     "get_backend",
     "get_config",
     "get_num_threads",

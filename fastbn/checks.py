@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -174,6 +174,82 @@ def epsilon(value: Any) -> float:
             "before the square root, 1e-5 is usual"
         )
     return eps
+
+
+class Owner(NamedTuple):
+    """Whose channels a vector of a layer must fit."""
+
+    channels: int
+    words: str
+
+
+def weight(value: Any) -> NDArray[Any]:
+    """The weights of a linear layer or convolution: rank 2 or more."""
+    a = array("weight", value)
+    if a.ndim < 2:
+        raise ValueError(
+            f"weight has rank {a.ndim} (shape {a.shape}), expected rank 2 or more: output and "
+            "input channels, then any others; add the missing axis with weight[:, None]"
+        )
+    return a
+
+
+def groups(value: Any, layer: NDArray[Any]) -> int:
+    """The groups of a convolution: a whole number that divides its weight's first axis."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"groups is {_described(value)}, expected a whole number; pass 1 for none")
+    n = int(value)
+    if n < 1 or layer.shape[0] % n:
+        raise ValueError(
+            f"groups is {n}, expected a divisor of {layer.shape[0]} (axis 0 of weight's shape "
+            f"{layer.shape}); pass the groups of the convolution, 1 for none"
+        )
+    return n
+
+
+def outputs(layer: NDArray[Any], channels: int, transposed: bool) -> Owner:
+    """The output channels of a layer, however its weight has them."""
+    axis = 1 if transposed else 0
+    per_group = f", {channels // layer.shape[1]} groups" if transposed else ""
+    return Owner(
+        channels,
+        f"weight has {channels} output channels (axis {axis} of shape {layer.shape}{per_group})",
+    )
+
+
+def inputs(layer: NDArray[Any]) -> Owner:
+    """The inputs of a linear layer."""
+    if layer.ndim != 2:
+        raise ValueError(
+            f"weight has rank {layer.ndim} (shape {layer.shape}), expected (out, in) with "
+            "before=True; fold each place of a larger kernel by itself, if nothing is padded"
+        )
+    return Owner(
+        layer.shape[1], f"weight has {layer.shape[1]} inputs (axis 1 of shape {layer.shape})"
+    )
+
+
+def owned(name: str, value: Any, owner: Owner) -> NDArray[Any]:
+    """A vector of float32 or float64 with one value for each channel of its owner."""
+    a = array(name, value)
+    if a.shape != (owner.channels,):
+        raise ValueError(
+            f"{name} has shape {a.shape} but {owner.words}; expected shape ({owner.channels},), "
+            "one value a channel"
+        )
+    return a
+
+
+def folded(name: str, value: NDArray[Any]) -> None:
+    """Weights or a bias that batch norm was folded into: all finite."""
+    bad = np.argwhere(~np.isfinite(value))
+    if bad.size:
+        place = tuple(int(i) for i in bad[0])
+        raise ValueError(
+            f"{name}{list(place)} would be {value[place]}, expected a finite number in "
+            f"{value.dtype}; look at this channel's mean, var, gamma and beta, or keep the batch "
+            "norm: fastbn.normalize computes from x - mean"
+        )
 
 
 def flag(name: str, value: Any) -> bool:

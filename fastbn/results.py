@@ -29,3 +29,10 @@ class Gradients(NamedTuple):
     dx: NDArray[Any]
     dgamma: NDArray[Any] | None
     dbeta: NDArray[Any] | None
+
+
+class Folded(NamedTuple):
+    """What the folding functions return: a layer's new weight and bias."""
+
+    weight: NDArray[Any]
+    bias: NDArray[Any]

@@ -18,7 +18,15 @@ DOCUMENTS = sorted(
     [*ROOT.glob("README.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("CONTRIBUTING.md")]
 )
 BLOCK = re.compile(r"^```(python|pycon)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-VERBS = ("batch_norm", "normalize", "batch_norm_backward", "normalize_backward", "moments")
+VERBS = (
+    "batch_norm",
+    "normalize",
+    "batch_norm_backward",
+    "normalize_backward",
+    "moments",
+    "fold_into_conv",
+    "fold_into_linear",
+)
 
 
 def docstrings() -> list[doctest.DocTest]:

@@ -25,6 +25,10 @@ SIGNATURES = {
         "dy x mean var gamma=None * eps=1e-05 layout='NCHW' params=True out=None"
     ),
     "moments": "x * layout='NCHW'",
+    "fold_into_conv": (
+        "weight bias mean var gamma=None beta=None * eps=1e-05 transposed=False groups=1"
+    ),
+    "fold_into_linear": "weight bias mean var gamma=None beta=None * eps=1e-05 before=False",
     "get_backend": "",
     "set_backend": "name",
     "use_backend": "name",
@@ -82,9 +86,10 @@ def test_signature(name: str) -> None:
 
 def test_public_names() -> None:
     """The package exports these functions, the results' types and the error, and nothing else."""
-    types = {"BackendError", "BatchNormResult", "Gradients", "Statistics"}
+    types = {"BackendError", "BatchNormResult", "Folded", "Gradients", "Statistics"}
     assert set(fastbn.__all__) == set(SIGNATURES) | types
     assert issubclass(fastbn.BackendError, RuntimeError)
     assert fastbn.BatchNormResult._fields == ("y", "mean", "var")
+    assert fastbn.Folded._fields == ("weight", "bias")
     assert fastbn.Gradients._fields == ("dx", "dgamma", "dbeta")
     assert fastbn.Statistics._fields == ("mean", "var")

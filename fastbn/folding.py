@@ -1,0 +1,196 @@
+"""Batch norm with given statistics, folded into the weights of its neighbour.
+
+Normalization is affine, ``y = scale * x + (beta - scale * mean)`` with ``scale = gamma /
+sqrt(var + eps)`` (Jacob et al. 2018, section 3.2), and so are linear layers and convolutions: one
+of them after the other is one of them. What is folded costs nothing at run time. It does cost
+digits where a mean is large, which is why `fastbn.normalize` computes from ``x - mean``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn import checks
+from fastbn.backends.base import normal_scale, quiet
+from fastbn.results import Folded
+
+Array = NDArray[Any]
+
+
+def fold_into_conv(
+    weight: Array,
+    bias: Array | None,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    transposed: bool = False,
+    groups: int = 1,
+) -> Folded:
+    """Fold batch norm into the convolution before it.
+
+    ``weight * scale`` and ``(bias - mean) * scale + beta``, ``scale = gamma / sqrt(var + eps)``,
+    for each output channel: Jacob et al. (2018), section 3.2. Batch norm *before* a convolution
+    does not fold: padding adds zeros that it has not seen.
+
+    Parameters
+    ----------
+    weight : ndarray of float32 or float64
+        (out, in / groups, ...), or (in, out / groups, ...) where `transposed`; any rank from 2 up.
+    bias : ndarray of shape (out,), or None
+        The convolution's own; None is 0.
+    mean, var, gamma, beta, eps
+        As given to `normalize`, one value an output channel.
+    transposed : bool
+        Whether the convolution is a transposed one.
+    groups : int
+        Of the convolution; where it is not transposed, its weights do not depend on them.
+
+    Returns
+    -------
+    weight, bias : ndarray
+        New arrays in the types of `weight` and `bias`, computed in float64. What is below the
+        normal numbers of its type becomes 0: such weights can make a layer several times slower.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has a wrong type, shape or value, or a channel has no finite weights.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> rng = np.random.default_rng(0)
+    >>> x, weight = rng.normal(size=(6, 4)), rng.normal(size=(3, 4, 1))
+    >>> mean, var = rng.normal(size=3), rng.uniform(1, 2, 3)
+    >>> folded, bias = fastbn.fold_into_conv(weight, None, mean, var)
+    >>> y = fastbn.normalize(x @ weight[:, :, 0].T, mean, var)
+    >>> bool(np.allclose(x @ folded[:, :, 0].T + bias, y))
+    True
+    """
+    weight = checks.weight(weight)
+    transposed = checks.flag("transposed", transposed)
+    groups = checks.groups(groups, weight)
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    norm = _Affine.of(mean, var, gamma, beta, eps, checks.outputs(weight, channels, transposed))
+    factors = norm.scale[:, None]
+    if transposed:
+        # An input channel reaches the output channels of its group alone.
+        factors = np.repeat(norm.scale.reshape(groups, -1), weight.shape[0] // groups, axis=0)
+    return norm.after(weight, factors, bias)
+
+
+def fold_into_linear(
+    weight: Array,
+    bias: Array | None,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    before: bool = False,
+) -> Folded:
+    """Fold batch norm into the linear layer before it, or (`before`) after it.
+
+    As `fold_into_conv`; batch norm before the layer gives ``weight * scale`` for each input and
+    ``bias + weight @ (beta - mean * scale)``.
+
+    Parameters
+    ----------
+    weight : ndarray of float32 or float64, shape (out, in)
+        Of the layer ``y = x @ weight.T + bias``; where batch norm comes after it, any further axes.
+    bias : ndarray of shape (out,), or None
+        The layer's own; None is 0.
+    mean, var, gamma, beta, eps
+        As given to `normalize`: one value an output, or an input where batch norm is `before`.
+    before : bool
+        Whether batch norm comes before the layer.
+
+    Returns
+    -------
+    weight, bias : ndarray
+        As of `fold_into_conv`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has a wrong type, shape or value, or a channel has no finite weights.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> rng = np.random.default_rng(0)
+    >>> x, weight = rng.normal(size=(6, 4)), rng.normal(size=(3, 4))
+    >>> mean, var = rng.normal(size=4), rng.uniform(1, 2, 4)
+    >>> folded, bias = fastbn.fold_into_linear(weight, None, mean, var, before=True)
+    >>> y = fastbn.normalize(x, mean, var) @ weight.T
+    >>> bool(np.allclose(x @ folded.T + bias, y))
+    True
+    """
+    weight = checks.weight(weight)
+    if not checks.flag("before", before):
+        owner = checks.outputs(weight, weight.shape[0], transposed=False)
+        norm = _Affine.of(mean, var, gamma, beta, eps, owner)
+        return norm.after(weight, norm.scale[:, None], bias)
+    owner = checks.inputs(weight)
+    return _Affine.of(mean, var, gamma, beta, eps, owner).before(weight, bias)
+
+
+class _Affine(NamedTuple):
+    """Normalization by given statistics, as y = (x - mean) * scale + beta, in float64."""
+
+    mean: Array
+    scale: Array
+    beta: Array
+    owner: checks.Owner
+
+    @staticmethod
+    def of(mean: Any, var: Any, gamma: Any, beta: Any, eps: Any, owner: checks.Owner) -> _Affine:
+        m, v = (checks.owned(n, a, owner) for n, a in (("mean", mean), ("var", var)))
+        checks.variance(v, nan=False)
+        g = np.ones(1) if gamma is None else checks.owned("gamma", gamma, owner)
+        b = np.zeros(1) if beta is None else checks.owned("beta", beta, owner)
+        m, v, g, b = (a.astype(np.float64) for a in (m, v, g, b))
+        scale = normal_scale(g, v, checks.epsilon(eps))
+        return _Affine(m, scale, np.broadcast_to(b, m.shape), owner)
+
+    @quiet
+    def after(self, weight: Array, factors: Array, bias: Any) -> Folded:
+        """Of what a layer gives; `factors` stand for the weight's first axes."""
+        given = np.zeros(1) if bias is None else checks.owned("bias", bias, self.owner)
+        factors = factors.reshape(*factors.shape, *[1] * (weight.ndim - factors.ndim))
+        shifted = (given.astype(np.float64) - self.mean) * self.scale + self.beta
+        return self._rounded(weight, weight * factors, bias, shifted)
+
+    @quiet
+    def before(self, weight: Array, bias: Any) -> Folded:
+        """Of what a linear layer takes."""
+        owner = checks.outputs(weight, weight.shape[0], transposed=False)
+        given = np.zeros(1) if bias is None else checks.owned("bias", bias, owner)
+        shift = weight.astype(np.float64) @ (self.beta - self.mean * self.scale)
+        return self._rounded(weight, weight * self.scale, bias, given + shift)
+
+    def _rounded(self, weight: Array, wide: Array, bias: Any, shifted: Array) -> Folded:
+        """Both in their own types, without subnormal numbers."""
+        rounded = (
+            _flushed(name, values, like.dtype.newbyteorder("="))
+            for name, values, like in (
+                ("weight", wide, weight),
+                ("bias", shifted, weight if bias is None else bias),
+            )
+        )
+        return Folded(*rounded)
+
+
+def _flushed(name: str, values: Array, dtype: Any) -> Array:
+    """The values in a type; what it has no normal number for becomes 0."""
+    result: Array = values.astype(dtype, order="C", subok=False)
+    checks.folded(name, result)
+    result[np.abs(result) < np.finfo(dtype).smallest_normal] = 0
+    return result
