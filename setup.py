@@ -103,6 +103,7 @@ def extension(name: str, source: Path, flags: list[str]) -> Extension:
         include_dirs=[np.get_include(), str(EXT)],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
         extra_compile_args=[*COMMON, *WARNINGS, *flags],
+        libraries=["m"],
         depends=[str(path) for path in sorted(EXT.glob("*.[hp][x]*")) if path.suffix != ".pyx"],
     )
 

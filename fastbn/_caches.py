@@ -68,18 +68,33 @@ they are up to twice as slow.
 """
 
 SCRATCH = 1000 << 10
-"""Bytes of tables between the passes that are never too many: with their padding, up to 1 MiB."""
+"""Bytes of tables of one call that are never too many: with their padding, up to 1 MiB."""
 
 SCRATCH_PART = 50
-"""Above that, tables may take this part of the array that is worked on; wide arrays with few values
-a channel are worked on in parts.
+"""Above that, the tables may take this part of the array; wide arrays with few values a channel are
+worked on in parts.
 """
 
+MOST_FOLDED = 1280
+"""Columns that narrow rows are folded into at most, several samples to a row."""
 
-def channels_at_once(channels: int, array_bytes: int, channel_bytes: int) -> int:
-    """How many channels' tables are in memory at a time: all, or equal parts of whole vectors."""
-    most = max(max(SCRATCH, array_bytes // SCRATCH_PART) // channel_bytes // 16, 1)
-    if channels <= most * 16:
-        return channels
-    parts = ceil(channels / (most * 16))
-    return ceil(channels / (parts * 16)) * 16
+
+def scratch(array_bytes: int, share: float) -> int:
+    """A share of the bytes that tables may take beside an array."""
+    return int(max(SCRATCH, array_bytes // SCRATCH_PART) * share)
+
+
+def parts(channels: int, size: int, limit: int, channel_bytes: int) -> list[slice]:
+    """The channels, of `size` values a sample, in parts whose tables stay below a limit.
+
+    A part is whole vectors or has more columns than are ever folded, so that it has no other bits
+    than the whole array.
+    """
+    most = max(limit // channel_bytes // 16, 1) * 16
+    if channels <= most:
+        return [slice(0, channels)]
+    widest = MOST_FOLDED // 2 // size + 1
+    last = channels if channels % 16 == 0 else (channels - widest) // 16 * 16
+    step = ceil(last / (ceil(last / most) * 16)) * 16
+    ends = [*range(step, last, step), last, *([channels] if last < channels else [])]
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]

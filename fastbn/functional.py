@@ -7,7 +7,6 @@ checked, explained, and arranged as (G, N, C, S) views for the six functions of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import prod
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import checks
-from fastbn._caches import channels_at_once
+from fastbn._caches import parts, scratch
 from fastbn.backends.base import (
     Affine,
     Backend,
@@ -33,6 +32,9 @@ Array = NDArray[Any]
 
 CHANNEL_BYTES = 160
 """Of the tables that a call makes here, for a channel: up to twenty float64 vectors at a time."""
+
+CALLS_SHARE = 0.6
+"""Of what all tables may take; the rest is for those of compiled kernels."""
 
 
 def batch_norm(
@@ -430,12 +432,11 @@ class _Call:
         """`a`, of x's shape, as a (G, N, C, S) view."""
         return self.arrangement.view(a)
 
-    def parts(self, backend: Backend) -> Iterator[slice]:
+    def parts(self, backend: Backend) -> list[slice]:
         """The channels, in parts whose tables stay small beside x; mostly one."""
-        each = CHANNEL_BYTES + backend.channel_bytes(self.arrangement.view_shape)
-        most = channels_at_once(self.channels, self.array.nbytes, each)
-        for start in range(0, self.channels, most):
-            yield slice(start, min(start + most, self.channels))
+        shape = self.arrangement.view_shape
+        each = CHANNEL_BYTES + backend.channel_bytes(shape)
+        return parts(shape[2], shape[3], scratch(self.array.nbytes, CALLS_SHARE), each)
 
     def table(self, name: str, default: float, part: slice) -> Table:
         """Part of a per-channel vector, or of its default, as a (G, C) table."""

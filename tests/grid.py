@@ -50,6 +50,7 @@ SHAPES: tuple[tuple[int, ...], ...] = (
     (1501, 67),
     (2, 5001),
     (2, 20_003),
+    (2048, 1256),
 )
 EXTREME = {"float32": 1.0, "float64": 1e153}
 """Values of this size have squares whose sum overflows."""

@@ -40,7 +40,8 @@ def pretend(**thresholds: int) -> Iterator[None]:
             from fastbn.backends import jit
 
             for name, value in thresholds.items():
-                patch.setattr(jit, name.upper(), value)
+                if name != "scratch":  # only Cython's kernels cut their tables themselves
+                    patch.setattr(jit, name.upper(), value)
             if thresholds.get("stream_rows") == 0:
                 patch.setattr(jit, "STREAMED_ROW", 0)  # not even rows with unaligned ends
         if "cython" in backends.usable():

@@ -112,6 +112,14 @@ def test_pretended_machine(machine: str, name: str, threads: int) -> None:
     assert_baseline(f"{threads} threads, {machine}", name, found)
 
 
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "numpy"])
+def test_streams_into_rows_that_lie_apart(name: str) -> None:
+    """Stores past the caches, whose lines begin at another column in every row."""
+    with pretend(serial_below=1, **MACHINES["usual caches, all streams"]):
+        found = digests(name, way(place=into("padded inside")))
+    assert_baseline("streamed into padded rows", name, found)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_concurrent_calls(name: str) -> None:
     """Calls from several Python threads at once, each with threads of its own."""

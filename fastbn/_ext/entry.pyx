@@ -6,14 +6,13 @@
    everything else: only then Python checks and explains.
 2. `set_chunks` cuts the samples into chunks. It sees shape alone, for it decides roundings.
 3. `schedule` decides what no bit depends on: blocks, streaming stores, threads. Its thresholds are
-   the module's `tuning`, a dictionary that experiments may change.
+   the module's `tuning`, which experiments may change by `tune`.
 4. Tables between the passes stay small beside the array: `run_parts` takes wide arrays with few
-   values a channel some channels at a time. Neither that changes a bit.
+   values a channel some channels at a time. Nor does that change a bit.
 """
 
-from fastbn import _caches
 from fastbn._caches import (
-    FETCH, L2, SCRATCH, SERIAL_BELOW, SPARSE, STREAM_MAPS, STREAM_PLANES, STREAM_ROWS, STRETCH,
+    FETCH, L2, MOST_FOLDED, SCRATCH, SERIAL_BELOW, SPARSE, STREAM_MAPS, STREAM_PLANES, STREAM_ROWS, STRETCH,
 )
 
 cimport numpy as cnp
@@ -61,11 +60,11 @@ cdef enum:
     LINE = 64
     LANES = 16
     FOLD_BELOW = 64         # columns; rows narrower than this are taken several at a time,
-    MANY = 65536            # and in arrays of this many values all rows of broken vectors,
-    MOST_COLUMNS = 1280     # up to this many columns together
+    MANY = 65536            # and in arrays of this many values all rows of broken vectors
     CHUNK = 16384           # values of a channel in a chunk: the lanes' sums stay short
     FEWEST_ROWS = 64        # samples in a chunk, channels inside
     MOST_ROWS = 512
+    SCRATCH_PART = 50       # tables may take this part of an array, where that is more
     OVERFLOWING = 65536     # bytes of coefficients that L1 does not keep from row to row
 
 
@@ -88,7 +87,7 @@ tuning.stream_maps = STREAM_MAPS
 tuning.stretch, tuning.sparse, tuning.fetch = STRETCH, SPARSE, FETCH
 tuning.scratch = SCRATCH
 
-cdef Py_ssize_t SCRATCH_PART = _caches.SCRATCH_PART
+cdef Py_ssize_t most_folded = MOST_FOLDED
 
 
 def tune(**thresholds):
@@ -117,7 +116,7 @@ cdef void set_shape(Task* t, Py_ssize_t G, Py_ssize_t N, Py_ssize_t C, Py_ssize_
     if inside and (C < FOLD_BELOW or C % 16 != 0 and N * C >= MANY):
         while k * C % 16 != 0:
             k *= 2
-        if k * C <= MOST_COLUMNS:
+        if k * C <= most_folded:
             t.fold, t.C, t.N, t.tail = k, k * C, N // k, N % k * C
     set_pitch(t)
 
@@ -243,10 +242,13 @@ cdef int set_scratch(Task* t, Py_ssize_t itemsize, char** memory) except -1 nogi
 # ---- In parts: the tables of a wide array with few values a channel would outgrow it ----
 
 cdef Py_ssize_t channels_at_once(Task* t, Py_ssize_t itemsize) noexcept nogil:
-    """How many channels' tables are in memory at a time: all, or equal parts of whole vectors."""
+    """How many channels' tables are in memory at a time: all, or equal parts of whole vectors.
+
+    The verbs have a share of the limits as well, where they make tables of their own.
+    """
     cdef Py_ssize_t each = rows_of_sums(t) * <Py_ssize_t> sizeof(double) + PACKED * itemsize
     cdef Py_ssize_t array = t.G * (t.N * t.C + t.tail) * t.S * itemsize
-    cdef Py_ssize_t most = max(max(tuning.scratch, array // SCRATCH_PART) // each // LANES, 1) * LANES
+    cdef Py_ssize_t most = max(max(tuning.scratch, array // SCRATCH_PART) * 2 // 5 // each // LANES, 1) * LANES
     if t.C <= most or t.fold > 1:
         return most
     return ceil_div(t.C, ceil_div(t.C, most) * LANES) * LANES

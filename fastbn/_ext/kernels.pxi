@@ -16,7 +16,7 @@
 # 4. Elementwise work is done in the element type. The mean is a pair, mean = hi + lo: x - hi is
 #    exact near the mean, and lo goes into the last constant, so that y = (x - hi) * scale +
 #    (beta - lo * scale) keeps what one multiply-add of x would lose. Powers of two (`near`, `far`)
-#    keep extreme scales in the range of float32; multiplying by them is exact.
+#    keep extreme scales in the range of the element type; multiplying by them is exact.
 # 5. A trip over planes runs both passes on one block of channels, the second walk in reverse, so
 #    that it starts on what the cache still holds. Rows are walked in the order of memory, by all
 #    threads together, which meet between the passes; so are planes where single blocks would leave
@@ -57,7 +57,7 @@ cdef extern from "simd.h" nogil:
     double wsum(wide a)
     void add_moments(const real* x, long n, wide shift, wide unit, wide* first, wide* second)
     void add_gradients(const real* dy, const real* x, long n, wide mean, wide* first, wide* second)
-    const double FARTHEST   # x times `near` stays below
+    const double FARTHEST   # the mean times `near` stays below
     double inverse_root(double a)
     double power_of_two(double a)
     double rough_root(double a)

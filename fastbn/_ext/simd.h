@@ -8,7 +8,7 @@
  *    than the register would be spilled to memory by the compiler.
  * 3. The arithmetic is the compiler's own on vector types. Intrinsics stand only where it has no
  *    word for what is meant, or finds too many: loads and stores of part of a vector, streaming
- *    stores, conversions, and sums on the pipes that multiply.
+ *    stores, conversions, sums on the pipes that multiply, and the floating-point mode.
  * 4. The build defines FASTBN_WIDTH (bytes in a register), FASTBN_F32 or FASTBN_F64 (the element
  *    type), and FASTBN_PORTABLE where no intrinsic may be used.
  */

@@ -46,7 +46,7 @@ cdef struct Task:
     Py_ssize_t planes_ahead
     # Order of work, kind of store, size of the team: decided by the machine; no bit depends on it.
     # Blocks are of channels; the map of a split trip has its own. Large: rows beyond the caches.
-    # Fetch: before it is needed; what L2 holds needs no fetching.
+    # Fetch: values before they are needed, where the processor's own fetching is not enough.
     bint split, shared, large, stream, joined, lookahead, fetch
     Py_ssize_t block, map_block
     # Channels inside: rows that are summed, and mapped, together.

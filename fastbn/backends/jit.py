@@ -49,14 +49,14 @@ from numba.core import extending
 from fastbn._caches import (
     FETCH,
     L2,
-    SCRATCH,
+    MOST_FOLDED,
     SERIAL_BELOW,
     SPARSE,
     STREAM_MAPS,
     STREAM_PLANES,
     STREAM_ROWS,
     STRETCH,
-    channels_at_once,
+    scratch,
 )
 from fastbn.backends.base import Affine, Array, Backend, GradientCoefficients, Table
 
@@ -67,9 +67,7 @@ CHUNK = 16384
 FOLD_BELOW = 64
 """Columns; narrower rows are taken several at a time,"""
 MANY = 1 << 16
-"""and in arrays of this many values all rows of broken lanes,"""
-MOST_COLUMNS = 1280
-"""up to so many columns together."""
+"""and in arrays of this many values all rows of broken lanes, up to `MOST_FOLDED` together."""
 AHEAD = 1024
 """Values from one to the one that is fetched meanwhile."""
 JOINED = 1024
@@ -629,7 +627,7 @@ def _fold(samples: int, channels: int, size: int) -> int:
     if columns < FOLD_BELOW or (columns % LANES and samples * columns >= MANY):
         while fold * columns % LANES:
             fold *= 2
-    return fold if fold * columns <= MOST_COLUMNS else 1
+    return fold if fold * columns <= MOST_FOLDED else 1
 
 
 @_inline
@@ -771,7 +769,7 @@ def _block(job: Any, index: int, size: int) -> tuple[int, int, int]:
 
 @_inline
 def _table(job: Any) -> Any:
-    return _numba.carray(_doubles(job.table), (5, job.runs * job.channels))
+    return _numba.carray(_doubles(job.table), (TABLE, job.runs * job.channels))
 
 
 @_inline
@@ -820,7 +818,7 @@ def _later(job: Any, a: Any, n: int, size: int) -> Any:
 
 @_inline
 def _fetch(wanted: int, address: int) -> None:
-    """Before it is needed, where the job says so."""
+    """Before it is needed, where the job says so; of float64 values every second line does."""
     if wanted:
         _prefetch(address)
 
@@ -1240,13 +1238,15 @@ def _map_rows(job: Any, run: int, c0: int, c1: int, index: int, both: bool, elem
     n0, n1, _, _ = _chunk(job, index)
     row = job.columns * size
     dense = job.dy.row == row and job.x.row == row and job.out.row == row
+    # Rows whose lines begin at different columns are streamed one by one.
+    together = job.together if not job.stream or job.out.row % 64 == 0 else 1
     n, last, c, lead = n0, n1, c0, False
     if job.stream and row % 64 == 0 and dense and c1 - c0 == job.columns and n1 > n0:
         last, c = n1 - 1, _head(_at(job.out, run, n0, 0), job.columns, 1, size)
         lead = c > 0
     end = job.rows + 1 if job.rest and n1 == job.rows else n1
     while n < end:
-        rows, start, width = min(job.together, last - n), c, c1 - c0
+        rows, start, width = min(together, last - n), c, c1 - c0
         if lead:
             rows, start, width = 1, 0, c
         elif n == job.rows:
@@ -1406,13 +1406,11 @@ def _dense(a: Array) -> Array:
     return a if a[0].flags.c_contiguous else np.ascontiguousarray(a)
 
 
-def _channel_bytes(samples: int, channels: int, size: int) -> int:
-    """At most, of the tables for a channel; where not all fit, of a part's dense copies too."""
+def _channel_bytes(samples: int, size: int) -> int:
+    """At most, of a call's tables for a channel."""
     spread, size = (size, 1) if size < LANES else (1, size)
     chunks = _cut(samples, size)[3]
-    tables = (TABLE + 2 + spread * (8 + 4 + 2 * chunks)) * 8
-    copied = spread > 1 and samples > 1 and channels * tables > SCRATCH
-    return tables + copied * 3 * samples * spread * 8
+    return (TABLE + 2 + spread * (8 + 4 + 2 * chunks)) * 8
 
 
 def _table_of(x: Array, *rows: Any) -> Table:
@@ -1434,12 +1432,12 @@ def _call(
     eps: float = 0.0,
 ) -> None:
     """Run the kernel where the arrays lie, or on dense copies; without dy, dy is x."""
-    shape = x.shape
-    target = x if out is None else out
+    shape, dense = x.shape, x.shape[3] < LANES and _folds(*x.shape[1:])
     inside, both = shape[3] < LANES, written == GRADIENT
-    if inside and _folds(*shape[1:]):
-        alone, x, target = dy is x, _dense(x), _dense(target)
+    if dense:
+        alone, x = dy is x, _dense(x)
         dy = x if alone else _dense(dy)
+    target = x if out is None else _dense(out) if dense else out
     operands = 1 + (dy is not x) + (written != NOTHING)
     if x.nbytes * operands * 2 < SERIAL_BELOW * 3:
         threads = 1
@@ -1484,7 +1482,7 @@ def _plain_view(a: Any, layout: Any) -> Array | None:
         n, c, s = a.size // shape[-1], shape[-1], 1
     else:
         return None
-    if c > LANES and c > channels_at_once(c, a.nbytes, _channel_bytes(n, c, s)):
+    if c > LANES and c * _channel_bytes(n, s) > scratch(a.nbytes, 1.0):
         return None
     return a.reshape(1, 1, 1, n) if c == s == 1 else a.reshape(1, n, c, s)
 
@@ -1524,19 +1522,23 @@ def _plain_eps(eps: Any) -> bool:
 @_compile
 def _scale(table: Table, eps: float, nan: bool) -> bool:
     """gamma / sqrt(var + eps) in gamma's place; false if var is no variance."""
+    mode, valid = _mode(USUAL_MODE), True
     for channel in range(table.shape[1]):
         var = table[1, channel]
-        if not (var >= 0.0 or (nan and math.isnan(var))):
-            return False
+        valid &= var >= 0.0 or (nan and math.isnan(var))
         rstd = 1.0 / math.sqrt(var + eps)
         table[0, channel] *= rstd if var + eps != 0.0 else 0.0
-    return True
+    _mode(mode)
+    return valid
 
 
 @_compile
 def _singles(values: Table) -> Array:
     """The values in float32."""
-    return values.astype(np.float32)
+    mode = _mode(USUAL_MODE)
+    singles = values.astype(np.float32)
+    _mode(mode)
+    return singles
 
 
 def _given(*vectors: Any) -> list[Any]:
@@ -1559,7 +1561,7 @@ class NumbaBackend(Backend):
         self.plain_backward = self._plain_backward
 
     def channel_bytes(self, shape: tuple[int, int, int, int]) -> int:
-        return _channel_bytes(*shape[1:])
+        return _channel_bytes(shape[1], shape[3])
 
     def moments(self, x: Array, threads: int) -> tuple[Table, Table]:
         table = _table_of(x)
