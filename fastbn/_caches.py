@@ -63,7 +63,7 @@ follows (39 against 70 GB/s for the sums of gradients, which read two arrays).
 FETCH = 8 * L2
 """Operands of a thread this large are fetched before they are needed. Below, the processor's own
 fetching is enough, and ours only takes the time of loads: without it sums of gradients in L2 take
-1.2 ns for 16 pairs instead of 2.0, and at 13 MB of operands two threads are 5 to 20 % faster; at 50
+1.2 to 1.7 ns for 16 pairs instead of 1.9 to 2.2, and at 13 MB of operands two threads are 5 to 20 % faster; at 50
 they are up to twice as slow.
 """
 

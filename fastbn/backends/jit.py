@@ -818,7 +818,7 @@ def _later(job: Any, a: Any, n: int, size: int) -> Any:
 
 @_inline
 def _fetch(wanted: int, address: int) -> None:
-    """Before it is needed, where the job says so; of float64 values every second line does."""
+    """A line before it is needed, where the job says so; of sixteen float64 values only the first."""
     if wanted:
         _prefetch(address)
 
