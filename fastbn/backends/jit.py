@@ -818,7 +818,7 @@ def _later(job: Any, a: Any, n: int, size: int) -> Any:
 
 @_inline
 def _fetch(wanted: int, address: int) -> None:
-    """A line before it is needed, where the job says so; of sixteen float64 values only the first."""
+    """Of the next lanes the first line, where the job says so: float64 ones have two."""
     if wanted:
         _prefetch(address)
 
