@@ -63,8 +63,8 @@ follows (39 against 70 GB/s for the sums of gradients, which read two arrays).
 FETCH = 8 * L2
 """Operands of a thread this large are fetched before they are needed. Below, the processor's own
 fetching is enough, and ours only takes the time of loads: without it sums of gradients in L2 take
-1.2 to 1.7 ns for 16 pairs instead of 1.9 to 2.2, and at 13 MB of operands two threads are 5 to 20 % faster; at 50
-they are up to twice as slow.
+1.2 to 1.7 ns for 16 pairs instead of 1.9 to 2.2, and at 13 MB of operands two threads are 5 to 20 %
+faster; at 50 they are up to twice as slow.
 """
 
 SCRATCH = 1000 << 10
@@ -74,6 +74,9 @@ SCRATCH_PART = 50
 """Above that, the tables may take this part of the array; wide arrays with few values a channel are
 worked on in parts.
 """
+
+CALLS_SHARE, KERNELS_SHARE = 0.6, 0.4
+"""Of these limits: for the tables that a verb makes, and for those of compiled kernels."""
 
 MOST_FOLDED = 1280
 """Columns that narrow rows are folded into at most, several samples to a row."""

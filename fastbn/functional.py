@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import checks
-from fastbn._caches import parts, scratch
+from fastbn._caches import CALLS_SHARE, parts, scratch
 from fastbn.backends.base import (
     Affine,
     Backend,
@@ -32,9 +32,6 @@ Array = NDArray[Any]
 
 CHANNEL_BYTES = 160
 """Of the tables that a call makes here, for a channel: up to twenty float64 vectors at a time."""
-
-CALLS_SHARE = 0.6
-"""Of what all tables may take; the rest is for those of compiled kernels."""
 
 
 def batch_norm(

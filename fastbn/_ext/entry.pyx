@@ -12,7 +12,8 @@
 """
 
 from fastbn._caches import (
-    FETCH, L2, MOST_FOLDED, SCRATCH, SERIAL_BELOW, SPARSE, STREAM_MAPS, STREAM_PLANES, STREAM_ROWS, STRETCH,
+    FETCH, KERNELS_SHARE, L2, MOST_FOLDED, SCRATCH, SCRATCH_PART, SERIAL_BELOW, SPARSE, STREAM_MAPS,
+    STREAM_PLANES, STREAM_ROWS, STRETCH,
 )
 
 cimport numpy as cnp
@@ -64,7 +65,6 @@ cdef enum:
     CHUNK = 16384           # values of a channel in a chunk: the lanes' sums stay short
     FEWEST_ROWS = 64        # samples in a chunk, channels inside
     MOST_ROWS = 512
-    SCRATCH_PART = 50       # tables may take this part of an array, where that is more
     OVERFLOWING = 65536     # bytes of coefficients that L1 does not keep from row to row
 
 
@@ -87,7 +87,8 @@ tuning.stream_maps = STREAM_MAPS
 tuning.stretch, tuning.sparse, tuning.fetch = STRETCH, SPARSE, FETCH
 tuning.scratch = SCRATCH
 
-cdef Py_ssize_t most_folded = MOST_FOLDED
+cdef Py_ssize_t most_folded = MOST_FOLDED, scratch_part = SCRATCH_PART
+cdef double kernels_share = KERNELS_SHARE
 
 
 def tune(**thresholds):
@@ -248,7 +249,8 @@ cdef Py_ssize_t channels_at_once(Task* t, Py_ssize_t itemsize) noexcept nogil:
     """
     cdef Py_ssize_t each = rows_of_sums(t) * <Py_ssize_t> sizeof(double) + PACKED * itemsize
     cdef Py_ssize_t array = t.G * (t.N * t.C + t.tail) * t.S * itemsize
-    cdef Py_ssize_t most = max(max(tuning.scratch, array // SCRATCH_PART) * 2 // 5 // each // LANES, 1) * LANES
+    cdef Py_ssize_t limit = <Py_ssize_t> (max(tuning.scratch, array // scratch_part) * kernels_share)
+    cdef Py_ssize_t most = max(limit // each // LANES, 1) * LANES
     if t.C <= most or t.fold > 1:
         return most
     return ceil_div(t.C, ceil_div(t.C, most) * LANES) * LANES
