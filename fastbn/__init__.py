@@ -12,6 +12,7 @@ from fastbn.config import (
 )
 from fastbn.errors import BackendError
 from fastbn.folding import fold_into_conv, fold_into_linear
+from fastbn.frozen import FrozenBatchNorm
 from fastbn.functional import (
     batch_norm,
     batch_norm_backward,
@@ -19,13 +20,15 @@ from fastbn.functional import (
     normalize,
     normalize_backward,
 )
-from fastbn.results import BatchNormResult, Folded, Gradients, Statistics
+from fastbn.results import BatchNormResult, Folded, Gradients, ResidualGradients, Statistics
 
 __all__ = [
     "BackendError",
     "BatchNormResult",
     "Folded",
+    "FrozenBatchNorm",
     "Gradients",
+    "ResidualGradients",
     "Statistics",
     "batch_norm",
     "batch_norm_backward",

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn import activations
+from fastbn.activations import Activation
+from fastbn.elements import ELEMENTS, FLOATS, is_element, is_float
 from fastbn.layouts import LAYOUTS, channel_axis
 
-ELEMENTS = (np.dtype(np.float32), np.dtype(np.float64))
-"""The element types, native; checks accept either byte order."""
-
-_FLOATS = "float32 or float64"
 MAX_THREADS = 1024
 
 
@@ -35,31 +34,32 @@ def layout(value: Any) -> str:
     )
 
 
-def array(name: str, value: Any) -> NDArray[Any]:
-    """An ndarray of float32 or float64, either byte order."""
+def array(name: str, value: Any, *, halves: bool = False) -> NDArray[Any]:
+    """An ndarray of float32 or float64 or, where `halves` says so, half types; any byte order."""
+    known, allowed = (ELEMENTS, is_element) if halves else (FLOATS, is_float)
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
-            f"{name} is a numpy.ma.MaskedArray, expected a plain numpy.ndarray of {_FLOATS}: "
+            f"{name} is a numpy.ma.MaskedArray, expected a plain numpy.ndarray of {known}: "
             f"a mask would be ignored; pass {name}.filled(value), or {name}.data to ignore it"
         )
     if not isinstance(value, np.ndarray):
         raise TypeError(
-            f"{name} is {_described(value)}, expected a numpy.ndarray of {_FLOATS}; "
+            f"{name} is {_described(value)}, expected a numpy.ndarray of {known}; "
             f"convert it with numpy.asarray({name}, dtype=numpy.float32)"
         )
-    if value.dtype.kind != "f" or value.dtype.newbyteorder("=") not in ELEMENTS:
+    if not allowed(value.dtype):
         remedy = f"convert it with {name}.astype(numpy.float32)"
         if value.dtype.kind == "c":
             remedy = f"pass {name}.real, {name}.imag, or both as channels of their own"
         elif value.dtype.kind == "f" and value.dtype.itemsize > 8:
             remedy = f"convert it with {name}.astype(numpy.float64)"
-        raise TypeError(f"{name} has dtype {value.dtype}, expected {_FLOATS}; {remedy}")
+        raise TypeError(f"{name} has dtype {value.dtype}, expected {known}; {remedy}")
     return value
 
 
 def batch(name: str, value: Any) -> NDArray[Any]:
     """The array that is normalized (or its gradient, where no x is needed): rank 2 or more."""
-    a = array(name, value)
+    a = array(name, value, halves=True)
     if a.ndim < 2:
         raise ValueError(
             f"{name} has rank {a.ndim} (shape {a.shape}), expected rank 2 or more: samples and "
@@ -69,20 +69,58 @@ def batch(name: str, value: Any) -> NDArray[Any]:
     return a
 
 
-def gradient(dy: Any, x: NDArray[Any]) -> NDArray[Any]:
-    """dy, of x's shape and dtype (byte order apart)."""
-    a = array("dy", dy)
+_COMPANIONS = {
+    "dy": "the gradient with respect to y, which has x's shape",
+    "residual": "an array of x's shape: numpy.broadcast_to makes one of a smaller one",
+    "y": "what the forward returned",
+}
+"""Arrays that must be like x, and what to pass."""
+
+
+def companion(name: str, value: Any, x_name: str, x: NDArray[Any]) -> NDArray[Any]:
+    """dy, residual or y: of x's shape and dtype (byte order apart)."""
+    a = array(name, value, halves=True)
     if a.shape != x.shape:
         raise ValueError(
-            f"dy has shape {a.shape}, expected {x.shape}, the shape of x; "
-            "pass the gradient with respect to y, which has x's shape"
+            f"{name} has shape {a.shape}, expected {x.shape}, the shape of {x_name}; "
+            f"pass {_COMPANIONS[name]}"
         )
     if a.dtype.newbyteorder("=") != x.dtype.newbyteorder("="):
         raise TypeError(
-            f"dy has dtype {a.dtype}, expected {x.dtype}, the dtype of x; "
-            f"convert it with dy.astype(numpy.{x.dtype.newbyteorder('=')})"
+            f"{name} has dtype {a.dtype}, expected {x.dtype}, the dtype of {x_name}; "
+            f"convert it with {name}.astype({_spelled(x, x_name)})"
         )
     return a
+
+
+def activation(value: Any) -> Activation:
+    """What is done to y last; `activations.of` knows them."""
+    known = activations.of(value)
+    if known is None:
+        error = ValueError if isinstance(value, str | tuple) else TypeError
+        names = ", ".join(repr(name) for name in activations.NAMED)
+        raise error(
+            f"activation is {value!r}, expected None, {names} or ('{activations.LEAKY}', slope) "
+            "with 0 < slope < 1; apply any other activation to y afterwards"
+        )
+    return known
+
+
+def gate(y: Any, activation: Any, x_name: str, x: NDArray[Any]) -> NDArray[Any] | None:
+    """The forward's y, which the gradient through an activation needs and no other."""
+    if activation is None:
+        if y is not None:
+            raise TypeError(
+                f"y is {_described(y)}, expected None where activation is None; pass the "
+                "activation that the forward was given, or no y"
+            )
+        return None
+    if y is None:
+        raise TypeError(
+            f"y is None, expected the forward's y: the gradient through activation "
+            f"{activation!r} follows from it; pass y=y"
+        )
+    return companion("y", y, x_name, x)
 
 
 def may_lack_x(x: Any, *, frozen: bool, params: bool) -> bool:
@@ -144,6 +182,18 @@ def statistic(
     return a
 
 
+def mean(value: NDArray[Any]) -> NDArray[Any]:
+    """A mean of each channel that will be used again and again: not NaN."""
+    bad = np.isnan(value)
+    if bad.any():
+        channel = int(bad.argmax())
+        raise ValueError(
+            f"mean[{channel}] is nan: not a number; expected a number; "
+            f"look at how channel {channel}'s statistics were made"
+        )
+    return value
+
+
 def variance(value: NDArray[Any], *, nan: bool) -> NDArray[Any]:
     """A variance of each channel: not negative, and NaN only where `nan` allows it."""
     bad = value < 0 if nan else ~(value >= 0)
@@ -181,6 +231,32 @@ class Owner(NamedTuple):
 
     channels: int
     words: str
+
+
+def statistics(mean: Any) -> Owner:
+    """What the vectors of a frozen batch norm must fit: as many channels as its mean has."""
+    a = array("mean", mean)
+    if a.ndim != 1:
+        raise ValueError(
+            f"mean has shape {a.shape}, expected rank 1, one value a channel; pass "
+            "mean.reshape(-1) if its order is right"
+        )
+    return Owner(len(a), f"mean has {len(a)} channels")
+
+
+def frozen_batch(x: Any, channels: int, name: str) -> NDArray[Any]:
+    """An array whose channels are those of frozen statistics, in the layout of that name."""
+    a = batch("x", x)
+    axis = channel_axis(name, a.ndim)
+    if a.shape[axis] != channels:
+        other = next(known for known in LAYOUTS if known != name)
+        fits = a.shape[channel_axis(other, a.ndim)] == channels
+        remedy = f"make the FrozenBatchNorm with layout={other!r}" if fits else "pass another array"
+        raise ValueError(
+            f"x has {a.shape[axis]} channels (axis {axis} of shape {a.shape}, layout {name!r}), "
+            f"expected {channels}, as the frozen statistics have; {remedy}"
+        )
+    return a
 
 
 def weight(value: Any) -> NDArray[Any]:
@@ -276,40 +352,43 @@ def threads(name: str, value: Any) -> int:
 
 
 def output(
+    name: str,
     value: Any,
+    x_name: str,
     x: NDArray[Any],
     *,
     in_place: dict[str, NDArray[Any] | None],
     apart: dict[str, NDArray[Any] | None],
 ) -> NDArray[Any]:
-    """`out`: like `x`, writeable, free of overlap but for being one of `in_place` itself."""
+    """An array for results: like `x`, writeable, free of overlap but for being one of `in_place`
+    itself."""
     dtype = x.dtype.newbyteorder("=")
     wanted = f"shape {x.shape} and dtype {dtype}"
-    make = f"make it with numpy.empty({x.shape}, numpy.{dtype})"
+    make = f"make it with numpy.empty({x.shape}, {_spelled(x, x_name)})"
     if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
         raise TypeError(
-            f"out is {_described(value)}, expected a numpy.ndarray of {wanted}, or None; {make}"
+            f"{name} is {_described(value)}, expected a numpy.ndarray of {wanted}, or None; {make}"
         )
     if value.dtype != dtype:
-        raise TypeError(f"out has dtype {value.dtype}, expected {dtype} in native order; {make}")
+        raise TypeError(f"{name} has dtype {value.dtype}, expected {dtype} in native order; {make}")
     if value.shape != x.shape:
-        raise ValueError(f"out has shape {value.shape}, expected {x.shape}; {make}")
+        raise ValueError(f"{name} has shape {value.shape}, expected {x.shape}; {make}")
     if not value.flags.writeable:
-        raise ValueError(f"out is read-only, expected a writeable array of {wanted}; {make}")
+        raise ValueError(f"{name} is read-only, expected a writeable array of {wanted}; {make}")
     if _overlaps_itself(value):
         raise ValueError(
-            f"out overlaps itself (shape {value.shape}, strides {value.strides}), expected an "
+            f"{name} overlaps itself (shape {value.shape}, strides {value.strides}), expected an "
             f"array with a place of its own for every value; {make}"
         )
-    for name, other in in_place.items():
-        if other is not None and not _same_place(value, other) and _share(value, other):
+    for other, a in in_place.items():
+        if a is not None and not _same_place(value, a) and _share(value, a):
             raise ValueError(
-                f"out overlaps {name} without being {name}: expected either {name} itself (same "
-                f"place, strides and dtype: works in place) or memory apart from it; {make}"
+                f"{name} overlaps {other} without being {other}: expected either {other} itself "
+                f"(same place, strides and dtype: works in place) or memory apart from it; {make}"
             )
-    for name, other in apart.items():
-        if other is not None and _share(value, other):
-            raise ValueError(f"out overlaps {name}, expected memory apart from it; {make}")
+    for other, a in apart.items():
+        if a is not None and _share(value, a):
+            raise ValueError(f"{name} overlaps {other}, expected memory apart from it; {make}")
     return value
 
 
@@ -338,6 +417,12 @@ def _overlaps_itself(a: NDArray[Any]) -> bool:
             return a.size > 0
         reach += stride * (n - 1)
     return False
+
+
+def _spelled(x: NDArray[Any], x_name: str) -> str:
+    """x's dtype as code that makes it; bfloat16's name depends on whose it is."""
+    dtype = x.dtype.newbyteorder("=")
+    return f"{x_name}.dtype" if dtype.kind != "f" else f"numpy.{dtype}"
 
 
 def _described(value: Any) -> str:

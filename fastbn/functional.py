@@ -7,28 +7,35 @@ checked, explained, and arranged as (G, N, C, S) views for the six functions of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import checks
 from fastbn._caches import CALLS_SHARE, parts, scratch
+from fastbn.activations import LINEAR
 from fastbn.backends.base import (
     Affine,
     Backend,
+    Gate,
     GradientCoefficients,
     Table,
+    Tail,
+    channels,
     inverse_deviation,
     normal_scale,
     quiet,
 )
 from fastbn.config import current_backend, current_threads
+from fastbn.elements import arithmetic
 from fastbn.layouts import Arrangement, channel_axis
-from fastbn.results import BatchNormResult, Gradients, Statistics
+from fastbn.results import BatchNormResult, Gradients, ResidualGradients, Statistics
 
 Array = NDArray[Any]
+ActivationName = str | tuple[str, float] | None
 
 CHANNEL_BYTES = 160
 """Of the tables that a call makes here, for a channel: up to twenty float64 vectors at a time."""
@@ -41,27 +48,35 @@ def batch_norm(
     *,
     eps: float = 1e-5,
     layout: str = "NCHW",
+    activation: ActivationName = None,
+    residual: Array | None = None,
     out: Array | None = None,
 ) -> BatchNormResult:
     """Normalize each channel of a batch by the batch's own statistics: the training transform.
 
     ``y = gamma * (x - mean) / sqrt(var + eps) + beta``, with mean and (biased) variance taken
-    over every axis but the channels': Ioffe & Szegedy (2015), Algorithm 1.
+    over every axis but the channels': Ioffe & Szegedy (2015), Algorithm 1. With an activation or
+    a residual, ``activation(y + residual)``, as at the end of a residual block (He et al. 2016),
+    in the same pass over memory.
 
     Parameters
     ----------
-    x : ndarray of float32 or float64
+    x : ndarray of float32, float64, float16 or bfloat16
         The batch, of any rank from 2 up, with any strides and either byte order:
-        (N, C, ...) for layout "NCHW", (N, ..., C) for "NHWC".
+        (N, C, ...) for layout "NCHW", (N, ..., C) for "NHWC". Half types are computed in float32.
     gamma, beta : ndarray of float32 or float64, shape (C,), optional
         Scale and shift of each channel; 1 and 0 where not given.
     eps : float
         Added to the variance, zero or more. Where var + eps is 0, y = beta.
     layout : {"NCHW", "NHWC"}
         Where the channels are: axis 1, or the last axis.
+    activation : {None, "relu", "relu6"} or ("leaky_relu", slope)
+        What is done last; 0 < slope < 1.
+    residual : ndarray, optional
+        Of x's shape and dtype: what is added before the activation.
     out : ndarray, optional
-        Where y goes: native, of x's shape and dtype, any strides; `x` itself works in place.
-        A fresh large array costs more than the normalization: pass `out` in a loop.
+        Where y goes: native, of x's shape and dtype, any strides; `x` or `residual` itself works
+        in place. A fresh large array costs more than the normalization: pass `out` in a loop.
 
     Returns
     -------
@@ -86,21 +101,23 @@ def batch_norm(
     (True, dtype('float32'), dtype('float64'))
     """
     backend, threads = current_backend(), current_threads()
-    plain = backend.plain_batch_norm(x, gamma, beta, eps, layout, out, threads)
+    plain = backend.plain_batch_norm(
+        x, gamma, beta, eps, layout, activation, residual, out, threads
+    )
     if plain is not None:
         return BatchNormResult(*plain)
     call = _Call(x, "x", layout, gamma=gamma, beta=beta)
     eps = checks.epsilon(eps)
-    y = call.output(out, {"x": call.array})
+    tail = call.tail(activation, residual)
+    y = call.output("out", out, {"x": call.array, "residual": residual})
     if call.is_empty:
         return BatchNormResult(y, call.zeros(np.float64), call.zeros(np.float64))
-    target = call.arrangement.target(y)
+    target, tail = call.arrangement.target(y), call.arranged(tail)
     view, mean, var = call.view(x), call.zeros(np.float64), call.zeros(np.float64)
     for part in call.parts(backend):
         scale, shift = call.table("gamma", 1.0, part), call.table("beta", 0.0, part)
-        mean[part], var[part] = backend.forward(
-            view[:, :, part], scale, shift, eps, target[:, :, part], threads
-        )
+        arrays = channels(view, part), scale, shift, eps, channels(target, part)
+        mean[part], var[part] = backend.forward(*arrays, threads, tail and tail.part(part))
     call.arrangement.deliver(target, y)
     return BatchNormResult(y, mean, var)
 
@@ -114,6 +131,8 @@ def normalize(
     *,
     eps: float = 1e-5,
     layout: str = "NCHW",
+    activation: ActivationName = None,
+    residual: Array | None = None,
     out: Array | None = None,
 ) -> Array:
     """Normalize each channel by given statistics: the inference transform, "frozen" batch norm.
@@ -124,7 +143,7 @@ def normalize(
 
     Parameters
     ----------
-    x, gamma, beta, eps, layout, out
+    x, gamma, beta, eps, layout, activation, residual, out
         As in `batch_norm`.
     mean, var : ndarray of float32 or float64, shape (C,)
         Statistics of each channel; no variance may be negative or NaN.
@@ -148,24 +167,80 @@ def normalize(
            [ 1.,  1.]], dtype=float32)
     """
     backend, threads = current_backend(), current_threads()
-    plain = backend.plain_normalize(x, mean, var, gamma, beta, eps, layout, out, threads)
+    plain = backend.plain_normalize(
+        x, mean, var, gamma, beta, eps, layout, activation, residual, out, threads
+    )
     if plain is not None:
         return plain
     call = _Call(x, "x", layout, gamma=gamma, beta=beta, mean=mean, var=var)
     checks.variance(var, nan=False)
     eps = checks.epsilon(eps)
-    y = call.output(out, {"x": call.array})
+
+    def scale(part: slice) -> Table:
+        return normal_scale(call.table("gamma", 1.0, part), call.table("var", 1.0, part), eps)
+
+    return _normalized(call, scale, activation, residual, out)
+
+
+def apply_affine(
+    x: Any, affine: Affine, layout: str, activation: Any, residual: Any, out: Any
+) -> Array:
+    """What `normalize` does, by vectors of a frozen batch norm, which need no checks."""
+    checks.frozen_batch(x, len(affine.mean), layout)
+    call = _Call(x, "x", layout, mean=affine.mean, scale=affine.scale, beta=affine.beta)
+    return _normalized(call, lambda part: call.table("scale", 1.0, part), activation, residual, out)
+
+
+def _normalized(
+    call: _Call, scale: Callable[[slice], Table], activation: Any, residual: Any, out: Any
+) -> Array:
+    """What both have in common once they know each channel's scale."""
+    backend, threads = current_backend(), current_threads()
+    tail = call.tail(activation, residual)
+    y = call.output("out", out, {"x": call.array, "residual": residual})
     if call.is_empty:
         return y
-    view, target = call.view(x), call.arrangement.target(y)
+    view, target, tail = call.view(call.array), call.arrangement.target(y), call.arranged(tail)
     for part in call.parts(backend):
-        scale = normal_scale(call.table("gamma", 1.0, part), call.table("var", 1.0, part), eps)
-        affine = Affine(call.table("mean", 0.0, part), scale, call.table("beta", 0.0, part))
-        backend.normalize(view[:, :, part], affine, target[:, :, part], threads)
+        affine = Affine(call.table("mean", 0.0, part), scale(part), call.table("beta", 0.0, part))
+        arrays = channels(view, part), affine, channels(target, part)
+        backend.normalize(*arrays, threads, tail and tail.part(part))
     call.arrangement.deliver(target, y)
     return y
 
 
+@overload
+def batch_norm_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    *,
+    eps: float = ...,
+    layout: str = ...,
+    params: bool = ...,
+    activation: ActivationName = ...,
+    y: Array | None = ...,
+    dresidual: Literal[False] = ...,
+    out: Array | None = ...,
+) -> Gradients: ...
+@overload
+def batch_norm_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    *,
+    eps: float = ...,
+    layout: str = ...,
+    params: bool = ...,
+    activation: ActivationName = ...,
+    y: Array | None = ...,
+    dresidual: Literal[True] | Array,
+    out: Array | None = ...,
+) -> ResidualGradients: ...
 def batch_norm_backward(
     dy: Array,
     x: Array,
@@ -176,13 +251,18 @@ def batch_norm_backward(
     eps: float = 1e-5,
     layout: str = "NCHW",
     params: bool = True,
+    activation: ActivationName = None,
+    y: Array | None = None,
+    dresidual: bool | Array = False,
     out: Array | None = None,
-) -> Gradients:
+) -> Gradients | ResidualGradients:
     """Gradient of `batch_norm`, through the batch's own statistics.
 
     With ``xhat = (x - mean) / sqrt(var + eps)``: ``dbeta = sum(dy)``,
     ``dgamma = sum(dy * xhat)`` and ``dx = gamma / sqrt(var + eps) * (dy - mean(dy) -
-    xhat * mean(dy * xhat))``: Ioffe & Szegedy (2015), section 3, collected.
+    xhat * mean(dy * xhat))``: Ioffe & Szegedy (2015), section 3, collected. With an activation,
+    dy is first multiplied by its slope where it gave `y`; at 0 that is the negative side's, and
+    where relu6 gave 6 it is 0.
 
     Parameters
     ----------
@@ -194,6 +274,13 @@ def batch_norm_backward(
         As `batch_norm` returned them. No variance may be negative; a NaN stays in its channel.
     params : bool
         Whether dgamma and dbeta are wanted; None stands in their place otherwise.
+    activation
+        As given to `batch_norm`.
+    y : ndarray, optional
+        What `batch_norm` returned; needed with an activation.
+    dresidual : bool or ndarray
+        Whether the residual's gradient is wanted or, like `out`, where it goes; `dy` works in
+        place.
     out : ndarray, optional
         Where dx goes: native, of x's shape and dtype, any strides; `dy` or `x` works in place.
 
@@ -202,7 +289,9 @@ def batch_norm_backward(
     dx : ndarray
         x's shape and dtype.
     dgamma, dbeta : ndarray, shape (C,), or None
-        In gamma's dtype, or x's where gamma is None.
+        In gamma's dtype or, where gamma is None, in x's; float32 beside half types.
+    dresidual : ndarray
+        dy as the activation lets it through; a fourth field, only where asked for.
 
     Raises
     ------
@@ -219,9 +308,43 @@ def batch_norm_backward(
     >>> bool(np.allclose(dbeta, dy.sum((0, 2, 3)))), bool(abs(dx.sum()) < 1e-9)
     (True, True)
     """
-    return _gradients(dy, x, mean, var, gamma, eps, layout, params, out, frozen=False)
+    return _gradients(
+        dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual, False, out
+    )
 
 
+@overload
+def normalize_backward(
+    dy: Array,
+    x: Array | None,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    *,
+    eps: float = ...,
+    layout: str = ...,
+    params: bool = ...,
+    activation: ActivationName = ...,
+    y: Array | None = ...,
+    dresidual: Literal[False] = ...,
+    out: Array | None = ...,
+) -> Gradients: ...
+@overload
+def normalize_backward(
+    dy: Array,
+    x: Array | None,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    *,
+    eps: float = ...,
+    layout: str = ...,
+    params: bool = ...,
+    activation: ActivationName = ...,
+    y: Array | None = ...,
+    dresidual: Literal[True] | Array,
+    out: Array | None = ...,
+) -> ResidualGradients: ...
 def normalize_backward(
     dy: Array,
     x: Array | None,
@@ -232,15 +355,18 @@ def normalize_backward(
     eps: float = 1e-5,
     layout: str = "NCHW",
     params: bool = True,
+    activation: ActivationName = None,
+    y: Array | None = None,
+    dresidual: bool | Array = False,
     out: Array | None = None,
-) -> Gradients:
+) -> Gradients | ResidualGradients:
     """Gradient of `normalize`: the statistics are constants and let none through.
 
     ``dx = gamma / sqrt(var + eps) * dy``; dgamma and dbeta as in `batch_norm_backward`.
 
     Parameters
     ----------
-    dy, gamma, eps, layout, out
+    dy, gamma, eps, layout, activation, y, dresidual, out
         As in `batch_norm_backward`.
     x : ndarray or None
         As given to `normalize`; with ``params=False`` it is not read and may be None.
@@ -251,7 +377,7 @@ def normalize_backward(
 
     Returns
     -------
-    dx, dgamma, dbeta
+    dx, dgamma, dbeta, dresidual
         As in `batch_norm_backward`.
 
     Raises
@@ -268,7 +394,9 @@ def normalize_backward(
     array([[0.5, 0.5],
            [1.5, 1. ]], dtype=float32)
     """
-    return _gradients(dy, x, mean, var, gamma, eps, layout, params, out, frozen=True)
+    return _gradients(
+        dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual, True, out
+    )
 
 
 def moments(x: Array, *, layout: str = "NCHW") -> Statistics:
@@ -306,7 +434,7 @@ def moments(x: Array, *, layout: str = "NCHW") -> Statistics:
         return Statistics(call.zeros(np.float64), call.zeros(np.float64))
     view, mean, var = call.view(x), call.zeros(np.float64), call.zeros(np.float64)
     for part in call.parts(backend):
-        mean[part], var[part] = backend.moments(view[:, :, part], threads)
+        mean[part], var[part] = backend.moments(channels(view, part), threads)
     return Statistics(mean, var)
 
 
@@ -319,51 +447,71 @@ def _gradients(
     eps: Any,
     layout: Any,
     params: Any,
-    out: Any,
-    *,
+    activation: Any,
+    y: Any,
+    dresidual: Any,
     frozen: bool,
-) -> Gradients:
+    out: Any,
+) -> Gradients | ResidualGradients:
     """Both backward functions; `frozen` is what tells them apart."""
     backend, threads = current_backend(), current_threads()
     plain = backend.plain_backward(
-        dy, x, mean, var, gamma, eps, layout, params, frozen, out, threads
+        dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual, frozen, out, threads
     )
     if plain is not None:
-        return Gradients(*plain)
+        return _named(*plain)
     params = checks.flag("params", params)
     lone = checks.may_lack_x(x, frozen=frozen, params=params)
-    call = _Call(
-        dy if lone else x,
-        "dy" if lone else "x",
-        layout,
-        single=frozen,
-        gamma=gamma,
-        mean=mean,
-        var=var,
-    )
-    dy = checks.gradient(dy, call.array)
+    array, name = (dy, "dy") if lone else (x, "x")
+    call = _Call(array, name, layout, single=frozen, gamma=gamma, mean=mean, var=var)
+    dy = checks.companion("dy", dy, name, call.array)
     checks.variance(var, nan=not frozen)
     eps = checks.epsilon(eps)
-    dx = call.output(out, {"dy": dy, "x": x})
-    dtype = (call.array if gamma is None else gamma).dtype.newbyteorder("=")
+    gate = call.gate(activation, y, dresidual, dy, x)
+    dresidual = None if gate is None else gate.dresidual
+    dx = call.output("out", out, {"dy": dy, "x": x}, {"y": y, "dresidual": dresidual})
+    dtype = (arithmetic(call.array.dtype) if gamma is None else gamma.dtype).newbyteorder("=")
     dgamma, dbeta = (call.zeros(dtype), call.zeros(dtype)) if params else (None, None)
     if call.is_empty:
-        return Gradients(dx, dgamma, dbeta)
-    target = call.arrangement.target(dx)
+        return _named(dx, dgamma, dbeta, dresidual)
+    written = [(call.arrangement.target(dx), dx)]
     dy_view, x_view = call.view(dy), None if frozen and not params else call.view(call.array)
+    if gate is not None:
+        if dresidual is not None:
+            written.append((call.arrangement.target(dresidual), dresidual))
+        gate = Gate(gate.activation, call.view(gate.y), written[-1][0] if written[1:] else None)
     for part in call.parts(backend):
         mean, var, gamma = (
             call.table(name, default, part)
             for name, default in (("mean", 0.0), ("var", 1.0), ("gamma", 1.0))
         )
-        views = dy_view[:, :, part], None if x_view is None else x_view[:, :, part]
         sums = _run_backward(
-            backend, *views, mean, var, gamma, eps, frozen, target[:, :, part], threads
+            backend,
+            channels(dy_view, part),
+            channels(x_view, part),
+            channels(written[0][0], part),
+            mean,
+            var,
+            gamma,
+            eps,
+            frozen,
+            threads,
+            gate and gate.part(part),
         )
         if dgamma is not None and dbeta is not None:
             dgamma[part], dbeta[part] = (_rounded(s, dtype) for s in sums)
-    call.arrangement.deliver(target, dx)
-    return Gradients(dx, dgamma, dbeta)
+    for target, result in written:
+        call.arrangement.deliver(target, result)
+    return _named(dx, dgamma, dbeta, dresidual)
+
+
+def _named(
+    dx: Array, dgamma: Array | None, dbeta: Array | None, dresidual: Array | None
+) -> Gradients | ResidualGradients:
+    """The result, with a fourth field where it was asked for."""
+    if dresidual is None:
+        return Gradients(dx, dgamma, dbeta)
+    return ResidualGradients(dx, dgamma, dbeta, dresidual)
 
 
 @quiet
@@ -376,21 +524,22 @@ def _run_backward(
     backend: Backend,
     dy: Array,
     x: Array | None,
+    target: Array,
     mean: Table,
     var: Table,
     gamma: Table,
     eps: float,
     frozen: bool,
-    target: Array,
     threads: int,
+    gate: Gate | None,
 ) -> tuple[Table, ...]:
     """The backward trip or, without x, the one pass that frozen statistics need for dx alone."""
     if x is not None:
-        return backend.backward(dy, x, mean, var, gamma, eps, frozen, target, threads)
+        return backend.backward(dy, x, mean, var, gamma, eps, frozen, target, threads, gate)
     zero = np.zeros_like(var)
     scale, rstd = normal_scale(gamma, var, eps), inverse_deviation(var, eps)
     coefficients = GradientCoefficients(scale, zero, zero, mean, rstd)
-    backend.input_gradient(dy, None, coefficients, target, threads)
+    backend.input_gradient(dy, None, coefficients, target, threads, gate)
     return ()
 
 
@@ -400,7 +549,7 @@ class _Call:
     def __init__(
         self, x: Any, name: str, layout: Any, *, single: bool = True, **vectors: Any
     ) -> None:
-        self.array = checks.batch(name, x)
+        self.array, self.name = checks.batch(name, x), name
         self.layout = checks.layout(layout)
         self.channels = x.shape[channel_axis(layout, x.ndim)]
         self.vectors: dict[str, Array | None] = {}
@@ -415,15 +564,43 @@ class _Call:
 
     def output(
         self,
+        name: str,
         out: Any,
         in_place: dict[str, Array | None],
+        apart: dict[str, Array | None] | None = None,
     ) -> Array:
         """The checked `out`, or a fresh array in x's memory order."""
         x = self.array
         if out is not None:
-            return checks.output(out, x, in_place=in_place, apart=self.vectors)
+            apart = self.vectors | (apart or {})
+            return checks.output(name, out, self.name, x, in_place=in_place, apart=apart)
         dtype = x.dtype.newbyteorder("=")
         return np.empty(x.shape, dtype) if self.is_empty else self.arrangement.fresh(x.shape, dtype)
+
+    def tail(self, activation: Any, residual: Any) -> Tail | None:
+        """What follows normalization, on arrays; None for nothing."""
+        if residual is not None:
+            residual = checks.companion("residual", residual, self.name, self.array)
+        asked = checks.activation(activation)
+        return None if residual is None and asked == LINEAR else Tail(asked, residual)
+
+    def arranged(self, tail: Tail | None) -> Tail | None:
+        """A tail on views."""
+        if tail is None or tail.residual is None:
+            return tail
+        return Tail(tail.activation, self.view(tail.residual))
+
+    def gate(self, activation: Any, y: Any, dresidual: Any, dy: Array, x: Any) -> Gate | None:
+        """What stands before the normalization on the way back, on arrays; None for nothing.
+
+        Where only the residual's gradient is wanted, dy is its own gate.
+        """
+        asked, y = checks.activation(activation), checks.gate(y, activation, self.name, self.array)
+        given = dresidual if isinstance(dresidual, np.ndarray) else None
+        if given is not None or checks.flag("dresidual", dresidual):
+            wanted = self.output("dresidual", given, {"dy": dy}, {"x": x, "y": y})
+            return Gate(asked, dy if y is None else y, wanted)
+        return None if y is None else Gate(asked, y, None)
 
     def view(self, a: Array) -> Array:
         """`a`, of x's shape, as a (G, N, C, S) view."""

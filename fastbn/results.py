@@ -31,6 +31,15 @@ class Gradients(NamedTuple):
     dbeta: NDArray[Any] | None
 
 
+class ResidualGradients(NamedTuple):
+    """`Gradients`, and what flows into the residual: dy, let through by the activation."""
+
+    dx: NDArray[Any]
+    dgamma: NDArray[Any] | None
+    dbeta: NDArray[Any] | None
+    dresidual: NDArray[Any]
+
+
 class Folded(NamedTuple):
     """What the folding functions return: a layer's new weight and bias."""
 

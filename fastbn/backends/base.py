@@ -9,6 +9,8 @@
    of the inputs.
 4. Between the two passes of a trip stands one small float64 step, from sums to coefficients; it
    is `normal_scale` and `gradient_coefficients` below.
+5. What follows normalization in a network is fused: a `Tail` adds a residual to y and applies an
+   activation; on the way back a `Gate` lets dy through where the activation did.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fastbn.activations import Activation
 
 Array = NDArray[Any]
 Table = NDArray[np.float64]
@@ -40,6 +44,35 @@ class GradientCoefficients(NamedTuple):
     dy_mean: Table
     mean: Table
     rstd: Table
+
+
+def channels(a: Any, part: slice) -> Any:
+    """Some channels of a (G, N, C, S) array; None of None."""
+    return None if a is None else a[:, :, part]
+
+
+class Tail(NamedTuple):
+    """y = activation((x - mean) * scale + beta + residual)."""
+
+    activation: Activation
+    residual: Array | None
+
+    def part(self, part: slice) -> Tail:
+        """The same on some channels."""
+        return Tail(self.activation, channels(self.residual, part))
+
+
+class Gate(NamedTuple):
+    """In place of dy stands dy times the slope of the activation where it gave y."""
+
+    activation: Activation
+    y: Array
+    dresidual: Array | None
+    """Where the gated dy is written, by whatever writes dx; perhaps dy itself."""
+
+    def part(self, part: slice) -> Gate:
+        """The same on some channels."""
+        return Gate(self.activation, *(channels(a, part) for a in (self.y, self.dresidual)))
 
 
 quiet = np.errstate(all="ignore")
@@ -82,8 +115,8 @@ class Backend(ABC):
     """The six functions, with the trips as their two passes; faster backends override them.
 
     A backend may have plain entries as well: the whole public call for plain arguments. Each takes
-    the verb's arguments in order (`plain_backward` one more, `frozen`, before `out`) and the
-    number of threads. None means "not plain": nothing was touched, and the caller checks, arranges
+    the verb's arguments in order (`plain_backward` one more, `frozen`) and the number of
+    threads. None means "not plain": nothing was touched, and the caller checks, arranges
     and calls the six functions instead.
     """
 
@@ -91,9 +124,16 @@ class Backend(ABC):
     plain_moments: Callable[..., tuple[Table, Table] | None] = staticmethod(_never_plain)
     plain_batch_norm: Callable[..., tuple[Array, Table, Table] | None] = staticmethod(_never_plain)
     plain_normalize: Callable[..., Array | None] = staticmethod(_never_plain)
-    plain_backward: Callable[..., tuple[Array, Array | None, Array | None] | None] = staticmethod(
-        _never_plain
+    plain_backward: Callable[..., tuple[Array, Array | None, Array | None, Array | None] | None] = (
+        staticmethod(_never_plain)
     )
+
+    plain_frozen: Callable[..., Array | None] = staticmethod(_never_plain)
+
+    def prepare(self, affine: Affine) -> Any:
+        """What `plain_frozen` takes for the fixed vectors of an affine map: made once, for calls
+        with (prepared, x, layout, activation, residual, out, threads)."""
+        return affine
 
     def channel_bytes(self, shape: tuple[int, int, int, int]) -> int:
         """Bytes of tables that a call takes for each channel of a (G, N, C, S) view, where it does
@@ -105,14 +145,16 @@ class Backend(ABC):
         """Mean and biased variance over N and S."""
 
     @abstractmethod
-    def normalize(self, x: Array, affine: Affine, out: Array, threads: int) -> None:
-        """out = (x - mean) * scale + beta."""
+    def normalize(
+        self, x: Array, affine: Affine, out: Array, threads: int, tail: Tail | None = None
+    ) -> None:
+        """out = (x - mean) * scale + beta, and what a tail adds."""
 
     @abstractmethod
     def gradient_moments(
-        self, dy: Array, x: Array, mean: Table, threads: int
+        self, dy: Array, x: Array, mean: Table, threads: int, gate: Gate | None = None
     ) -> tuple[Table, Table]:
-        """Sums over N and S of dy and of dy * (x - mean)."""
+        """Sums over N and S of dy, gated, and of dy * (x - mean)."""
 
     @abstractmethod
     def input_gradient(
@@ -122,15 +164,23 @@ class Backend(ABC):
         coefficients: GradientCoefficients,
         out: Array,
         threads: int,
+        gate: Gate | None = None,
     ) -> None:
-        """out = a * (dy - dy_mean) + b * xhat; without x, out = a * dy."""
+        """out = a * (dy - dy_mean) + b * xhat, of a gated dy; without x, out = a * dy."""
 
     def forward(
-        self, x: Array, gamma: Table, beta: Table, eps: float, out: Array, threads: int
+        self,
+        x: Array,
+        gamma: Table,
+        beta: Table,
+        eps: float,
+        out: Array,
+        threads: int,
+        tail: Tail | None = None,
     ) -> tuple[Table, Table]:
         """The forward trip: moments, then normalize; gives mean and variance."""
         mean, var = self.moments(x, threads)
-        self.normalize(x, Affine(mean, normal_scale(gamma, var, eps), beta), out, threads)
+        self.normalize(x, Affine(mean, normal_scale(gamma, var, eps), beta), out, threads, tail)
         return mean, var
 
     @quiet
@@ -145,15 +195,16 @@ class Backend(ABC):
         frozen: bool,
         out: Array,
         threads: int,
+        gate: Gate | None = None,
     ) -> tuple[Table, Table]:
         """The backward trip: gradient moments, then the gradient of the input.
 
         `frozen` statistics let no gradient through: dx = gamma * rstd * dy. Gives dgamma, dbeta.
         """
         rstd = inverse_deviation(var, eps)
-        sum_dy, sum_dy_centred = self.gradient_moments(dy, x, mean, threads)
+        sum_dy, sum_dy_centred = self.gradient_moments(dy, x, mean, threads, gate)
         dgamma = sum_dy_centred * rstd
         count = x.shape[1] * x.shape[3]
         coefficients = gradient_coefficients(sum_dy, dgamma, count, mean, rstd, gamma)
-        self.input_gradient(dy, None if frozen else x, coefficients, out, threads)
+        self.input_gradient(dy, None if frozen else x, coefficients, out, threads, gate)
         return dgamma, sum_dy

@@ -15,7 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from fastbn.backends.base import Affine, Array, Backend, GradientCoefficients, Table, quiet
+from fastbn.activations import Activation
+from fastbn.backends.base import (
+    Affine,
+    Array,
+    Backend,
+    Gate,
+    GradientCoefficients,
+    Table,
+    Tail,
+    quiet,
+)
 
 
 class ReferenceBackend(Backend):
@@ -37,19 +47,22 @@ class ReferenceBackend(Backend):
         return mean, var
 
     @quiet
-    def normalize(self, x: Array, affine: Affine, out: Array, threads: int) -> None:
+    def normalize(
+        self, x: Array, affine: Affine, out: Array, threads: int, tail: Tail | None = None
+    ) -> None:
         mean, scale, beta = affine
         for channel in _channels(x):
             centred = _doubles(x, channel) - mean[channel]
-            _plane(out, channel)[...] = centred * scale[channel] + beta[channel]
+            y = centred * scale[channel] + beta[channel]
+            _plane(out, channel)[...] = y if tail is None else _finished(y, tail, channel)
 
     @quiet
     def gradient_moments(
-        self, dy: Array, x: Array, mean: Table, threads: int
+        self, dy: Array, x: Array, mean: Table, threads: int, gate: Gate | None = None
     ) -> tuple[Table, Table]:
         sum_dy, sum_dy_centred = _table(x), _table(x)
         for channel in _channels(x):
-            dy_values = _doubles(dy, channel)
+            dy_values = _gated(dy, gate, channel)
             sum_dy[channel] = dy_values.sum()
             sum_dy_centred[channel] = (dy_values * (_doubles(x, channel) - mean[channel])).sum()
         return sum_dy, sum_dy_centred
@@ -62,10 +75,13 @@ class ReferenceBackend(Backend):
         coefficients: GradientCoefficients,
         out: Array,
         threads: int,
+        gate: Gate | None = None,
     ) -> None:
         a, b, dy_mean, mean, rstd = coefficients
         for channel in _channels(dy):
-            dx = _doubles(dy, channel)
+            dx = _gated(dy, gate, channel)
+            if gate is not None and gate.dresidual is not None:
+                _plane(gate.dresidual, channel)[...] = dx
             if x is not None:
                 dx -= dy_mean[channel]
             dx *= a[channel]
@@ -88,6 +104,29 @@ def _variance(centred: Table) -> Any:
     scaled = np.ldexp(centred, -exponent)
     residue = scaled.mean()
     return np.ldexp(max(np.square(scaled).mean() - residue * residue, 0.0), 2 * exponent)
+
+
+def _finished(y: Table, tail: Tail, channel: tuple[int, int]) -> Table:
+    """What follows normalization."""
+    if tail.residual is not None:
+        y = y + _doubles(tail.residual, channel)
+    return np.where(y <= 0, _times(tail.activation, y), np.minimum(y, tail.activation.top))
+
+
+def _gated(dy: Array, gate: Gate | None, channel: tuple[int, int]) -> Table:
+    """dy, where an activation stands between it and the normalization: times its slope."""
+    values = _doubles(dy, channel)
+    if gate is None:
+        return values
+    y = _doubles(gate.y, channel)
+    gated = np.where(y <= 0, _times(gate.activation, values), values)
+    top = gate.activation.top
+    return np.where((y >= top) & (top < np.inf), 0, gated)
+
+
+def _times(activation: Activation, values: Table) -> Table:
+    """Times the slope, and 0 for a slope of 0 whatever the values."""
+    return values * activation.slope if activation.slope else np.zeros_like(values)
 
 
 def _channels(x: Array) -> Iterator[tuple[int, int]]:

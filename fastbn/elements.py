@@ -1,0 +1,45 @@
+"""The element types of arrays: which there are, and what belongs to each.
+
+float16 and bfloat16 are storage: arithmetic on them is float32's, and sums are float64 as for every
+type. NumPy has no bfloat16 of its own; arrays of it come from whoever registers the type, as
+ml_dtypes does, and are known by their dtype's name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+FLOATS = "float32 or float64"
+"""What parameters and statistics may be, in words."""
+
+ELEMENTS = f"float16, bfloat16, {FLOATS}"
+"""What arrays may be, in words."""
+
+SINGLE, DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether parameters may be of this type, in either byte order."""
+    return dtype.kind == "f" and dtype.itemsize in (4, 8)
+
+
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """Whether this is somebody's bfloat16, which is native whoever made it."""
+    return dtype.itemsize == 2 and dtype.name == "bfloat16"
+
+
+def is_half(dtype: np.dtype[Any]) -> bool:
+    """Whether values take two bytes: float16, in either byte order, or bfloat16."""
+    return dtype.itemsize == 2 and (dtype.kind == "f" or dtype.name == "bfloat16")
+
+
+def is_element(dtype: np.dtype[Any]) -> bool:
+    """Whether arrays may be of this type, in either byte order."""
+    return is_float(dtype) or is_half(dtype)
+
+
+def arithmetic(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The type of elementwise arithmetic, and of parameters' gradients where no parameter is."""
+    return DOUBLE if dtype.itemsize == 8 else SINGLE

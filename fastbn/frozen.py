@@ -1,0 +1,261 @@
+"""Batch norm with fixed statistics as an object, for inference: what does not depend on x is
+computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn import checks
+from fastbn.activations import Activation
+from fastbn.backends.base import Affine, Backend, normal_scale, quiet
+from fastbn.config import current_backend, current_threads
+from fastbn.functional import ActivationName, apply_affine, normalize_backward
+from fastbn.results import Gradients, ResidualGradients
+
+Array = NDArray[Any]
+
+
+class FrozenBatchNorm:
+    """Normalize by given statistics, again and again: `normalize` without its repeated part.
+
+    ``y = activation(gamma * (x - mean) / sqrt(var + eps) + beta + residual)``, bit for bit what
+    `normalize` gives. It cannot be changed, so any number of threads may share it; it copies and
+    pickles. Each call runs on the backend in force then.
+
+    Parameters
+    ----------
+    mean, var, gamma, beta : ndarray of float32 or float64, shape (C,)
+        As given to `normalize`; they are copied.
+    eps, layout, activation
+        As given to `normalize`.
+
+    Attributes
+    ----------
+    scale, shift : ndarray of float64, shape (C,), read-only
+        ``gamma / sqrt(var + eps)`` and ``beta - mean * scale``: y = x * scale + shift. (Calls
+        compute from x - mean, which keeps digits that this loses.)
+    mean, var, gamma, beta, eps, layout, activation
+        As given; the arrays are read-only.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has a wrong type, shape or value.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> frozen = fastbn.FrozenBatchNorm(np.float64([2, 20]), np.float64([1, 100]), eps=0.0)
+    >>> frozen(np.float32([[1, 10], [3, 30]]))
+    array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    >>> frozen.scale, frozen.shift
+    (array([1. , 0.1]), array([-2., -2.]))
+    """
+
+    __slots__ = (
+        "_activation",
+        "_affine",
+        "_prepared",
+        "activation",
+        "beta",
+        "eps",
+        "gamma",
+        "layout",
+        "mean",
+        "scale",
+        "shift",
+        "var",
+    )
+    mean: Array
+    var: Array
+    gamma: Array | None
+    beta: Array | None
+    eps: float
+    layout: str
+    activation: ActivationName
+    scale: NDArray[np.float64]
+    shift: NDArray[np.float64]
+    _affine: Affine
+    _activation: Activation
+    _prepared: dict[Backend, Any]
+
+    def __init__(
+        self,
+        mean: Array,
+        var: Array,
+        gamma: Array | None = None,
+        beta: Array | None = None,
+        *,
+        eps: float = 1e-5,
+        layout: str = "NCHW",
+        activation: ActivationName = None,
+    ) -> None:
+        owner = checks.statistics(mean)
+        vectors = {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
+        own: dict[str, Any] = {name: _frozen(name, v, owner) for name, v in vectors.items()}
+        checks.mean(own["mean"])
+        checks.variance(own["var"], nan=False)
+        eps = checks.epsilon(eps)
+        affine = _affine(own, eps)
+        mine: dict[str, Any] = {
+            **own,
+            "eps": eps,
+            "layout": checks.layout(layout),
+            "activation": activation,
+            "_activation": checks.activation(activation),
+            "_affine": affine,
+            "scale": affine.scale,
+            "shift": _read_only(_shift(affine)),
+            "_prepared": {},
+        }
+        for name, value in mine.items():
+            object.__setattr__(self, name, value)
+
+    def __call__(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
+        """Normalize `x`; the arguments are those of `normalize`.
+
+        Parameters
+        ----------
+        x : ndarray
+            Of C channels on the layout's axis, as `normalize` takes it.
+        residual, out : ndarray, optional
+            As given to `normalize`.
+
+        Returns
+        -------
+        y : ndarray
+            As `normalize` returns it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has a wrong type, shape or value; nothing has been written.
+        """
+        backend, threads = current_backend(), current_threads()
+        prepared = self._prepared.get(backend)
+        if prepared is None:
+            prepared = self._prepared.setdefault(backend, backend.prepare(self._affine))
+        y = backend.plain_frozen(prepared, x, self.layout, self._activation, residual, out, threads)
+        if y is not None:
+            return y
+        return apply_affine(x, self._affine, self.layout, self.activation, residual, out)
+
+    @overload
+    def backward(
+        self,
+        dy: Array,
+        x: Array | None,
+        *,
+        params: bool = ...,
+        y: Array | None = ...,
+        dresidual: Literal[False] = ...,
+        out: Array | None = ...,
+    ) -> Gradients: ...
+    @overload
+    def backward(
+        self,
+        dy: Array,
+        x: Array | None,
+        *,
+        params: bool = ...,
+        y: Array | None = ...,
+        dresidual: Literal[True] | Array,
+        out: Array | None = ...,
+    ) -> ResidualGradients: ...
+    def backward(
+        self,
+        dy: Array,
+        x: Array | None,
+        *,
+        params: bool = True,
+        y: Array | None = None,
+        dresidual: bool | Array = False,
+        out: Array | None = None,
+    ) -> Gradients | ResidualGradients:
+        """The gradient, for fine-tuning with frozen statistics: `normalize_backward`.
+
+        Parameters
+        ----------
+        dy, x, params, y, dresidual, out
+            As given to `normalize_backward`.
+
+        Returns
+        -------
+        dx, dgamma, dbeta, dresidual
+            As `normalize_backward` returns them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has a wrong type, shape or value; nothing has been written.
+        """
+        backward: Callable[..., Gradients | ResidualGradients] = normalize_backward
+        return backward(
+            dy,
+            x,
+            self.mean,
+            self.var,
+            self.gamma,
+            eps=self.eps,
+            layout=self.layout,
+            params=params,
+            activation=self.activation,
+            y=y,
+            dresidual=dresidual,
+            out=out,
+        )
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(
+            f"FrozenBatchNorm cannot be changed: {name!r} cannot be set; make another"
+        )
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"FrozenBatchNorm cannot be changed: {name!r} cannot be deleted")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        options = {"eps": self.eps, "layout": self.layout, "activation": self.activation}
+        return _made, (self.mean, self.var, self.gamma, self.beta, options)
+
+    def __repr__(self) -> str:
+        return (
+            f"FrozenBatchNorm({len(self.mean)} channels, eps={self.eps}, layout={self.layout!r}, "
+            f"activation={self.activation!r})"
+        )
+
+
+def _made(mean: Array, var: Array, gamma: Any, beta: Any, options: Any) -> FrozenBatchNorm:
+    return FrozenBatchNorm(mean, var, gamma, beta, **options)
+
+
+def _read_only(a: Array) -> Array:
+    a.flags.writeable = False
+    return a
+
+
+def _frozen(name: str, value: Any, owner: checks.Owner) -> Array | None:
+    """A native copy that cannot be written; None for a parameter that is not given."""
+    if value is None and name in ("gamma", "beta"):
+        return None
+    given = checks.owned(name, value, owner)
+    return _read_only(np.array(given, given.dtype.newbyteorder("="), subok=False))
+
+
+def _affine(vectors: dict[str, Any], eps: float) -> Affine:
+    """The affine map, as vectors of float64."""
+    mean, var, gamma, beta = (vectors[name] for name in ("mean", "var", "gamma", "beta"))
+    ones = np.ones(len(mean))
+    scale = normal_scale(ones if gamma is None else gamma.astype(np.float64), var, eps)
+    shift = np.zeros(len(mean)) if beta is None else beta.astype(np.float64)
+    return Affine(*(_read_only(v) for v in (mean.astype(np.float64), scale, shift)))
+
+
+@quiet
+def _shift(affine: Affine) -> Array:
+    shift: Array = affine.beta - affine.mean * affine.scale
+    return shift
