@@ -26,13 +26,20 @@ INSTRUCTION_SETS = {"portable": (16, ["-DFASTBN_PORTABLE"])}
 if platform.machine() == "x86_64":
     INSTRUCTION_SETS |= {
         "sse2": (16, []),
-        "avx2": (32, ["-mavx2", "-mfma"]),
+        "avx2": (32, ["-mavx2", "-mfma", "-mf16c"]),
         "avx512": (
             64,
             ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
         ),
     }
-ELEMENTS = {"f32": "FASTBN_F32", "f64": "FASTBN_F64"}
+ELEMENTS = {
+    "f32": "FASTBN_F32",
+    "f64": "FASTBN_F64",
+    "f16": "FASTBN_F16",
+    "bf16": "FASTBN_BF16",
+}
+# The kernels' loops take what they do as constants: they are small functions that must be inlined.
+INLINED = ("CYTHON_INLINE", "inline __attribute__((always_inline, unused))")
 
 # Contraction to fused multiply-adds would change the bits from one instruction set to the next;
 # -ffast-math would let the order of summation change as well. Neither is ever wanted here.
@@ -96,12 +103,14 @@ def stub(isa: str, element: str) -> Path:
     return path
 
 
-def extension(name: str, source: Path, flags: list[str]) -> Extension:
+def extension(
+    name: str, source: Path, flags: list[str], macros: list[tuple[str, str]] | None = None
+) -> Extension:
     return Extension(
         f"fastbn._ext.{name}",
         [str(source)],
         include_dirs=[np.get_include(), str(EXT)],
-        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), *(macros or [])],
         extra_compile_args=[*COMMON, *WARNINGS, *flags],
         libraries=["m"],
         depends=[str(path) for path in sorted(EXT.glob("*.[hp][x]*")) if path.suffix != ".pyx"],
@@ -113,6 +122,7 @@ extensions = [extension(name, EXT / f"{name}.pyx", []) for name in ("cpu", "entr
         f"kernels_{isa}_{element}",
         stub(isa, element),
         [f"-DFASTBN_WIDTH={width}", f"-D{macro}", *flags],
+        [INLINED],
     )
     for isa, (width, flags) in INSTRUCTION_SETS.items()
     for element, macro in ELEMENTS.items()

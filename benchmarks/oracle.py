@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +20,8 @@ Array = NDArray[Any]
 Wide = NDArray[np.longdouble]
 
 DTYPES = (np.float32, np.float64)
+HALVES = (np.float16, ml_dtypes.bfloat16)
+ACTIVATIONS: tuple[Any, ...] = (None, "relu", "relu6", ("leaky_relu", 0.1))
 LAYOUTS = ("NCHW", "NHWC")
 
 assert np.finfo(np.longdouble).eps < 2**-60, "these oracles need an extended long double"
@@ -138,18 +141,48 @@ def textbook_frozen(
     return y
 
 
+def _bends(activation: Any) -> tuple[float, float]:
+    """The slope below 0 and the largest value of an activation."""
+    if isinstance(activation, tuple):
+        return activation[1], np.inf
+    return {None: (1.0, np.inf), "relu": (0.0, np.inf), "relu6": (0.0, 6.0)}[activation]
+
+
+def fused(bn: Wide, activation: Any, residual: Wide | None) -> Wide:
+    """activation(bn + residual)."""
+    v = bn if residual is None else bn + residual
+    slope, top = _bends(activation)
+    negative = v * np.longdouble(slope) if slope else np.zeros_like(v)
+    return np.where(v <= 0, negative, np.minimum(v, top))
+
+
+def gated(dy: Wide, y: Wide, activation: Any) -> Wide:
+    """dy times the derivative of the activation where it gave y; at a kink the negative side's."""
+    slope, top = _bends(activation)
+    passed = np.where(y <= 0, dy * np.longdouble(slope) if slope else 0, dy)
+    return passed if top == np.inf else np.where(y >= top, 0, passed)
+
+
 # --- bounds -------------------------------------------------------------------------------------
 
 
 def unit(dtype: Any) -> float:
-    """u: 2**-23 for float32, 2**-52 for float64."""
-    return float(np.finfo(dtype).eps)
+    """u: 2**-52 for float64, 2**-23 for float32, and for half types, which are computed in it."""
+    return 2.0**-52 if np.dtype(dtype).itemsize == 8 else 2.0**-23
+
+
+def stored(dtype: Any, exact: Wide, bound: Wide) -> Wide:
+    """The bound of a value that is stored as `dtype`: a half type rounds it once more."""
+    if np.dtype(dtype).itemsize > 2:
+        return bound
+    half_unit = np.longdouble(float(ml_dtypes.finfo(dtype).eps) / 2)
+    return bound + half_unit * (np.abs(exact) + bound)
 
 
 def factor(dtype: Any, mean: Wide, rstd: Wide) -> Wide:
-    """k of each channel: 2u for float32, 1e-12 + 4u|mean|/s for float64."""
+    """k of each channel: 2u for float32 and half types, 1e-12 + 4u|mean|/s for float64."""
     u = unit(dtype)
-    if np.dtype(dtype).itemsize == 4:
+    if np.dtype(dtype).itemsize <= 4:
         return np.full(mean.shape, 2 * u, np.longdouble)
     k: Wide = np.longdouble(1e-12) + 4 * u * np.abs(mean) * rstd
     return k
@@ -175,6 +208,18 @@ def bound_y(
     k = factor(dtype, mean, rstd_of(var, eps))
     bound: Wide = k[:, None] * (np.abs(y) + np.abs(gamma)[:, None] + np.abs(beta)[:, None])
     return bound
+
+
+def bound_fused(dtype: Any, bound: Wide, v: Wide, y: Wide) -> Wide:
+    """How far y may be off, where bn was within a bound, v = bn + residual and y of that: a sum
+    and a product are rounded."""
+    fused: Wide = bound + unit(dtype) * (np.abs(v) + np.abs(y))
+    return fused
+
+
+def bound_gated(dtype: Any, dy: Wide, bound: Wide) -> Wide:
+    """How far a gated dy may be off, or what was made of it within a bound times |dy|."""
+    return bound + unit(dtype) * np.abs(dy)
 
 
 def bound_dx(
@@ -223,7 +268,7 @@ def bound_dbeta(dtype: Any, exact: WideGradients, mean: Wide, var: Wide, eps: fl
 def units(actual: Array, expected: Any, bound: Any) -> Wide:
     """Each error |actual - expected| in units of what is allowed, its bound and one smallest
     subnormal of its type; infinite where there should be a number and is none."""
-    allowed = bound + np.longdouble(np.finfo(actual.dtype).smallest_subnormal)
+    allowed = bound + np.longdouble(float(ml_dtypes.finfo(actual.dtype).smallest_subnormal))
     with np.errstate(invalid="ignore"):
         off: Wide = np.abs(actual.astype(np.longdouble) - expected) / allowed
     return np.where(np.isnan(off), np.inf, off)

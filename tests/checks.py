@@ -15,13 +15,19 @@ from benchmarks.oracle import (
     bound_dbeta,
     bound_dgamma,
     bound_dx,
+    bound_fused,
+    bound_gated,
     bound_mean,
     bound_var,
     bound_y,
     channels_of,
+    fused,
+    gated,
     moments,
     normalize,
     rows,
+    rstd_of,
+    stored,
     units,
     vector,
     wide,
@@ -51,6 +57,18 @@ class Judged(NamedTuple):
     what: str
 
 
+def judge_y(
+    y: Array, bn: Wide, bound: Wide, layout: str, activation: Any, residual: Array | None
+) -> Judged:
+    """A y beside what it should be: normalized values within their bound, and what is fused."""
+    dtype = np.dtype(y.dtype.type)
+    z = None if residual is None else wide(residual, layout)
+    exact = fused(bn, activation, z)
+    if activation is not None or z is not None:
+        bound = bound_fused(dtype, bound, bn if z is None else bn + z, exact)
+    return Judged(rows(y, layout), exact, stored(dtype, exact, bound), "y")
+
+
 def judge_forward(
     result: fastbn.BatchNormResult,
     x: Array,
@@ -59,17 +77,20 @@ def judge_forward(
     *,
     eps: float = 1e-5,
     layout: str = "NCHW",
+    activation: Any = None,
+    residual: Array | None = None,
 ) -> list[Judged]:
     """What `batch_norm` gave for these arguments, beside what it should."""
     c = channels_of(x, layout)
     dtype = np.dtype(x.dtype.type)
     values, g, b = wide(x, layout), vector(gamma, 1, c), vector(beta, 0, c)
     mean, var = moments(values)
-    y = normalize(values, mean, var, g, b, eps)
+    bn = normalize(values, mean, var, g, b, eps)
+    bound = bound_y(dtype, bn, mean, var, g, b, eps)
     return [
         Judged(result.mean, mean, bound_mean(mean, var, eps), "mean"),
         Judged(result.var, var, bound_var(var), "var"),
-        Judged(rows(result.y, layout), y, bound_y(dtype, y, mean, var, g, b, eps), "y"),
+        judge_y(result.y, bn, bound, layout, activation, residual),
     ]
 
 
@@ -80,12 +101,15 @@ def check_forward(
     *,
     eps: float = 1e-5,
     layout: str = "NCHW",
+    activation: Any = None,
+    residual: Array | None = None,
 ) -> fastbn.BatchNormResult:
     """`batch_norm`, `moments` and `normalize` are within their bounds; gives batch_norm's."""
-    result = fastbn.batch_norm(x, gamma, beta, eps=eps, layout=layout)
+    tail = {"activation": activation, "residual": residual}
+    result = fastbn.batch_norm(x, gamma, beta, eps=eps, layout=layout, **tail)
     assert result.y.dtype == np.dtype(x.dtype.type)
     assert result.y.shape == x.shape
-    mean, var, y = judge_forward(result, x, gamma, beta, eps=eps, layout=layout)
+    mean, var, y = judge_forward(result, x, gamma, beta, eps=eps, layout=layout, **tail)
     alone = fastbn.moments(x, layout=layout)
     again = mean._replace(actual=alone.mean), var._replace(actual=alone.var)
     for statistic in (mean, var, *again):
@@ -97,7 +121,7 @@ def check_forward(
             m, v = result.mean.astype(given), result.var.astype(given)
         fits = np.isfinite(m) & np.isfinite(v) & ((v != 0) == (result.var != 0))
         if fits.all():
-            check_normalize(x, m, v, gamma, beta, eps=eps, layout=layout)
+            check_normalize(x, m, v, gamma, beta, eps=eps, layout=layout, **tail)
     return result
 
 
@@ -110,19 +134,23 @@ def check_normalize(
     *,
     eps: float = 1e-5,
     layout: str = "NCHW",
+    activation: Any = None,
+    residual: Array | None = None,
 ) -> None:
     """`normalize` by the statistics given is within its bound."""
-    got = fastbn.normalize(x, mean, var, gamma, beta, eps=eps, layout=layout)
+    tail = {"activation": activation, "residual": residual}
+    got = fastbn.normalize(x, mean, var, gamma, beta, eps=eps, layout=layout, **tail)
     c = channels_of(x, layout)
     m, v, g, b = vector(mean, 0, c), vector(var, 1, c), vector(gamma, 1, c), vector(beta, 0, c)
-    y = normalize(wide(x, layout), m, v, g, b, eps)
+    bn = normalize(wide(x, layout), m, v, g, b, eps)
     dtype = np.dtype(x.dtype.type)
     assert got.dtype == dtype
-    assert_within(rows(got, layout), y, bound_y(dtype, y, m, v, g, b, eps), "normalize")
+    bound = bound_y(dtype, bn, m, v, g, b, eps)
+    assert_within(*judge_y(got, bn, bound, layout, activation, residual)._replace(what="normalize"))
 
 
 def judge_backward(
-    got: fastbn.Gradients,
+    got: fastbn.Gradients | fastbn.ResidualGradients,
     dy: Array,
     x: Array,
     mean: Array,
@@ -132,24 +160,37 @@ def judge_backward(
     eps: float = 1e-5,
     layout: str = "NCHW",
     frozen: bool = False,
+    activation: Any = None,
+    y: Array | None = None,
 ) -> list[Judged]:
     """What a backward gave for these arguments, beside what it should."""
     c = channels_of(x, layout)
     dtype = np.dtype(x.dtype.type)
-    of_parameters = dtype if gamma is None else np.dtype(gamma.dtype.type)
+    of_parameters = np.dtype(dtype if dtype.itemsize > 2 else np.float32)
+    if gamma is not None:
+        of_parameters = np.dtype(gamma.dtype.type)
     d, m, v, g = wide(dy, layout), vector(mean, 0, c), vector(var, 1, c), vector(gamma, 1, c)
+    if y is not None:
+        d = gated(d, wide(y, layout), activation)
     exact = backward(d, wide(x, layout), m, v, g, eps, frozen=frozen)
-    dx, dgamma, dbeta = got
+    dx, dgamma, dbeta = got[:3]
     assert dgamma is not None
     assert dbeta is not None
     assert dx.dtype == dtype
     assert dgamma.dtype == dbeta.dtype == of_parameters
     bound = bound_dx(dtype, exact, d, m, v, g, eps, frozen=frozen)
-    return [
-        Judged(rows(dx, layout), exact.dx, bound, "dx"),
+    if y is not None:
+        bound = bound_gated(dtype, d * (g * rstd_of(v, eps))[:, None], bound)
+    judged = [
+        Judged(rows(dx, layout), exact.dx, stored(dtype, exact.dx, bound), "dx"),
         Judged(dgamma, exact.dgamma, bound_dgamma(of_parameters, exact, m, v, eps), "dgamma"),
         Judged(dbeta, exact.dbeta, bound_dbeta(of_parameters, exact, m, v, eps), "dbeta"),
     ]
+    if isinstance(got, fastbn.ResidualGradients):
+        assert got.dresidual.dtype == dtype
+        bound = stored(dtype, d, bound_gated(dtype, d, np.zeros_like(d)))
+        judged.append(Judged(rows(got.dresidual, layout), d, bound, "dresidual"))
+    return judged
 
 
 def check_backward(
@@ -162,11 +203,16 @@ def check_backward(
     eps: float = 1e-5,
     layout: str = "NCHW",
     frozen: bool = False,
-) -> fastbn.Gradients:
+    activation: Any = None,
+    y: Array | None = None,
+    dresidual: Any = False,
+) -> fastbn.Gradients | fastbn.ResidualGradients:
     """`batch_norm_backward`, or (`frozen`) `normalize_backward`, is within its bounds."""
-    verb = fastbn.normalize_backward if frozen else fastbn.batch_norm_backward
-    got = verb(dy, x, mean, var, gamma, eps=eps, layout=layout)
-    options: dict[str, Any] = {"eps": eps, "layout": layout, "frozen": frozen}
+    verb: Any = fastbn.normalize_backward if frozen else fastbn.batch_norm_backward
+    options: dict[str, Any] = {"eps": eps, "layout": layout, "activation": activation, "y": y}
+    got: fastbn.Gradients | fastbn.ResidualGradients
+    got = verb(dy, x, mean, var, gamma, dresidual=dresidual, **options)
+    options["frozen"] = frozen
     for judged in judge_backward(got, dy, x, mean, var, gamma, **options):
         assert_within(*judged)
     return got

@@ -90,9 +90,9 @@ def parameters(draw: st.DrawFn, channels: int) -> Array | None:
 
 
 @st.composite
-def recipes(draw: st.DrawFn) -> Problem:
+def recipes(draw: st.DrawFn, dtypes: tuple[Any, ...] = DTYPES) -> Problem:
     """A problem from a few words: any shape, layout, memory form and distribution."""
-    shape, dtype, layout = draw(shapes()), draw(st.sampled_from(DTYPES)), draw(layouts)
+    shape, dtype, layout = draw(shapes()), draw(st.sampled_from(dtypes)), draw(layouts)
     form = draw(st.sampled_from(sorted(FORMS)))
     kind = draw(st.sampled_from(sorted(DISTRIBUTIONS)))
     loc, scale = draw(st.sampled_from([0, 1, -30, 1000])), draw(st.sampled_from([1, 0.01, 50]))

@@ -6,8 +6,14 @@ Built without any instruction-set flag, and imported before any variant that was
 cdef extern from *:
     """
     #ifdef __x86_64__
+    #include <cpuid.h>
+    static int has_f16c(void) {
+        unsigned a, b, c = 0, d;
+        return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+    }
     #define runs_sse2() 1
-    #define runs_avx2() (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    #define runs_avx2() (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") \
+        && has_f16c())
     #define runs_avx512() (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") \
         && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     #else

@@ -2,21 +2,25 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fastbn.backends.base import Affine, GradientCoefficients, Table
+from fastbn.backends.base import Affine, Gate, GradientCoefficients, Table, Tail
 
 Array = NDArray[Any]
 
 def tune(**thresholds: int) -> dict[str, int]: ...
 def walks(a: Array) -> bool: ...
 
+ELEMENTS: tuple[str, ...]
+
 class Engine:
     isa: str
-    def __init__(self, isa: str, kernels_f32: object, kernels_f64: object) -> None: ...
+    def __init__(self, isa: str, modules: tuple[Any, ...]) -> None: ...
     def calls(self) -> int: ...
     def moments(self, x: Array, threads: int) -> tuple[Table, Table]: ...
-    def normalize(self, x: Array, affine: Affine, out: Array, threads: int) -> None: ...
+    def normalize(
+        self, x: Array, affine: Affine, out: Array, threads: int, tail: Tail | None
+    ) -> None: ...
     def gradient_moments(
-        self, dy: Array, x: Array, mean: Table, threads: int
+        self, dy: Array, x: Array, mean: Table, threads: int, gate: Gate | None
     ) -> tuple[Table, Table]: ...
     def input_gradient(
         self,
@@ -25,9 +29,17 @@ class Engine:
         coefficients: GradientCoefficients,
         out: Array,
         threads: int,
+        gate: Gate | None,
     ) -> None: ...
     def forward(
-        self, x: Array, gamma: Table, beta: Table, eps: float, out: Array, threads: int
+        self,
+        x: Array,
+        gamma: Table,
+        beta: Table,
+        eps: float,
+        out: Array,
+        threads: int,
+        tail: Tail | None,
     ) -> tuple[Table, Table]: ...
     def backward(
         self,
@@ -40,10 +52,13 @@ class Engine:
         frozen: bool,
         out: Array,
         threads: int,
+        gate: Gate | None,
     ) -> tuple[Table, Table]: ...
+    def prepare(self, affine: Affine) -> object: ...
+    def plain_frozen(self, *arguments: Any) -> Array | None: ...
     def plain_moments(self, *arguments: Any) -> tuple[Table, Table] | None: ...
     def plain_batch_norm(self, *arguments: Any) -> tuple[Array, Table, Table] | None: ...
     def plain_normalize(self, *arguments: Any) -> Array | None: ...
     def plain_backward(
         self, *arguments: Any
-    ) -> tuple[Array, Array | None, Array | None] | None: ...
+    ) -> tuple[Array, Array | None, Array | None, Array | None] | None: ...

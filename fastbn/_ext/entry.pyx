@@ -11,15 +11,17 @@
    values a channel some channels at a time. Nor does that change a bit.
 """
 
+from fastbn import activations
 from fastbn._caches import (
     FETCH, KERNELS_SHARE, L2, MOST_FOLDED, SCRATCH, SCRATCH_PART, SERIAL_BELOW, SPARSE, STREAM_MAPS,
     STREAM_PLANES, STREAM_ROWS, STRETCH,
 )
+from fastbn.elements import is_bfloat16
 
 cimport numpy as cnp
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.math cimport isfinite
+from libc.math cimport INFINITY, isfinite
 from libc.string cimport memset
 
 from fastbn._ext.task cimport (
@@ -141,10 +143,19 @@ cdef void set_chunks(Task* t) noexcept nogil:
         t.chunks = ceil_div(t.N, t.rows)
 
 
-cdef Py_ssize_t bytes_of(Task* t, Py_ssize_t itemsize) noexcept nogil:
-    """What the call reads and writes, once each."""
-    cdef int operands = (t.x.data != NULL) + (t.dy.data != NULL) + (t.out.data != NULL)
-    return t.G * (t.N * t.C + t.tail) * t.S * itemsize * operands
+cdef Py_ssize_t bytes_of(Task* t) noexcept nogil:
+    """What an array of the task takes up."""
+    return t.G * (t.N * t.C + t.tail) * t.S * t.itemsize
+
+
+cdef int count_inputs(Task* t) noexcept nogil:
+    # dy may be its own gate
+    return ((t.x.data != NULL) + (t.dy.data != NULL) + (t.residual.data != NULL)
+            + (t.y.data != NULL and t.y.data != t.dy.data))
+
+
+cdef int count_outputs(Task* t) noexcept nogil:
+    return (t.out.data != NULL) + (t.dresidual.data != NULL)
 
 
 cdef Py_ssize_t streams_from(Task* t) noexcept nogil:
@@ -153,19 +164,20 @@ cdef Py_ssize_t streams_from(Task* t) noexcept nogil:
     return tuning.stream_rows if t.inside else tuning.stream_planes
 
 
-cdef void schedule(Task* t, int threads, Py_ssize_t itemsize) noexcept nogil:
+cdef void schedule(Task* t, int threads) noexcept nogil:
     """The order of work: blocks of channels through the whole trip, or chunks shared by all."""
-    cdef Py_ssize_t total = bytes_of(t, itemsize)
-    cdef Py_ssize_t inputs = (t.x.data != NULL) + (t.dy.data != NULL)
-    cdef Py_ssize_t column = max((t.N + (t.tail > 0)) * t.S * itemsize * inputs, 1)
+    cdef Py_ssize_t inputs = count_inputs(t)
+    cdef Py_ssize_t total = bytes_of(t) * (inputs + count_outputs(t))
+    cdef Py_ssize_t column = max((t.N + (t.tail > 0)) * t.S * t.itemsize * inputs, 1)
     cdef Py_ssize_t channels = t.G * t.C, block
-    cdef Py_ssize_t plane = t.S * itemsize, row = t.C * itemsize if t.inside else plane
+    cdef Py_ssize_t plane = t.S * t.itemsize, row = t.C * t.itemsize if t.inside else plane
     # Past the caches go whole lines only; rows of a few lines would mostly be ends. Planes that
     # follow each other are joined.
     t.large = total >= tuning.stream_rows
     t.stream = t.map != NO_MAP and total >= streams_from(t)
     t.joined = t.stream and not t.inside and t.pieces == 1 and t.out.c == t.S
     t.stream = t.stream and (t.joined or row % LINE == 0 or row >= 1024)
+    t.stream_dresidual = t.stream and streams_alike(t, row)
     t.planes_ahead = 0 if t.inside or plane > 4 * AHEAD else AHEAD // plane + 1
     t.threads = min(<Py_ssize_t> threads, max(1, 2 * total // tuning.serial_below - 1))
     if t.reduce == NO_REDUCE or t.inside:
@@ -185,13 +197,20 @@ cdef void schedule(Task* t, int threads, Py_ssize_t itemsize) noexcept nogil:
     t.fetch = total >= t.threads * tuning.fetch
     t.block = even_block(t, block)
     t.map_block = even_block(t, t.C)
-    set_rows(t, itemsize)
+    set_rows(t)
 
 
-cdef void set_rows(Task* t, Py_ssize_t itemsize) noexcept nogil:
+cdef bint streams_alike(Task* t, Py_ssize_t row) noexcept nogil:
+    """Whether lines of dresidual begin where those of `out` do; ends of short rows are not joined."""
+    return ((t.out.data - t.dresidual.data) % LINE == 0 and t.out.g == t.dresidual.g
+            and t.out.n == t.dresidual.n and t.out.c == t.dresidual.c
+            and (row % LINE == 0 or row >= 1024))
+
+
+cdef void set_rows(Task* t) noexcept nogil:
     """Channels inside: how many rows share the fetching of sums, and of coefficients."""
     cdef bint sparing = t.large and t.reduce == GRADIENT_MOMENTS
-    cdef bint overflows = t.map == INPUT_GRADIENT and PACKED * t.C * itemsize >= OVERFLOWING
+    cdef bint overflows = t.map == INPUT_GRADIENT and PACKED * t.C * t.real_bytes >= OVERFLOWING
     t.few = max(1, tuning.sparse // t.block) if sparing else max(4, tuning.stretch // t.block)
     t.together = max(1, (tuning.sparse if t.large else tuning.stretch) // t.C)
     if overflows or not t.large:
@@ -222,12 +241,15 @@ cdef Py_ssize_t rows_of_sums(Task* t) noexcept nogil:
     return 0 if t.reduce == NO_REDUCE else 4 + 2 * t.chunks
 
 
-cdef int set_scratch(Task* t, Py_ssize_t itemsize, char** memory) except -1 nogil:
+cdef int set_scratch(Task* t, char** memory) except -1 nogil:
     """The tables between the passes."""
     cdef Py_ssize_t table = t.G * t.pitch * sizeof(double)
-    cdef Py_ssize_t packed = t.G * t.pitch * PACKED * itemsize
+    cdef Py_ssize_t packed = t.G * t.pitch * PACKED * t.real_bytes
     cdef Py_ssize_t reducing = 0 if t.reduce == NO_REDUCE else 1
     cdef char* free
+    if t.prepared != NULL and t.fold == 1:
+        t.packed = t.prepared
+        return 0
     memory[0] = <char*> PyMem_RawMalloc(rows_of_sums(t) * table + packed + 8 * LINE)
     if memory[0] == NULL:
         raise MemoryError("fastbn: no memory for the tables of sums")
@@ -242,17 +264,17 @@ cdef int set_scratch(Task* t, Py_ssize_t itemsize, char** memory) except -1 nogi
 
 # ---- In parts: the tables of a wide array with few values a channel would outgrow it ----
 
-cdef Py_ssize_t channels_at_once(Task* t, Py_ssize_t itemsize) noexcept nogil:
+cdef Py_ssize_t channels_at_once(Task* t) noexcept nogil:
     """How many channels' tables are in memory at a time: all, or equal parts of whole vectors.
 
     The verbs have a share of the limits as well, where they make tables of their own.
     """
-    cdef Py_ssize_t each = rows_of_sums(t) * <Py_ssize_t> sizeof(double) + PACKED * itemsize
-    cdef Py_ssize_t array = t.G * (t.N * t.C + t.tail) * t.S * itemsize
-    cdef Py_ssize_t limit = <Py_ssize_t> (max(tuning.scratch, array // scratch_part) * kernels_share)
+    cdef Py_ssize_t each = rows_of_sums(t) * <Py_ssize_t> sizeof(double) + PACKED * t.real_bytes
+    cdef Py_ssize_t allowed = max(tuning.scratch, bytes_of(t) // scratch_part)
+    cdef Py_ssize_t limit = <Py_ssize_t> (allowed * kernels_share)
     cdef Py_ssize_t most = max(limit // each // LANES, 1) * LANES
-    if t.C <= most or t.fold > 1:
-        return most
+    if t.C <= most or t.fold > 1 or t.prepared != NULL:
+        return max(most, t.C)
     return ceil_div(t.C, ceil_div(t.C, most) * LANES) * LANES
 
 
@@ -266,18 +288,17 @@ cdef void shift_table(Table* table, Py_ssize_t g, Py_ssize_t c) noexcept nogil:
         table.data += g * table.g + c * table.c
 
 
-cdef Task part_of(Task* t, Py_ssize_t g, Py_ssize_t G, Py_ssize_t c, Py_ssize_t C,
-                  Py_ssize_t itemsize) noexcept nogil:
+cdef Task part_of(Task* t, Py_ssize_t g, Py_ssize_t G, Py_ssize_t c, Py_ssize_t C) noexcept nogil:
     """The task on G runs from run g on and, where rows are not folded, C channels from c on."""
     cdef Task part = t[0]
-    cdef Operand* operands[4]
+    cdef Operand* operands[6]
     cdef Table* tables[10]
     cdef Py_ssize_t i
-    operands[:] = [&part.x, &part.dy, &part.source, &part.out]
+    operands[:] = [&part.x, &part.dy, &part.out, &part.residual, &part.y, &part.dresidual]
     tables[:] = [&part.mean, &part.var, &part.gamma, &part.beta, &part.a, &part.b, &part.dy_mean,
                  &part.rstd, &part.first, &part.second]
-    for i in range(4):
-        shift_operand(operands[i], g, c, itemsize)
+    for i in range(6):
+        shift_operand(operands[i], g, c, t.itemsize)
     for i in range(10):
         shift_table(tables[i], g, c)
     part.G = G
@@ -287,33 +308,62 @@ cdef Task part_of(Task* t, Py_ssize_t g, Py_ssize_t G, Py_ssize_t c, Py_ssize_t 
     return part
 
 
-cdef int run_part(Task* t, Run run, int threads, Py_ssize_t itemsize) except -1 nogil:
+cdef int run_part(Task* t, Run run, int threads) except -1 nogil:
     cdef char* memory = NULL
-    schedule(t, threads, itemsize)
-    set_scratch(t, itemsize, &memory)
+    schedule(t, threads)
+    set_scratch(t, &memory)
     run(t)
     PyMem_RawFree(memory)
     return 0
 
 
-cdef int run_parts(Task* t, Run run, int threads, Py_ssize_t itemsize) except -1 nogil:
+cdef int run_parts(Task* t, Run run, int threads) except -1 nogil:
     """The whole task at once if its tables are small beside it, else some runs, or some channels
     of one run, after others."""
-    cdef Py_ssize_t most = channels_at_once(t, itemsize), g = 0, c
+    cdef Py_ssize_t most = channels_at_once(t), g = 0, c
     cdef Py_ssize_t G = min(max(most // t.C, 1), t.G)
     cdef Py_ssize_t C = t.C if t.fold > 1 else min(most, t.C)
     cdef Task part
     while g < t.G:
         c = 0
         while c < t.C:
-            part = part_of(t, g, min(G, t.G - g), c, min(C, t.C - c), itemsize)
-            run_part(&part, run, threads, itemsize)
+            part = part_of(t, g, min(G, t.G - g), c, min(C, t.C - c))
+            run_part(&part, run, threads)
             c += C
         g += G
     return 0
 
 
 # ---- Arrays ----
+
+cdef enum Element:
+    F32, F64, F16, BF16, NO_ELEMENT
+
+ELEMENTS = ("f32", "f64", "f16", "bf16")
+"""The names of the element types, in the order of `Element`."""
+
+cdef int bfloat16_type = -1     # the number that NumPy gave to the last one seen
+
+
+cdef int element_of(object a):
+    """The element type of an array; bfloat16 is whatever has that name."""
+    global bfloat16_type
+    cdef int kind = cnp.PyArray_TYPE(a)
+    if kind == cnp.NPY_FLOAT32:
+        return F32
+    if kind == cnp.NPY_FLOAT64:
+        return F64
+    if kind == cnp.NPY_FLOAT16:
+        return F16
+    if kind != bfloat16_type and cnp.PyTypeNum_ISUSERDEF(kind) and is_bfloat16(a.dtype):
+        bfloat16_type = kind
+    return BF16 if kind == bfloat16_type else NO_ELEMENT
+
+
+cdef void set_element(Task* t, int element) noexcept nogil:
+    t.itemsize = 8 if element == F64 else 4 if element == F32 else 2
+    t.real_bytes = 8 if element == F64 else 4
+
 
 cdef Operand operand(Task* t, cnp.ndarray a) noexcept:
     """A (G, N, C, S) array of the task's shape; folded rows are dense, one after the other."""
@@ -366,7 +416,7 @@ cdef bint set_plain_shape(Task* t, object x, object layout):
     cdef Py_ssize_t C, outer = 1, inner = 1
     if not cnp.PyArray_CheckExact(x) or not cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> x):
         return False
-    if cnp.PyArray_TYPE(x) != cnp.NPY_FLOAT32 and cnp.PyArray_TYPE(x) != cnp.NPY_FLOAT64:
+    if element_of(x) == NO_ELEMENT:
         return False
     ndim = cnp.PyArray_NDIM(x)
     if ndim < 2 or cnp.PyArray_SIZE(x) == 0:
@@ -436,56 +486,101 @@ cdef bint apart(object out, object a):
             or <char*> cnp.PyArray_DATA(out) + cnp.PyArray_NBYTES(out) <= first)
 
 
-cdef bint is_plain_out(object out, object x, object dy, object mean, object var, object gamma,
-                       object beta):
-    """Whether `out` is like x, writeable, and in place of x or dy or apart from everything."""
-    cdef object other
-    if not is_like(out, x) or not cnp.PyArray_ISCARRAY(<cnp.ndarray> out):
+cdef bint is_plain_out(object out, object x):
+    """Whether `out` is like x, and writeable."""
+    return is_like(out, x) and cnp.PyArray_ISCARRAY(<cnp.ndarray> out)
+
+
+cdef bint in_place_or_apart(object out, object a):
+    return a is None or cnp.PyArray_DATA(out) == cnp.PyArray_DATA(a) or apart(out, a)
+
+
+cdef bint all_apart(object out, object mean, object var, object gamma, object beta):
+    cdef object vector
+    for vector in (mean, var, gamma, beta):
+        if vector is not None and not apart(out, vector):
+            return False
+    return True
+
+
+cdef cnp.ndarray empty_like(object x):
+    return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+
+
+cdef bint set_activation(Task* t, object activation):
+    """The activation, by its public name."""
+    if activation is None:
+        t.slope, t.top = 1, INFINITY
+        return True
+    known = activations.of(activation)
+    if known is None:
         return False
-    for other in (x, dy):
-        if other is not None and cnp.PyArray_DATA(out) != cnp.PyArray_DATA(other) \
-                and not apart(out, other):
+    t.slope, t.top = known
+    return True
+
+
+cdef bint set_residual(Task* t, object residual, object x):
+    if residual is None:
+        return True
+    if not is_like(residual, x):
+        return False
+    t.residual = dense(t, residual)
+    return True
+
+
+cdef bint set_gate(Task* t, object activation, object y, object dy):
+    """The activation, and the y that it needs."""
+    if not set_activation(t, activation) or (activation is None) != (y is None):
+        return False
+    if y is not None:
+        if not is_like(y, dy):
             return False
-    for other in (mean, var, gamma, beta):
-        if other is not None and not apart(out, other):
-            return False
+        t.y = dense(t, y)
     return True
 
 
 # ---- Running ----
 
+cdef class Prepared:
+    """The packed coefficients of an affine map, in both types of arithmetic."""
+
+    cdef readonly Py_ssize_t channels
+    cdef object memory
+    cdef char* single
+    cdef char* double
+
+
 cdef class Engine:
     """The kernels of one instruction set, for every element type."""
 
     cdef readonly str isa
-    cdef Run run_f32
-    cdef Run run_f64
+    cdef Run[4] runs
     cdef object modules
 
-    def __init__(self, isa, kernels_f32, kernels_f64):
+    def __init__(self, isa, modules):
         self.isa = isa
-        self.modules = (kernels_f32, kernels_f64)
-        self.run_f32 = <Run> PyCapsule_GetPointer(kernels_f32.api, "fastbn.run")
-        self.run_f64 = <Run> PyCapsule_GetPointer(kernels_f64.api, "fastbn.run")
+        self.modules = modules
+        for i, module in enumerate(modules):
+            self.runs[i] = <Run> PyCapsule_GetPointer(module.api, "fastbn.run")
 
     def calls(self):
         """How often kernels of this instruction set have run."""
         return sum(module.calls() for module in self.modules)
 
-    cdef int go(self, Task* t, int element, int threads) except -1:
+    cdef int go(self, Task* t, cnp.ndarray x, int threads) except -1:
         """Cut into chunks and parts, schedule, run."""
-        cdef Py_ssize_t itemsize = 4 if element == cnp.NPY_FLOAT32 else 8
-        cdef Run run = self.run_f32 if element == cnp.NPY_FLOAT32 else self.run_f64
+        cdef int element = element_of(x)
         with nogil:
+            set_element(t, element)
             set_chunks(t)
-            run_parts(t, run, threads, itemsize)
+            run_parts(t, self.runs[element], threads)
         return 0
 
-    cdef tuple with_tables(self, Task* t, int element, int threads):
+    cdef tuple with_tables(self, Task* t, cnp.ndarray x, int threads):
         """Run with fresh (G, C) tables for the results, and return them."""
         cdef cnp.ndarray first = new_table(t), second = new_table(t)
         t.first, t.second = table(first), table(second)
-        self.go(t, element, threads)
+        self.go(t, x, threads)
         return first, second
 
     # The six functions of a backend
@@ -493,50 +588,51 @@ cdef class Engine:
     def moments(self, cnp.ndarray x, int threads):
         cdef Task t = new_task(x, MOMENTS, NO_MAP)
         t.x = operand(&t, x)
-        return self.with_tables(&t, cnp.PyArray_TYPE(x), threads)
+        return self.with_tables(&t, x, threads)
 
-    def normalize(self, cnp.ndarray x, affine, cnp.ndarray out, int threads):
+    def normalize(self, cnp.ndarray x, affine, cnp.ndarray out, int threads, tail):
         cdef Task t = new_task(x, NO_REDUCE, AFFINE)
-        t.x = t.source = operand(&t, x)
-        t.out = operand(&t, out)
+        t.x, t.out = operand(&t, x), operand(&t, out)
         t.mean, t.gamma, t.beta = table(affine.mean), table(affine.scale), table(affine.beta)
-        self.go(&t, cnp.PyArray_TYPE(x), threads)
+        fuse_tail(&t, tail)
+        self.go(&t, x, threads)
 
-    def gradient_moments(self, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mean, int threads):
+    def gradient_moments(self, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mean, int threads, gate):
         cdef Task t = new_task(x, GRADIENT_MOMENTS, NO_MAP)
         t.x, t.dy = operand(&t, x), operand(&t, dy)
         t.mean = table(mean)
-        sum_dy_centred, sum_dy = self.with_tables(&t, cnp.PyArray_TYPE(x), threads)
+        fuse_gate(&t, gate, False)
+        sum_dy_centred, sum_dy = self.with_tables(&t, x, threads)
         return sum_dy, sum_dy_centred
 
-    def input_gradient(self, cnp.ndarray dy, x, coefficients, cnp.ndarray out, int threads):
+    def input_gradient(self, cnp.ndarray dy, x, coefficients, cnp.ndarray out, int threads, gate):
         cdef Task t = new_task(dy, NO_REDUCE, AFFINE if x is None else INPUT_GRADIENT)
-        t.dy = t.source = operand(&t, dy)
-        t.out = operand(&t, out)
+        t.dy, t.out = operand(&t, dy), operand(&t, out)
         if x is None:
             t.gamma = table(coefficients.a)
         else:
-            t.x = t.source = operand(&t, x)
+            t.x = operand(&t, x)
             t.a, t.b = table(coefficients.a), table(coefficients.b)
             t.dy_mean = table(coefficients.dy_mean)
             t.mean, t.rstd = table(coefficients.mean), table(coefficients.rstd)
-        self.go(&t, cnp.PyArray_TYPE(dy), threads)
+        fuse_gate(&t, gate, True)
+        self.go(&t, dy, threads)
 
     def forward(self, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, double eps,
-                cnp.ndarray out, int threads):
+                cnp.ndarray out, int threads, tail):
         cdef Task t = new_task(x, MOMENTS, AFFINE)
-        t.x = t.source = operand(&t, x)
-        t.out = operand(&t, out)
+        t.x, t.out = operand(&t, x), operand(&t, out)
         t.gamma, t.beta, t.eps = table(gamma), table(beta), eps
-        return self.with_tables(&t, cnp.PyArray_TYPE(x), threads)
+        fuse_tail(&t, tail)
+        return self.with_tables(&t, x, threads)
 
     def backward(self, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mean, cnp.ndarray var,
-                 cnp.ndarray gamma, double eps, bint frozen, cnp.ndarray out, int threads):
+                 cnp.ndarray gamma, double eps, bint frozen, cnp.ndarray out, int threads, gate):
         cdef Task t = new_task(x, GRADIENT_MOMENTS, AFFINE if frozen else INPUT_GRADIENT)
         t.x, t.dy, t.out = operand(&t, x), operand(&t, dy), operand(&t, out)
-        t.source = t.dy if frozen else t.x
         t.mean, t.var, t.gamma, t.eps = table(mean), table(var), table(gamma), eps
-        return self.with_tables(&t, cnp.PyArray_TYPE(x), threads)
+        fuse_gate(&t, gate, True)
+        return self.with_tables(&t, x, threads)
 
     # The plain entries
 
@@ -551,10 +647,11 @@ cdef class Engine:
         mean = new_vector(t.channels, cnp.NPY_FLOAT64)
         var = new_vector(t.channels, cnp.NPY_FLOAT64)
         t.first, t.second = table(mean), table(var)
-        self.go(&t, cnp.PyArray_TYPE(x), threads)
+        self.go(&t, x, threads)
         return mean, var
 
-    def plain_batch_norm(self, x, gamma, beta, eps, layout, out, int threads):
+    def plain_batch_norm(self, x, gamma, beta, eps, layout, activation, residual, out,
+                         int threads):
         cdef Task t
         cdef cnp.ndarray mean, var
         memset(&t, 0, sizeof(Task))
@@ -562,21 +659,24 @@ cdef class Engine:
             return None
         if not (gamma is None or fits(&t, gamma)) or not (beta is None or fits(&t, beta)):
             return None
+        if not set_activation(&t, activation) or not set_residual(&t, residual, x):
+            return None
         if out is None:
-            out = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
-        elif not is_plain_out(out, x, None, None, None, gamma, beta):
+            out = empty_like(x)
+        elif not (is_plain_out(out, x) and in_place_or_apart(out, x)
+                  and in_place_or_apart(out, residual) and all_apart(out, None, None, gamma, beta)):
             return None
         t.reduce, t.map, t.eps = MOMENTS, AFFINE, eps
-        t.x = t.source = dense(&t, x)
-        t.out = dense(&t, out)
+        t.x, t.out = dense(&t, x), dense(&t, out)
         set_parameters(&t, gamma, beta)
         mean = new_vector(t.channels, cnp.NPY_FLOAT64)
         var = new_vector(t.channels, cnp.NPY_FLOAT64)
         t.first, t.second = table(mean), table(var)
-        self.go(&t, cnp.PyArray_TYPE(x), threads)
+        self.go(&t, x, threads)
         return out, mean, var
 
-    def plain_normalize(self, x, mean, var, gamma, beta, eps, layout, out, int threads):
+    def plain_normalize(self, x, mean, var, gamma, beta, eps, layout, activation, residual, out,
+                        int threads):
         cdef Task t
         memset(&t, 0, sizeof(Task))
         if not set_plain_shape(&t, x, layout) or not is_valid_eps(eps):
@@ -588,19 +688,67 @@ cdef class Engine:
         t.mean, t.var = table(mean), table(var)
         if not is_valid_variance(&t, False):
             return None
+        if not set_activation(&t, activation) or not set_residual(&t, residual, x):
+            return None
         if out is None:
-            out = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
-        elif not is_plain_out(out, x, None, mean, var, gamma, beta):
+            out = empty_like(x)
+        elif not (is_plain_out(out, x) and in_place_or_apart(out, x)
+                  and in_place_or_apart(out, residual) and all_apart(out, mean, var, gamma, beta)):
             return None
         t.reduce, t.map, t.eps = NO_REDUCE, AFFINE, eps
-        t.x = t.source = dense(&t, x)
-        t.out = dense(&t, out)
+        t.x, t.out = dense(&t, x), dense(&t, out)
         set_parameters(&t, gamma, beta)
-        self.go(&t, cnp.PyArray_TYPE(x), threads)
+        self.go(&t, x, threads)
         return out
 
-    def plain_backward(self, dy, x, mean, var, gamma, eps, layout, params, bint frozen, out,
-                       int threads):
+    def prepare(self, affine):
+        """An affine map's vectors as packed coefficients, for `plain_frozen`.
+
+        They are what a call without samples leaves in its scratch.
+        """
+        cdef Task t
+        cdef Prepared prepared = Prepared()
+        cdef Py_ssize_t C = len(affine.mean), bytes_of_reals
+        cdef Run run
+        cdef char* free
+        memset(&t, 0, sizeof(Task))
+        t.G, t.C, t.channels, t.fold, t.S, t.inside = 1, C, C, 1, 1, True
+        t.reduce, t.map, t.slope = NO_REDUCE, AFFINE, 1
+        t.split, t.threads, t.block, t.map_block = True, 1, C, C
+        t.mean, t.gamma, t.beta = table(affine.mean), table(affine.scale), table(affine.beta)
+        set_pitch(&t)
+        bytes_of_reals = 4 * t.pitch * sizeof(double)
+        prepared.channels, prepared.memory = C, bytearray(2 * bytes_of_reals + LINE)
+        free = prepared.memory
+        free += -<size_t> free & (LINE - 1)
+        prepared.single, prepared.double = free, free + bytes_of_reals
+        t.packed, run = prepared.single, self.runs[<int> F32]
+        run(&t)
+        t.packed, run = prepared.double, self.runs[<int> F64]
+        run(&t)
+        return prepared
+
+    def plain_frozen(self, Prepared prepared, x, layout, activation, residual, out, int threads):
+        cdef Task t
+        memset(&t, 0, sizeof(Task))
+        if not set_plain_shape(&t, x, layout) or t.channels != prepared.channels:
+            return None
+        if not set_residual(&t, residual, x):
+            return None
+        if out is None:
+            out = empty_like(x)
+        elif not (is_plain_out(out, x) and in_place_or_apart(out, x)
+                  and in_place_or_apart(out, residual)):
+            return None
+        t.slope, t.top = activation
+        t.reduce, t.map = NO_REDUCE, AFFINE
+        t.x, t.out = dense(&t, x), dense(&t, out)
+        t.prepared = prepared.double if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64 else prepared.single
+        self.go(&t, x, threads)
+        return out
+
+    def plain_backward(self, dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual,
+                       bint frozen, out, int threads):
         cdef Task t
         cdef cnp.ndarray dgamma, dbeta
         cdef int element
@@ -617,31 +765,72 @@ cdef class Engine:
         t.mean, t.var = table(mean), table(var)
         if not frozen and (t.mean.single or t.var.single) or not is_valid_variance(&t, not frozen):
             return None
+        if not set_gate(&t, activation, y, dy):
+            return None
+        if dresidual is True:
+            dresidual = empty_like(dy)
+        elif dresidual is False:
+            dresidual = None
+        elif not (is_plain_out(dresidual, dy) and in_place_or_apart(dresidual, dy)
+                  and (x is None or apart(dresidual, x)) and (y is None or apart(dresidual, y))
+                  and all_apart(dresidual, mean, var, gamma, None)):
+            return None
         if out is None:
-            out = cnp.PyArray_EMPTY(cnp.PyArray_NDIM(dy), cnp.PyArray_DIMS(dy),
-                                    cnp.PyArray_TYPE(dy), 0)
-        elif not is_plain_out(out, dy, x, mean, var, gamma, None):
+            out = empty_like(dy)
+        elif not (is_plain_out(out, dy) and in_place_or_apart(out, dy) and in_place_or_apart(out, x)
+                  and all_apart(out, mean, var, gamma, y)
+                  and (dresidual is None or apart(out, dresidual))):
             return None
         t.reduce = NO_REDUCE if lone else GRADIENT_MOMENTS
         t.map = AFFINE if frozen else INPUT_GRADIENT
         t.eps = eps
-        t.dy = t.source = dense(&t, dy)
-        t.out = dense(&t, out)
+        t.dy, t.out = dense(&t, dy), dense(&t, out)
         set_parameters(&t, gamma, None)
         if lone:
             memset(&t.mean, 0, sizeof(Table))   # dy is not centred
         else:
             t.x = dense(&t, x)
-            if not frozen:
-                t.source = t.x
-        if not lone:
-            element = cnp.PyArray_TYPE(dy if gamma is None else gamma)
+            element = gradient_type(dy if gamma is None else gamma)
             dgamma, dbeta = new_vector(t.channels, element), new_vector(t.channels, element)
             t.first, t.second = table(dgamma), table(dbeta)
-        self.go(&t, cnp.PyArray_TYPE(dy), threads)
+        if dresidual is not None:
+            keep_dresidual(&t, dense(&t, dresidual))
+        self.go(&t, dy, threads)
         if params is False:
-            return out, None, None
-        return out, dgamma, dbeta
+            return out, None, None, dresidual
+        return out, dgamma, dbeta, dresidual
+
+
+cdef int gradient_type(object a):
+    """The type of a parameter's gradient, by the parameter or else dy."""
+    return cnp.NPY_FLOAT64 if cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT64 else cnp.NPY_FLOAT32
+
+
+cdef void keep_dresidual(Task* t, Operand dresidual) noexcept:
+    """Store the gated dy; where nothing gates it, dy is its own gate."""
+    t.dresidual = dresidual
+    if t.y.data == NULL:
+        t.y = t.dy
+
+
+cdef void fuse_tail(Task* t, object tail):
+    t.slope, t.top = 1, INFINITY
+    if tail is None:
+        return
+    t.slope, t.top = tail.activation
+    if tail.residual is not None:
+        t.residual = operand(t, tail.residual)
+
+
+cdef void fuse_gate(Task* t, object gate, bint maps):
+    """What gates dy and, in a map, where that is stored."""
+    t.slope, t.top = 1, INFINITY
+    if gate is None:
+        return
+    t.slope, t.top = gate.activation
+    t.y = operand(t, gate.y)
+    if maps and gate.dresidual is not None:
+        t.dresidual = operand(t, gate.dresidual)
 
 
 cdef Task new_task(cnp.ndarray x, int reduce, int map):

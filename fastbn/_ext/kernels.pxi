@@ -17,7 +17,10 @@
 #    exact near the mean, and lo goes into the last constant, so that y = (x - hi) * scale +
 #    (beta - lo * scale) keeps what one multiply-add of x would lose. Powers of two (`near`, `far`)
 #    keep extreme scales in the range of the element type; multiplying by them is exact.
-# 5. A trip over planes runs both passes on one block of channels, the second walk in reverse, so
+# 5. What precedes or follows normalization in a network is fused: a residual and an activation on
+#    the way out, on the way back the activation's slope where it gave y. Loops take what they do
+#    as a constant, `kind`; each is compiled once for each kind, without a branch in it.
+# 6. A trip over planes runs both passes on one block of channels, the second walk in reverse, so
 #    that it starts on what the cache still holds. Rows are walked in the order of memory, by all
 #    threads together, which meet between the passes; so are planes where single blocks would leave
 #    threads idle (few channels).
@@ -29,25 +32,35 @@ from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy, memset
 
 from fastbn._ext.task cimport (
-    AFFINE, AHEAD, GRADIENT_MOMENTS, INPUT_GRADIENT, MOMENTS, NO_MAP, NO_REDUCE, PACKED,
-    Operand, Table, Task,
+    ACTIVE, AFFINE, AHEAD, GATED, GRADIENT_MOMENTS, INPUT_GRADIENT, KEEPS, MOMENTS, NO_MAP,
+    NO_REDUCE, PACKED, RESIDUAL, WITH_X, Operand, Table, Task,
 )
 
 cdef extern from "simd.h" nogil:
     ctypedef float real     # or double: C knows; so mixed expressions are double here
+    ctypedef float element  # what memory holds: a real, or a half type
     ctypedef struct vec:
         pass
     ctypedef struct wide:
         pass
-    vec vload(const real* p)
-    vec vload_part(const real* p, long n)
-    void vstore(real* p, vec v)
-    void vstore_part(real* p, vec v, long n)
-    void vstream(real* p, vec v)
+    ctypedef struct bends:  # an activation
+        pass
+    bends bends_of(double slope, double top, double sloped)
+    double last_below(double top)
+    vec vload(const element* p)
+    vec vload_some(const element* p, long n)
+    void vstore(element* p, vec v)
+    void vstore_part(element* p, vec v, long n)
+    void vstore_some(element* p, vec v, long n)
+    void vstream(element* p, vec v)
+    const int BOUND         # bytes; streaming starts at a multiple
     void vsplat_each(vec* v, const real* p, long pitch, int count)
     void vload_each(vec* v, const real* p, long pitch, int count)
     vec affine(vec x, const vec* k)
     vec gradient(vec dy, vec x, const vec* k)
+    vec vadd(vec a, vec b)
+    vec activate(vec v, const bends* b)
+    vec gate(vec dy, vec y, const bends* b)
     wide wload_table(const double* p)
     wide wload_table_part(const double* p, long n)
     void wstore_table(double* p, wide w)
@@ -55,8 +68,10 @@ cdef extern from "simd.h" nogil:
     wide wadd(wide a, wide b)
     wide wsub(wide a, wide b)
     double wsum(wide a)
-    void add_moments(const real* x, long n, wide shift, wide unit, wide* first, wide* second)
-    void add_gradients(const real* dy, const real* x, long n, wide mean, wide* first, wide* second)
+    double value_of(const element* p)
+    void add_moments(const element* x, long n, wide shift, wide unit, wide* first, wide* second)
+    void add_gradients(const element* dy, const element* x, const element* y, long n, wide mean,
+                       const bends* b, wide* first, wide* second)
     const double FARTHEST   # the mean times `near` stays below
     double inverse_root(double a)
     double power_of_two(double a)
@@ -72,7 +87,7 @@ cdef extern from "simd.h" nogil:
     fp_mode usual_mode()
     void restore_mode(fp_mode mode)
     void stream_fence()
-    void prefetch(const real* p, bint wanted)
+    void prefetch(const element* p, bint wanted)
     long fetch_add(long* counter, long by)
     int thread_number()
     int team_size()
@@ -81,8 +96,8 @@ cdef extern from "simd.h" nogil:
 
 # ---- Where things are ----
 
-cdef inline const real* at(const Operand* a, Py_ssize_t g, Py_ssize_t n, Py_ssize_t c) noexcept nogil:
-    return <const real*> a.data + g * a.g + n * a.n + c * a.c
+cdef inline element* at(const Operand* a, Py_ssize_t g, Py_ssize_t n, Py_ssize_t c) noexcept nogil:
+    return <element*> a.data + g * a.g + n * a.n + c * a.c
 
 
 cdef inline double entry(const Table* t, Py_ssize_t g, Py_ssize_t c, double default) noexcept nogil:
@@ -120,7 +135,7 @@ cdef inline Chunk chunk(const Task* t, Py_ssize_t j) noexcept nogil:
 # ---- Reductions ----
 
 cdef inline Py_ssize_t ahead_values() noexcept nogil:
-    return AHEAD // <Py_ssize_t> sizeof(real)
+    return AHEAD // <Py_ssize_t> sizeof(element)
 
 
 cdef inline Py_ssize_t later(const Task* t, const Operand* a, Py_ssize_t n) noexcept nogil:
@@ -133,126 +148,111 @@ cdef inline Py_ssize_t later(const Task* t, const Operand* a, Py_ssize_t n) noex
     return (t.planes_ahead - t.N) * a.n + a.c
 
 
-cdef void moments_outside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
-                          Py_ssize_t j) noexcept nogil:
-    """The sums of channels [c0, c1) over chunk j."""
+cdef struct Summed:
+    # Where a sum is in x, dy and the y that gates it, and how far ahead it fetches.
+    const element* x
+    const element* dy
+    const element* y
+    Py_ssize_t x_row, dy_row, y_row
+    Py_ssize_t x_ahead, dy_ahead, y_ahead
+    bint fetch
+    bends activation
+
+
+cdef inline void fetch_summed(int kind, const Summed* p, Py_ssize_t s) noexcept nogil:
+    prefetch(p.x + s + p.x_ahead, p.fetch)
+    if kind & WITH_X:
+        prefetch(p.dy + s + p.dy_ahead, p.fetch)
+    if kind & GATED:
+        prefetch(p.y + s + p.y_ahead, p.fetch)
+
+
+cdef inline void add(int kind, const Summed* p, Py_ssize_t s, Py_ssize_t n, wide shift, wide unit,
+                     wide* first, wide* second) noexcept nogil:
+    """Add n values to the moments or, with dy beside x, to the sums of gradients."""
+    if not kind & WITH_X:
+        add_moments(p.x + s, n, shift, unit, first, second)
+    elif kind & GATED:
+        add_gradients(p.dy + s, p.x + s, p.y + s, n, shift, &p.activation, first, second)
+    else:
+        add_gradients(p.dy + s, p.x + s, p.x, n, shift, NULL, first, second)
+
+
+cdef inline Summed summed_at(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t c,
+                             Py_ssize_t s) noexcept nogil:
+    cdef Summed p
+    p.x, p.dy, p.y = at(&t.x, g, n, c) + s, at(&t.source, g, n, c) + s, at(&t.other, g, n, c) + s
+    p.x_row, p.dy_row, p.y_row = t.x.n, t.source.n, t.other.n
+    p.fetch, p.activation = t.fetch, bends_of(t.slope, t.top, t.sloped)
+    return p
+
+
+cdef inline void sum_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
+                            Py_ssize_t j) noexcept nogil:
+    """Channels outside: the sums of channels [c0, c1) over chunk j."""
     cdef Chunk k = chunk(t, j)
     cdef Py_ssize_t c, n, s, size = k.s1 - k.s0, whole = size // 16 * 16
     cdef const double* shift = t.shift + g * t.pitch
     cdef const double* unit = t.unit + g * t.pitch
     cdef double* sum = sums(t, g, j)
     cdef wide shifts, units, first, second
-    cdef const real* x
-    cdef const real* ahead
+    cdef Summed p
     for c in range(c0, c1):
         shifts, units = wsplat(shift[c]), wsplat(unit[c])
         first, second = wsplat(0), wsplat(0)
-        x = at(&t.x, g, k.n0, c) + k.s0
         for n in range(k.n0, k.n1):
-            ahead = x + later(t, &t.x, n)
+            p = summed_at(t, g, n, c, k.s0)
+            p.x_ahead, p.dy_ahead = later(t, &t.x, n), later(t, &t.source, n)
+            p.y_ahead = later(t, &t.other, n)
             for s in range(0, whole, 16):
-                prefetch(ahead + s, t.fetch)
-                add_moments(x + s, 16, shifts, units, &first, &second)
+                fetch_summed(kind, &p, s)
+                add(kind, &p, s, 16, shifts, units, &first, &second)
             if whole < size:
-                add_moments(x + whole, size - whole, shifts, units, &first, &second)
-            x += t.x.n
+                add(kind, &p, whole, size - whole, shifts, units, &first, &second)
         sum[c], sum[t.pitch + c] = wsum(first), wsum(second)
 
 
-cdef void gradients_outside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
-                            Py_ssize_t j) noexcept nogil:
-    """The gradient sums of channels [c0, c1) over chunk j."""
-    cdef Chunk k = chunk(t, j)
-    cdef Py_ssize_t c, n, s, size = k.s1 - k.s0, whole = size // 16 * 16
-    cdef const double* mean = t.shift + g * t.pitch
-    cdef double* sum = sums(t, g, j)
-    cdef wide means, first, second
-    cdef const real* x
-    cdef const real* dy
-    cdef const real* ahead_x
-    cdef const real* ahead_dy
-    for c in range(c0, c1):
-        means, first, second = wsplat(mean[c]), wsplat(0), wsplat(0)
-        x, dy = at(&t.x, g, k.n0, c) + k.s0, at(&t.dy, g, k.n0, c) + k.s0
-        for n in range(k.n0, k.n1):
-            ahead_x, ahead_dy = x + later(t, &t.x, n), dy + later(t, &t.dy, n)
-            for s in range(0, whole, 16):
-                prefetch(ahead_x + s, t.fetch)
-                prefetch(ahead_dy + s, t.fetch)
-                add_gradients(dy + s, x + s, 16, means, &first, &second)
-            if whole < size:
-                add_gradients(dy + whole, x + whole, size - whole, means, &first, &second)
-            x += t.x.n
-            dy += t.dy.n
-        sum[c], sum[t.pitch + c] = wsum(first), wsum(second)
+cdef inline void sum_columns(int kind, Summed p, Py_ssize_t rows, Py_ssize_t width,
+                             const double* shift, const double* unit, double* first,
+                             double* second) noexcept nogil:
+    """Up to 16 columns of a few rows, whose tables start here."""
+    cdef wide k = wload_table(shift), u = wload_table(unit)
+    cdef wide sum = wload_table(first), other = wload_table(second)
+    cdef Py_ssize_t r
+    for r in range(rows):
+        fetch_summed(kind, &p, 0)
+        add(kind, &p, 0, width, k, u, &sum, &other)
+        p.x += p.x_row
+        p.dy += p.dy_row
+        p.y += p.y_row
+    wstore_table(first, sum)
+    wstore_table(second, other)
 
 
-cdef void add_moments_rows(const real* x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t width,
-                           const double* shift, const double* unit, double* first,
-                           double* second, bint fetch, Py_ssize_t ahead) noexcept nogil:
-    """Add a few rows to the sums of `width` columns, whose tables start at the first; meanwhile
-    the rows `ahead` are fetched."""
-    cdef Py_ssize_t c, r, part = width % 16
-    cdef wide k, u, a, b
-    cdef const real* at
-    for c in range(0, width - part, 16):
-        at = x + c
-        k, u = wload_table(shift + c), wload_table(unit + c)
-        a, b = wload_table(first + c), wload_table(second + c)
-        for r in range(rows):
-            prefetch(at + ahead * stride, fetch)
-            add_moments(at, 16, k, u, &a, &b)
-            at += stride
-        wstore_table(first + c, a)
-        wstore_table(second + c, b)
-    if part > 0:
-        c = width - part
-        k, u = wload_table(shift + c), wload_table(unit + c)
-        a, b = wload_table(first + c), wload_table(second + c)
-        for r in range(rows):
-            add_moments(x + r * stride + c, part, k, u, &a, &b)
-        wstore_table(first + c, a)
-        wstore_table(second + c, b)
+cdef inline void sum_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t rows,
+                          Py_ssize_t c0, Py_ssize_t width, double* sum,
+                          Py_ssize_t ahead) noexcept nogil:
+    """Channels inside: add a few rows to the sums of `width` columns from c0 on; meanwhile the
+    rows `ahead` are fetched."""
+    cdef const double* shift = t.shift + g * t.pitch
+    cdef const double* unit = t.unit + g * t.pitch
+    cdef Summed p = summed_at(t, g, n, c0, 0)
+    cdef Py_ssize_t c, end = c0 + width, whole = end - width % 16
+    cdef double* second = sum + t.pitch
+    p.x_ahead, p.dy_ahead, p.y_ahead = ahead * p.x_row, ahead * p.dy_row, ahead * p.y_row
+    for c in range(c0, whole, 16):
+        sum_columns(kind, p, rows, 16, shift + c, unit + c, sum + c, second + c)
+        p.x += 16
+        p.dy += 16
+        p.y += 16
+    if whole < end:
+        sum_columns(kind, p, rows, end - whole, shift + whole, unit + whole, sum + whole,
+                    second + whole)
 
 
-cdef void add_gradients_rows(const real* dy, Py_ssize_t dy_stride, const real* x,
-                             Py_ssize_t x_stride, Py_ssize_t rows, Py_ssize_t width,
-                             const double* mean, double* first, double* second, bint fetch,
-                             Py_ssize_t ahead) noexcept nogil:
-    """Add a few rows to the gradient sums of `width` columns, whose tables start at the first."""
-    cdef Py_ssize_t c, r, part = width % 16
-    cdef wide k, a, b
-    for c in range(0, width - part, 16):
-        k, a, b = wload_table(mean + c), wload_table(first + c), wload_table(second + c)
-        for r in range(rows):
-            prefetch(dy + (r + ahead) * dy_stride + c, fetch)
-            prefetch(x + (r + ahead) * x_stride + c, fetch)
-            add_gradients(dy + r * dy_stride + c, x + r * x_stride + c, 16, k, &a, &b)
-        wstore_table(first + c, a)
-        wstore_table(second + c, b)
-    if part > 0:
-        c = width - part
-        k, a, b = wload_table(mean + c), wload_table(first + c), wload_table(second + c)
-        for r in range(rows):
-            add_gradients(dy + r * dy_stride + c, x + r * x_stride + c, part, k, &a, &b)
-        wstore_table(first + c, a)
-        wstore_table(second + c, b)
-
-
-cdef inline void add_rows(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t rows, Py_ssize_t c0,
-                          Py_ssize_t width, double* sum, Py_ssize_t ahead) noexcept nogil:
-    if t.reduce == MOMENTS:
-        add_moments_rows(at(&t.x, g, n, c0), t.x.n, rows, width, t.shift + g * t.pitch + c0,
-                         t.unit + g * t.pitch + c0, sum + c0, sum + t.pitch + c0, t.fetch, ahead)
-    else:
-        add_gradients_rows(at(&t.dy, g, n, c0), t.dy.n, at(&t.x, g, n, c0), t.x.n, rows, width,
-                           t.shift + g * t.pitch + c0, sum + c0, sum + t.pitch + c0, t.fetch,
-                           ahead)
-
-
-cdef void reduce_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
-                        Py_ssize_t j) noexcept nogil:
-    """The sums of columns [c0, c1) over chunk j; whole rows are walked, a few at a time."""
+cdef inline void sum_chunk_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
+                         Py_ssize_t j) noexcept nogil:
+    """Channels inside: the sums of columns [c0, c1) over chunk j, a few whole rows at a time."""
     cdef Chunk k = chunk(t, j)
     cdef double* sum = sums(t, g, j)
     cdef Py_ssize_t n = k.n0, rows, padded = (c1 - c0 + 15) // 16 * 16
@@ -261,20 +261,28 @@ cdef void reduce_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c
     memset(sum + t.pitch + c0, 0, padded * sizeof(double))
     while n < k.n1:
         rows = min(t.few, k.n1 - n)
-        add_rows(t, g, n, rows, c0, c1 - c0, sum, ahead)
+        sum_rows(kind, t, g, n, rows, c0, c1 - c0, sum, ahead)
         n += rows
     if k.n1 == t.N and c0 < t.tail:
-        add_rows(t, g, t.N, 1, c0, min(c1, t.tail) - c0, sum, 0)
+        sum_rows(kind, t, g, t.N, 1, c0, min(c1, t.tail) - c0, sum, 0)
+
+
+cdef inline void sum_chunk(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
+                           Py_ssize_t j) noexcept nogil:
+    if t.inside:
+        sum_chunk_rows(kind, t, g, c0, c1, j)
+    else:
+        sum_planes(kind, t, g, c0, c1, j)
 
 
 cdef void reduce_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
                        Py_ssize_t j) noexcept nogil:
-    if t.inside:
-        reduce_inside(t, g, c0, c1, j)
-    elif t.reduce == MOMENTS:
-        moments_outside(t, g, c0, c1, j)
+    if t.reduce == MOMENTS:
+        sum_chunk(0, t, g, c0, c1, j)
+    elif t.kind & GATED:
+        sum_chunk(WITH_X | GATED, t, g, c0, c1, j)
     else:
-        gradients_outside(t, g, c0, c1, j)
+        sum_chunk(WITH_X, t, g, c0, c1, j)
 
 
 cdef void merge(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
@@ -356,16 +364,16 @@ cdef inline void scatter(const Table* table, Py_ssize_t g, Py_ssize_t c, Py_ssiz
         store_doubles(<double*> row, values, count)
 
 
-cdef inline void first_values(const real* x, Py_ssize_t stride, Py_ssize_t count,
+cdef inline void first_values(const element* x, Py_ssize_t stride, Py_ssize_t count,
                               double* values) noexcept nogil:
     """The values of some channels at one place."""
     cdef Py_ssize_t i
     if stride == 1:
         for i in range(count):
-            values[i] = x[i]
+            values[i] = value_of(x + i)
     else:
         for i in range(count):
-            values[i] = x[i * stride]
+            values[i] = value_of(x + i * stride)
 
 
 cdef void set_shift(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
@@ -612,8 +620,22 @@ cdef void repeat(const Task* t, real* row, Py_ssize_t c0, int rows) noexcept nog
                 row[i * t.pitch + c] = row[i * t.pitch + c - t.C]
 
 
+cdef void unpack(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    """Coefficients that were packed before, for rows of memory that hold several samples."""
+    cdef const real* row = <const real*> t.prepared
+    cdef Py_ssize_t i, pitch = (t.channels + 15) // 16 * 16 + 16, end = channels_of_run(t, c1)
+    if t.fold == 1:
+        return
+    for i in range(4):
+        memcpy(packed(t, g) + i * t.pitch + c0, row + i * pitch + c0, (end - c0) * sizeof(real))
+    repeat(t, packed(t, g), c0, 4)
+
+
 cdef void finish(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
     """What stands between the passes."""
+    if t.prepared != NULL:
+        unpack(t, g, c0, c1)
+        return
     if t.reduce != NO_REDUCE:
         merge(t, g, c0, c1)
     if t.reduce == MOMENTS:
@@ -626,12 +648,12 @@ cdef void finish(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noex
 
 # ---- Maps ----
 
-cdef inline Py_ssize_t unaligned(const real* p, Py_ssize_t n) noexcept nogil:
-    """How many of the n elements from p on lie before the first whole 64-byte line."""
-    return min((-(<uintptr_t> p) & 63) // sizeof(real), <size_t> n)
+cdef inline Py_ssize_t unaligned(const element* p, Py_ssize_t n) noexcept nogil:
+    """How many of the n elements from p on lie before the first place where streaming may begin."""
+    return min((-(<uintptr_t> p) & (BOUND - 1)) // sizeof(element), <size_t> n)
 
 
-cdef inline void put(real* out, vec y, bint stream) noexcept nogil:
+cdef inline void put(element* out, vec y, bint stream) noexcept nogil:
     if stream:
         vstream(out, y)
     else:
@@ -640,22 +662,22 @@ cdef inline void put(real* out, vec y, bint stream) noexcept nogil:
 
 cdef struct Line:
     # The line of a streamed run that is not full yet: what waits, after what is not the run's own.
-    real[32] values
+    element[32] values
     Py_ssize_t foreign, waiting
 
 
-cdef inline void begin_run(Line* line, const real* out) noexcept nogil:
+cdef inline void begin_run(Line* line, const element* out) noexcept nogil:
     line.foreign = -unaligned(out, 16) & 15
     line.waiting = line.foreign
 
 
-cdef inline void end_run(Line* line, real* end) noexcept nogil:
+cdef inline void end_run(Line* line, element* end) noexcept nogil:
     cdef Py_ssize_t own = line.waiting - line.foreign
     if own > 0:
         vstore_part(end - own, vload(line.values + line.foreign), own)
 
 
-cdef inline void fill_line(Line* line, real* out, vec y, Py_ssize_t n) noexcept nogil:
+cdef inline void fill_line(Line* line, element* out, vec y, Py_ssize_t n) noexcept nogil:
     """The next n values of the run, no more than the line takes; they belong at `out`."""
     vstore(line.values + line.waiting, y)
     line.waiting += n
@@ -669,187 +691,173 @@ cdef inline void fill_line(Line* line, real* out, vec y, Py_ssize_t n) noexcept 
     line.foreign = line.waiting = 0
 
 
-cdef void affine_plane(const real* x, real* out, Py_ssize_t n, const real* row, Py_ssize_t pitch,
-                       bint stream, Line* line, bint fetch, Py_ssize_t ahead) noexcept nogil:
-    """n contiguous values of one channel, whose coefficients stand `pitch` apart; meanwhile those
-    `ahead` of x are fetched."""
+cdef struct Place:
+    # Where a map is in its operands, and how far ahead it fetches. `source` is x or, on the way
+    # back, dy; `other` the residual or, on the way back, the y that gates. Copies of what the task
+    # has: that would be read again after every store.
+    const element* source
+    const element* x
+    const element* other
+    element* out
+    element* dresidual
+    Py_ssize_t source_row, x_row, other_row, out_row, dresidual_row
+    Py_ssize_t source_ahead, x_ahead, other_ahead
+    bint fetch, stream_dresidual
+    bends activation
+
+
+cdef inline Place place(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t c,
+                        Py_ssize_t s) noexcept nogil:
+    cdef Place p
+    p.source, p.x = at(&t.source, g, n, c) + s, at(&t.x, g, n, c) + s
+    p.other = at(&t.other, g, n, c) + s
+    p.out, p.dresidual = at(&t.out, g, n, c) + s, at(&t.dresidual, g, n, c) + s
+    p.source_row, p.x_row, p.other_row = t.source.n, t.x.n, t.other.n
+    p.out_row, p.dresidual_row = t.out.n, t.dresidual.n
+    p.fetch, p.stream_dresidual = t.fetch, t.stream_dresidual
+    p.activation = bends_of(t.slope, t.top, t.sloped)
+    return p
+
+
+cdef inline void forward(Place* p, Py_ssize_t n) noexcept nogil:
+    """On by n values of a row."""
+    p.source += n
+    p.x += n
+    p.other += n
+    p.out += n
+    p.dresidual += n
+
+
+cdef inline void fetch_place(int kind, const Place* p, Py_ssize_t s) noexcept nogil:
+    prefetch(p.source + s + p.source_ahead, p.fetch)
+    if kind & WITH_X:
+        prefetch(p.x + s + p.x_ahead, p.fetch)
+    if kind & (RESIDUAL | GATED):
+        prefetch(p.other + s + p.other_ahead, p.fetch)
+
+
+cdef inline vec result(int kind, const Place* p, Py_ssize_t s, Py_ssize_t n, const vec* k,
+                       bint whole) noexcept nogil:
+    """n values of y, or of dx; the residual's gradient is stored on the way."""
+    cdef vec v = vload_some(p.source + s, n)
+    if kind & GATED:
+        v = gate(v, vload_some(p.other + s, n), &p.activation)
+    if kind & KEEPS and whole and p.stream_dresidual:
+        vstream(p.dresidual + s, v)
+    elif kind & KEEPS:
+        vstore_some(p.dresidual + s, v, n)
+    if kind & WITH_X:
+        return gradient(v, vload_some(p.x + s, n), k)
+    v = affine(v, k)
+    if kind & RESIDUAL:
+        v = vadd(v, vload_some(p.other + s, n))
+    if kind & ACTIVE:
+        v = activate(v, &p.activation)
+    return v
+
+
+cdef inline int coefficients(int kind) noexcept nogil:
+    return PACKED if kind & WITH_X else 4
+
+
+cdef inline void map_plane(int kind, const Task* t, const Place* p, Py_ssize_t n, const real* row,
+                           Line* line) noexcept nogil:
+    """n contiguous values of one channel, whose coefficients stand `pitch` apart."""
+    cdef bint stream = t.stream
     cdef vec[PACKED] k
     cdef Py_ssize_t s = 0
-    vsplat_each(k, row, pitch, 4)
+    vsplat_each(k, row, t.pitch, coefficients(kind))
     if stream and line.waiting > 0:
         s = min(16 - line.waiting, n)
-        fill_line(line, out, affine(vload_part(x, s), k), s)
+        fill_line(line, p.out, result(kind, p, 0, s, k, False), s)
     while s + 16 <= n:
-        prefetch(x + s + ahead, fetch)
-        put(out + s, affine(vload(x + s), k), stream)
+        fetch_place(kind, p, s)
+        put(p.out + s, result(kind, p, s, 16, k, True), stream)
         s += 16
     if s == n:
         return
     if stream:
-        fill_line(line, out + s, affine(vload_part(x + s, n - s), k), n - s)
+        fill_line(line, p.out + s, result(kind, p, s, n - s, k, False), n - s)
     else:
-        vstore_part(out + s, affine(vload_part(x + s, n - s), k), n - s)
+        vstore_part(p.out + s, result(kind, p, s, n - s, k, False), n - s)
 
 
-cdef void gradient_plane(const real* dy, const real* x, real* out, Py_ssize_t n, const real* row,
-                         Py_ssize_t pitch, bint stream, Line* line, bint fetch,
-                         Py_ssize_t dy_ahead, Py_ssize_t x_ahead) noexcept nogil:
-    """n contiguous values of one channel, whose coefficients stand `pitch` apart; meanwhile those
-    ahead of dy and x are fetched."""
-    cdef vec[PACKED] k
-    cdef Py_ssize_t s = 0
-    cdef vec y
-    vsplat_each(k, row, pitch, PACKED)
-    if stream and line.waiting > 0:
-        s = min(16 - line.waiting, n)
-        fill_line(line, out, gradient(vload_part(dy, s), vload_part(x, s), k), s)
-    while s + 16 <= n:
-        prefetch(dy + s + dy_ahead, fetch)
-        prefetch(x + s + x_ahead, fetch)
-        put(out + s, gradient(vload(dy + s), vload(x + s), k), stream)
-        s += 16
-    if s == n:
-        return
-    y = gradient(vload_part(dy + s, n - s), vload_part(x + s, n - s), k)
-    if stream:
-        fill_line(line, out + s, y, n - s)
-    else:
-        vstore_part(out + s, y, n - s)
-
-
-cdef inline void map_plane(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s0,
-                           Py_ssize_t s1, Line* line, Py_ssize_t ahead) noexcept nogil:
-    """Values s0 to s1 of one plane, while those of the channels `ahead` are fetched."""
-    cdef const real* row = packed(t, g) + c
-    cdef const real* source = at(&t.source, g, n, c) + s0
-    cdef real* out = <real*> at(&t.out, g, n, c) + s0
-    if t.map == AFFINE:
-        affine_plane(source, out, s1 - s0, row, t.pitch, t.stream, line, t.fetch,
-                     ahead * t.source.c)
-    else:
-        gradient_plane(at(&t.dy, g, n, c) + s0, source, out, s1 - s0, row, t.pitch, t.stream,
-                       line, t.fetch, ahead * t.dy.c, ahead * t.source.c)
-
-
-cdef void map_outside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t j,
-                      Py_ssize_t ahead) noexcept nogil:
-    """Chunk j of channels [c0, c1), while that of the channels `ahead` is fetched.
+cdef inline void map_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
+                            Py_ssize_t j, Py_ssize_t ahead) noexcept nogil:
+    """Channels outside: chunk j of channels [c0, c1), while that of the channels `ahead` is
+    fetched.
 
     Planes that follow each other are streamed as one run, or what they share lines with.
     """
     cdef Chunk k = chunk(t, j)
-    cdef Py_ssize_t n, c
+    cdef Py_ssize_t n, c, size = k.s1 - k.s0
     cdef Line line
+    cdef Place p
     for n in range(k.n0, k.n1):
         for c in range(c0, c1):
+            p = place(t, g, n, c, k.s0)
+            p.source_ahead, p.x_ahead = ahead * t.source.c, ahead * t.x.c
+            p.other_ahead = ahead * t.other.c
             if t.stream and (c == c0 or not t.joined):
-                begin_run(&line, at(&t.out, g, n, c) + k.s0)
-            map_plane(t, g, n, c, k.s0, k.s1, &line, ahead)
+                begin_run(&line, p.out)
+            map_plane(kind, t, &p, size, packed(t, g) + c, &line)
             if t.stream and (c + 1 == c1 or not t.joined):
-                end_run(&line, <real*> at(&t.out, g, n, c) + k.s1)
+                end_run(&line, p.out + size)
 
 
-cdef void affine_part(const real* x, Py_ssize_t x_stride, real* out, Py_ssize_t stride,
-                      Py_ssize_t rows, Py_ssize_t width, const real* row, Py_ssize_t pitch) noexcept nogil:
-    """Fewer than 16 columns of a few rows."""
+cdef inline void map_columns(int kind, Place p, Py_ssize_t rows, Py_ssize_t width,
+                             const real* row, Py_ssize_t pitch, bint stream) noexcept nogil:
+    """Up to 16 columns of a few rows; the columns' coefficients stand in rows `pitch` apart."""
     cdef vec[PACKED] k
     cdef Py_ssize_t r
-    vload_each(k, row, pitch, 4)
+    vload_each(k, row, pitch, coefficients(kind))
     for r in range(rows):
-        vstore_part(out + r * stride, affine(vload_part(x + r * x_stride, width), k), width)
+        fetch_place(kind, &p, 0)
+        if stream:
+            vstream(p.out, result(kind, &p, 0, 16, k, True))
+        else:
+            vstore_some(p.out, result(kind, &p, 0, width, k, False), width)
+        p.source += p.source_row
+        p.x += p.x_row
+        p.other += p.other_row
+        p.out += p.out_row
+        p.dresidual += p.dresidual_row
 
 
-cdef void affine_rows(const real* x, Py_ssize_t x_stride, real* out, Py_ssize_t stride,
-                      Py_ssize_t rows, Py_ssize_t width, const real* row, Py_ssize_t pitch,
-                      bint stream, bint fetch) noexcept nogil:
-    """`width` columns of a few rows; the columns' coefficients stand in rows `pitch` apart."""
-    cdef vec[PACKED] k
-    cdef Py_ssize_t r, c = unaligned(out, width) if stream else 0
-    cdef const real* source
-    cdef real* target
-    if c > 0:
-        affine_part(x, x_stride, out, stride, rows, c, row, pitch)
-    while c + 16 <= width:
-        vload_each(k, row + c, pitch, 4)
-        source, target = x + c, out + c
-        for r in range(rows):
-            prefetch(source + 2 * ahead_values(), fetch)
-            put(target, affine(vload(source), k), stream)
-            source += x_stride
-            target += stride
-        c += 16
-    if c < width:
-        affine_part(x + c, x_stride, out + c, stride, rows, width - c, row + c, pitch)
-
-
-cdef void gradient_part(const real* dy, Py_ssize_t dy_stride, const real* x, Py_ssize_t x_stride,
-                        real* out, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t width,
-                        const real* row, Py_ssize_t pitch) noexcept nogil:
-    """Fewer than 16 columns of a few rows."""
-    cdef vec[PACKED] k
-    cdef Py_ssize_t r
-    cdef vec d, v
-    vload_each(k, row, pitch, PACKED)
-    for r in range(rows):
-        d, v = vload_part(dy + r * dy_stride, width), vload_part(x + r * x_stride, width)
-        vstore_part(out + r * stride, gradient(d, v, k), width)
-
-
-cdef void gradient_rows(const real* dy, Py_ssize_t dy_stride, const real* x, Py_ssize_t x_stride,
-                        real* out, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t width,
-                        const real* row, Py_ssize_t pitch, bint stream,
-                        bint fetch) noexcept nogil:
-    """`width` columns of a few rows; the columns' coefficients stand in rows `pitch` apart."""
-    cdef vec[PACKED] k
-    cdef Py_ssize_t r, c = unaligned(out, width) if stream else 0
-    cdef const real* source
-    cdef const real* slope
-    cdef real* target
-    if c > 0:
-        gradient_part(dy, dy_stride, x, x_stride, out, stride, rows, c, row, pitch)
-    while c + 16 <= width:
-        vload_each(k, row + c, pitch, PACKED)
-        source, slope, target = x + c, dy + c, out + c
-        for r in range(rows):
-            prefetch(source + 2 * ahead_values(), fetch)
-            prefetch(slope + 2 * ahead_values(), fetch)
-            put(target, gradient(vload(slope), vload(source), k), stream)
-            source += x_stride
-            slope += dy_stride
-            target += stride
-        c += 16
-    if c < width:
-        gradient_part(dy + c, dy_stride, x + c, x_stride, out + c, stride, rows, width - c,
-                      row + c, pitch)
-
-
-cdef void map_rows(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t rows, Py_ssize_t c,
-                   Py_ssize_t width) noexcept nogil:
+cdef inline void map_few(int kind, const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t rows,
+                         Py_ssize_t c, Py_ssize_t width) noexcept nogil:
     """`rows` rows from row n on, `width` columns from column c on."""
     cdef const real* row = packed(t, g) + c
-    cdef real* out = <real*> at(&t.out, g, n, c)
-    if t.map == AFFINE:
-        affine_rows(at(&t.source, g, n, c), t.source.n, out, t.out.n, rows, width, row, t.pitch,
-                    t.stream, t.fetch)
-    else:
-        gradient_rows(at(&t.dy, g, n, c), t.dy.n, at(&t.source, g, n, c), t.source.n, out, t.out.n,
-                      rows, width, row, t.pitch, t.stream, t.fetch)
+    cdef bint stream = t.stream
+    cdef Place p = place(t, g, n, c, 0)
+    cdef Py_ssize_t pitch = t.pitch, s = unaligned(p.out, width) if stream else 0
+    p.source_ahead = p.x_ahead = p.other_ahead = 2 * ahead_values()
+    if s > 0:
+        map_columns(kind, p, rows, s, row, pitch, False)
+        forward(&p, s)
+    while s + 16 <= width:
+        map_columns(kind, p, rows, 16, row + s, pitch, stream)
+        forward(&p, 16)
+        s += 16
+    if s < width:
+        map_columns(kind, p, rows, width - s, row + s, pitch, False)
 
 
 cdef inline bint is_dense(const Task* t) noexcept nogil:
     """Whether rows follow each other in memory without a gap, in every array."""
-    return t.out.n == t.C and t.source.n == t.C and (t.map == AFFINE or t.dy.n == t.C)
+    return (t.out.n == t.C and t.source.n == t.C and t.x.n == t.C and t.other.n == t.C
+            and t.dresidual.n == t.C)
 
 
-cdef void map_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
-                     Py_ssize_t j) noexcept nogil:
-    """Chunk j of columns [c0, c1).
+cdef inline void map_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
+                          Py_ssize_t j) noexcept nogil:
+    """Channels inside: chunk j of columns [c0, c1).
 
     Streaming wants whole lines. Where lines begin at the same column in every row, the rows are
     taken from that column on, each with the beginning of the next.
     """
     cdef Chunk k = chunk(t, j)
-    cdef bint whole_lines = t.stream and t.out.n * sizeof(real) % 64 == 0
+    cdef bint whole_lines = t.stream and t.out.n * <Py_ssize_t> sizeof(element) % BOUND == 0
     # Rows whose lines begin at different columns are streamed one by one.
     cdef Py_ssize_t together = t.together if whole_lines or not t.stream else 1
     cdef Py_ssize_t n = k.n0, n1 = k.n1, c = c0, rows
@@ -857,23 +865,43 @@ cdef void map_inside(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
         c = unaligned(at(&t.out, g, n, 0), t.C)
         n1 -= 1
         if c > 0:
-            map_rows(t, g, n, 1, 0, c)
+            map_few(kind, t, g, n, 1, 0, c)
     while n < n1:
         rows = min(together, n1 - n)
-        map_rows(t, g, n, rows, c, c1 - c0)
+        map_few(kind, t, g, n, rows, c, c1 - c0)
         n += rows
     if n1 < k.n1:
-        map_rows(t, g, n1, 1, c, c1 - c)
+        map_few(kind, t, g, n1, 1, c, c1 - c)
     if k.n1 == t.N and c0 < t.tail:
-        map_rows(t, g, t.N, 1, c0, min(c1, t.tail) - c0)
+        map_few(kind, t, g, t.N, 1, c0, min(c1, t.tail) - c0)
+
+
+cdef inline void map_chunk_of(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
+                              Py_ssize_t j, Py_ssize_t ahead) noexcept nogil:
+    if t.inside:
+        map_rows(kind, t, g, c0, c1, j)
+    else:
+        map_planes(kind, t, g, c0, c1, j, ahead)
 
 
 cdef void map_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t j,
                     Py_ssize_t ahead) noexcept nogil:
-    if t.inside:
-        map_inside(t, g, c0, c1, j)
+    if t.kind == 0:
+        map_chunk_of(0, t, g, c0, c1, j, ahead)
+    elif t.kind == WITH_X:
+        map_chunk_of(WITH_X, t, g, c0, c1, j, ahead)
+    elif t.kind == ACTIVE:
+        map_chunk_of(ACTIVE, t, g, c0, c1, j, ahead)
+    elif t.kind == (ACTIVE | RESIDUAL):
+        map_chunk_of(ACTIVE | RESIDUAL, t, g, c0, c1, j, ahead)
+    elif t.kind == (WITH_X | GATED):
+        map_chunk_of(WITH_X | GATED, t, g, c0, c1, j, ahead)
+    elif t.kind == (WITH_X | GATED | KEEPS):
+        map_chunk_of(WITH_X | GATED | KEEPS, t, g, c0, c1, j, ahead)
+    elif t.kind == GATED:
+        map_chunk_of(GATED, t, g, c0, c1, j, ahead)
     else:
-        map_outside(t, g, c0, c1, j, ahead)
+        map_chunk_of(GATED | KEEPS, t, g, c0, c1, j, ahead)
 
 
 # ---- Order of work ----
@@ -961,12 +989,37 @@ cdef void work(Task* t, int thread, int team) noexcept nogil:
     restore_mode(mode)
 
 
+cdef int kind_of(const Task* t) noexcept nogil:
+    """What a map does beside (or, with x, instead of) an affine map of its source."""
+    cdef int kind = WITH_X if t.map == INPUT_GRADIENT else 0
+    if t.y.data != NULL:
+        return kind | GATED | (KEEPS if t.dresidual.data != NULL else 0)
+    if t.residual.data != NULL:
+        return ACTIVE | RESIDUAL
+    return kind | (ACTIVE if t.slope != 1 else 0)
+
+
+cdef inline Operand either(const Operand* a, const Operand* b) noexcept nogil:
+    return b[0] if a.data == NULL else a[0]
+
+
+cdef void settle(Task* t) noexcept nogil:
+    """What the loops go by. An operand that is not there, and not read, is where another is."""
+    t.kind, t.sloped = kind_of(t), last_below(t.top)
+    t.source = either(&t.dy, &t.x)
+    t.x = either(&t.x, &t.dy)
+    t.other = either(&t.y, &t.residual)
+    t.other = either(&t.other, &t.source)
+    t.dresidual = either(&t.dresidual, &t.out)
+
+
 cdef long _calls = 0
 
 
 cdef void run(Task* t) noexcept nogil:
     """Run the task on its team of threads."""
     fetch_add(&_calls, 1)
+    settle(t)
     if t.threads == 1:
         work(t, 0, 1)
     else:

@@ -6,11 +6,13 @@
  * 2. Two types. `vec` holds 16 elements in the type that elementwise work is done in; `wide` holds
  *    16 float64 accumulators, for sums. They are structs of native registers: a vector type wider
  *    than the register would be spilled to memory by the compiler.
- * 3. The arithmetic is the compiler's own on vector types. Intrinsics stand only where it has no
+ * 3. Memory holds `element`s, arithmetic is done in `real`s, and load and store alone know the
+ *    difference: float16 and bfloat16 become float32 there, and are rounded to nearest even.
+ * 4. The arithmetic is the compiler's own on vector types. Intrinsics stand only where it has no
  *    word for what is meant, or finds too many: loads and stores of part of a vector, streaming
  *    stores, conversions, sums on the pipes that multiply, and the floating-point mode.
- * 4. The build defines FASTBN_WIDTH (bytes in a register), FASTBN_F32 or FASTBN_F64 (the element
- *    type), and FASTBN_PORTABLE where no intrinsic may be used.
+ * 5. The build defines FASTBN_WIDTH (bytes in a register), FASTBN_F32, FASTBN_F64, FASTBN_F16 or
+ *    FASTBN_BF16 (the element type), and FASTBN_PORTABLE where no intrinsic may be used.
  */
 #ifndef FASTBN_SIMD_H
 #define FASTBN_SIMD_H
@@ -40,7 +42,18 @@ typedef double f64_pair __attribute__((vector_size(16)));
 typedef int64_t i64_register __attribute__((vector_size(FASTBN_WIDTH)));
 typedef struct { f64_register r[WIDE_REGISTERS]; } wide;
 
-#ifdef FASTBN_F32
+#ifdef FASTBN_F64
+enum { VEC_REGISTERS = WIDE_REGISTERS };
+typedef double real;
+typedef double element;
+#define LARGEST DBL_MAX
+#define LEAST_POWER 0x1p-1000
+#define MOST_POWER 0x1p1000
+#define FARTHEST 1e300
+typedef f64_register vec_register;
+typedef i64_register mask_register;
+typedef wide vec;
+#else
 enum { FLOATS = FASTBN_WIDTH / 4, VEC_REGISTERS = LANES / FLOATS };
 typedef float real;
 #define LARGEST ((double)FLT_MAX)
@@ -49,19 +62,79 @@ typedef float real;
 #define FARTHEST 1e36
 typedef float f32_register __attribute__((vector_size(FASTBN_WIDTH)));
 typedef float f32_half __attribute__((vector_size(FASTBN_WIDTH / 2)));
+typedef int32_t i32_register __attribute__((vector_size(FASTBN_WIDTH)));
 typedef f32_register vec_register;
+typedef i32_register mask_register;
 typedef struct { vec_register r[VEC_REGISTERS]; } vec;
+#ifdef FASTBN_F32
+typedef float element;
 #else
-enum { VEC_REGISTERS = WIDE_REGISTERS };
-typedef double real;
-#define LARGEST DBL_MAX
-#define LEAST_POWER 0x1p-1000
-#define MOST_POWER 0x1p1000
-#define FARTHEST 1e300
-typedef f64_register vec_register;
-typedef wide vec;
+#define FASTBN_HALF
+typedef uint16_t element;
+#endif
 #endif
 enum { ELEMENTS = LANES / VEC_REGISTERS };
+
+/* What a register of arithmetic takes up in memory. */
+#ifdef FASTBN_HALF
+#define RAW_WIDTH (FASTBN_WIDTH / 2)
+typedef uint16_t raw_register __attribute__((vector_size(RAW_WIDTH)));
+#else
+#define RAW_WIDTH FASTBN_WIDTH
+typedef vec_register raw_register;
+#endif
+
+/* ---- Half types: bits to float32, exactly, and back, rounded; NaN and subnormals are kept ---- */
+
+#ifdef FASTBN_HALF
+INLINE i32_register choose_bits(i32_register mask, i32_register then, i32_register other) {
+    return (mask & then) | (~mask & other);
+}
+#endif
+
+#if !defined(FASTBN_HALF)
+INLINE vec_register from_raw(raw_register v) { return v; }
+INLINE raw_register to_raw(vec_register v) { return v; }
+#elif defined(FASTBN_BF16)
+INLINE vec_register from_raw(raw_register v) {
+    return (vec_register)(__builtin_convertvector(v, i32_register) << 16);
+}
+INLINE raw_register to_raw(vec_register v) {
+    i32_register bits = (i32_register)v, odd = (bits >> 16) & 1;
+    i32_register rounded = bits + 0x7fff + odd; /* ties go to even */
+    rounded = choose_bits((i32_register)(v == v), rounded, bits | 0x400000);
+    return __builtin_convertvector(rounded >> 16, raw_register);
+}
+#elif FASTBN_WIDTH == 64 && !defined(FASTBN_PORTABLE)
+INLINE vec_register from_raw(raw_register v) { return _mm512_cvtph_ps((__m256i)v); }
+INLINE raw_register to_raw(vec_register v) {
+    return (raw_register)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+}
+#elif FASTBN_WIDTH == 32 && !defined(FASTBN_PORTABLE)
+INLINE vec_register from_raw(raw_register v) { return _mm256_cvtph_ps((__m128i)v); }
+INLINE raw_register to_raw(vec_register v) {
+    return (raw_register)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+}
+#else
+/* The bits in float32's places are 2**-112 times the number, subnormal or not. */
+INLINE vec_register from_raw(raw_register v) {
+    i32_register half = __builtin_convertvector(v, i32_register);
+    i32_register sign = (half & 0x8000) << 16, size = (half & 0x7fff) << 13;
+    i32_register bits = (i32_register)((vec_register)size * 0x1p112f);
+    bits |= (size >= 0x7c00 << 13) & 0x7f800000; /* infinity or NaN */
+    return (vec_register)(bits | sign);
+}
+INLINE raw_register to_raw(vec_register v) {
+    i32_register sign = ((i32_register)v >> 16) & 0x8000, size = (i32_register)v & 0x7fffffff;
+    /* Subnormal: what is added to 1/2 is rounded to the unit of its last place, 2**-24. */
+    i32_register small = (i32_register)((vec_register)size + 0.5f) - 0x3f000000;
+    i32_register usual = (size - (112 << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+    i32_register half = choose_bits(size < 113 << 23, small, usual);
+    half = choose_bits(size >= 143 << 23, (i32_register){0} + 0x7c00, half);
+    half = choose_bits(size > 255 << 23, (i32_register){0} + 0x7e00, half);
+    return __builtin_convertvector(half | sign, raw_register);
+}
+#endif
 
 /* ---- Parts of a vector: the first n of 16 lanes, n from 0 to 16. Absent lanes load as 0. ---- */
 
@@ -73,114 +146,133 @@ static const int32_t LANE_MASK32[2 * LANES] = {
     -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
 #endif
 
+/* Of the first n of 16 lanes, how many are among the `of` of register i. */
+INLINE long elements_in(long n, int i, int of) {
+    long left = n - (long)i * of;
+    return left < 0 ? 0 : left > of ? of : left;
+}
+
 #if FASTBN_WIDTH == 64 && !defined(FASTBN_PORTABLE)
 #define PART(n, i) ((uint32_t)((1u << (n)) - 1) >> ((i) * ELEMENTS))
-#ifdef FASTBN_F32
-INLINE vec_register load_part(const real *p, long n, int i) {
+#if defined(FASTBN_F32)
+INLINE raw_register load_part(const element *p, long n, int i) {
     return _mm512_maskz_loadu_ps((__mmask16)PART(n, i), p);
 }
-INLINE void store_part(real *p, vec_register v, long n, int i) {
+INLINE void store_part(element *p, raw_register v, long n, int i) {
     _mm512_mask_storeu_ps(p, (__mmask16)PART(n, i), v);
 }
-INLINE f64_register widen_part(const real *p, long n, int i) {
-    uint32_t part = ((1u << n) - 1) >> (i * DOUBLES);
-    return _mm512_cvtps_pd(_mm256_maskz_loadu_ps((__mmask8)part, p));
-}
-#else
-INLINE vec_register load_part(const real *p, long n, int i) {
+#elif defined(FASTBN_F64)
+INLINE raw_register load_part(const element *p, long n, int i) {
     return _mm512_maskz_loadu_pd((__mmask8)PART(n, i), p);
 }
-INLINE void store_part(real *p, vec_register v, long n, int i) {
+INLINE void store_part(element *p, raw_register v, long n, int i) {
     _mm512_mask_storeu_pd(p, (__mmask8)PART(n, i), v);
+}
+#else
+INLINE raw_register load_part(const element *p, long n, int i) {
+    return (raw_register)_mm256_maskz_loadu_epi16((__mmask16)PART(n, i), p);
+}
+INLINE void store_part(element *p, raw_register v, long n, int i) {
+    _mm256_mask_storeu_epi16(p, (__mmask16)PART(n, i), (__m256i)v);
 }
 #endif
 
-#elif FASTBN_WIDTH == 32 && !defined(FASTBN_PORTABLE)
+#elif FASTBN_WIDTH == 32 && !defined(FASTBN_PORTABLE) && !defined(FASTBN_HALF)
 #ifdef FASTBN_F32
 INLINE __m256i part(long n, int i) {
     return _mm256_loadu_si256((const __m256i *)(LANE_MASK32 + LANES - n + i * ELEMENTS));
 }
-INLINE vec_register load_part(const real *p, long n, int i) {
+INLINE raw_register load_part(const element *p, long n, int i) {
     return _mm256_maskload_ps(p, part(n, i));
 }
-INLINE void store_part(real *p, vec_register v, long n, int i) {
+INLINE void store_part(element *p, raw_register v, long n, int i) {
     _mm256_maskstore_ps(p, part(n, i), v);
-}
-INLINE f64_register widen_part(const real *p, long n, int i) {
-    const int32_t *mask = LANE_MASK32 + LANES - n + i * DOUBLES;
-    return _mm256_cvtps_pd(_mm_maskload_ps(p, _mm_loadu_si128((const __m128i *)mask)));
 }
 #else
 INLINE __m256i part(long n, int i) {
     return _mm256_loadu_si256((const __m256i *)(LANE_MASK64 + LANES - n + i * ELEMENTS));
 }
-INLINE vec_register load_part(const real *p, long n, int i) {
+INLINE raw_register load_part(const element *p, long n, int i) {
     return _mm256_maskload_pd(p, part(n, i));
 }
-INLINE void store_part(real *p, vec_register v, long n, int i) {
+INLINE void store_part(element *p, raw_register v, long n, int i) {
     _mm256_maskstore_pd(p, part(n, i), v);
 }
 #endif
 
 #else /* no masked loads: element by element */
-INLINE long elements_in(long n, int i, int of) {
-    long left = n - (long)i * of;
-    return left < 0 ? 0 : left > of ? of : left;
-}
-INLINE vec_register load_part(const real *p, long n, int i) {
-    vec_register v = {0};
-    memcpy(&v, p, elements_in(n, i, ELEMENTS) * sizeof(real));
+INLINE raw_register load_part(const element *p, long n, int i) {
+    raw_register v = {0};
+    memcpy(&v, p, elements_in(n, i, ELEMENTS) * sizeof(element));
     return v;
 }
-INLINE void store_part(real *p, vec_register v, long n, int i) {
-    memcpy(p, &v, elements_in(n, i, ELEMENTS) * sizeof(real));
+INLINE void store_part(element *p, raw_register v, long n, int i) {
+    memcpy(p, &v, elements_in(n, i, ELEMENTS) * sizeof(element));
 }
-#ifdef FASTBN_F32
-INLINE f64_register widen_part(const real *p, long n, int i) {
-    f32_half v = {0};
-    memcpy(&v, p, elements_in(n, i, DOUBLES) * sizeof(real));
-    return __builtin_convertvector(v, f64_register);
-}
-#endif
 #endif
 
-#ifdef FASTBN_F64
-INLINE f64_register widen_part(const real *p, long n, int i) { return load_part(p, n, i); }
-#endif
+/* ---- Scalars: without branches, so that loops over channels become vectors ---- */
+
+INLINE double choose(int condition, double a, double b) { return condition ? a : b; }
+INLINE int is_finite(double a) { return fabs(a) <= DBL_MAX; }
 
 /* ---- vec: elementwise work ---- */
 
-INLINE vec vload(const real *p) {
+INLINE vec vload(const element *p) {
     vec v;
-    UNROLLED (int i = 0; i < VEC_REGISTERS; i++)
-        memcpy(&v.r[i], p + i * ELEMENTS, sizeof v.r[i]);
-    return v;
-}
-INLINE vec vload_part(const real *p, long n) {
-    vec v;
-    UNROLLED (int i = 0; i < VEC_REGISTERS; i++)
-        v.r[i] = load_part(p + i * ELEMENTS, n, i);
-    return v;
-}
-INLINE void vstore(real *p, vec v) {
-    UNROLLED (int i = 0; i < VEC_REGISTERS; i++)
-        memcpy(p + i * ELEMENTS, &v.r[i], sizeof v.r[i]);
-}
-INLINE void vstore_part(real *p, vec v, long n) {
-    UNROLLED (int i = 0; i < VEC_REGISTERS; i++)
-        store_part(p + i * ELEMENTS, v.r[i], n, i);
-}
-/* To whole aligned lines, past the caches; stream_fence() before another thread may look. */
-INLINE void vstream(real *p, vec v) {
     UNROLLED (int i = 0; i < VEC_REGISTERS; i++) {
+        raw_register raw;
+        memcpy(&raw, p + i * ELEMENTS, sizeof raw);
+        v.r[i] = from_raw(raw);
+    }
+    return v;
+}
+/* Whether n is known to the compiler, and all lanes. */
+#define IS_WHOLE(n) (__builtin_constant_p(n) && (n) == LANES)
+/* The first n. */
+INLINE vec vload_some(const element *p, long n) {
+    vec v;
+    if (IS_WHOLE(n))
+        return vload(p);
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++)
+        v.r[i] = from_raw(load_part(p + i * ELEMENTS, n, i));
+    return v;
+}
+INLINE void vstore(element *p, vec v) {
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++) {
+        raw_register raw = to_raw(v.r[i]);
+        memcpy(p + i * ELEMENTS, &raw, sizeof raw);
+    }
+}
+INLINE void vstore_part(element *p, vec v, long n) {
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++)
+        store_part(p + i * ELEMENTS, to_raw(v.r[i]), n, i);
+}
+INLINE void vstore_some(element *p, vec v, long n) {
+    if (IS_WHOLE(n))
+        vstore(p, v);
+    else
+        vstore_part(p, v, n);
+}
+/* Streaming wants its sixteen elements from one of these bounds on. */
+enum { BOUND = LANES * sizeof(element) < 64 ? LANES * sizeof(element) : 64 };
+/* Past the caches; stream_fence() before another thread may look. */
+INLINE void vstream(element *p, vec v) {
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++) {
+        raw_register raw = to_raw(v.r[i]);
+        void *at = p + i * ELEMENTS;
 #ifdef FASTBN_PORTABLE
-        memcpy(p + i * ELEMENTS, &v.r[i], sizeof v.r[i]);
-#elif FASTBN_WIDTH == 64
-        _mm512_stream_si512((__m512i *)(p + i * ELEMENTS), (__m512i)v.r[i]);
-#elif FASTBN_WIDTH == 32
-        _mm256_stream_si256((__m256i *)(p + i * ELEMENTS), (__m256i)v.r[i]);
+        memcpy(at, &raw, sizeof raw);
+#elif RAW_WIDTH == 64
+        _mm512_stream_si512((__m512i *)at, (__m512i)raw);
+#elif RAW_WIDTH == 32
+        _mm256_stream_si256((__m256i *)at, (__m256i)raw);
+#elif RAW_WIDTH == 16
+        _mm_stream_si128((__m128i *)at, (__m128i)raw);
 #else
-        _mm_stream_si128((__m128i *)(p + i * ELEMENTS), (__m128i)v.r[i]);
+        long long bits;
+        memcpy(&bits, &raw, sizeof bits);
+        _mm_stream_si64((long long *)at, bits);
 #endif
     }
 }
@@ -195,12 +287,14 @@ INLINE vec vsplat(real a) {
         v.r[i] = a - (vec_register){0};
     return v;
 }
-/* `count` vectors, each of one element or of sixteen, that stand `pitch` apart. */
+/* `count` vectors of coefficients, each of one or of sixteen, that stand `pitch` apart. */
 INLINE void vsplat_each(vec *v, const real *p, long pitch, int count) {
     UNROLLED (int i = 0; i < count; i++) v[i] = vsplat(p[i * pitch]);
 }
 INLINE void vload_each(vec *v, const real *p, long pitch, int count) {
-    UNROLLED (int i = 0; i < count; i++) v[i] = vload(p + i * pitch);
+    UNROLLED (int i = 0; i < count; i++)
+        UNROLLED (int j = 0; j < VEC_REGISTERS; j++)
+            memcpy(&v[i].r[j], p + i * pitch + j * ELEMENTS, sizeof v[i].r[j]);
 }
 /* y = (x*near - hi)*scale + shift, of coefficients k in this order. */
 INLINE vec affine(vec x, const vec *k) {
@@ -216,26 +310,124 @@ INLINE vec gradient(vec dy, vec x, const vec *k) {
     }
     return dy;
 }
+INLINE vec vadd(vec a, vec b) {
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++) a.r[i] += b.r[i];
+    return a;
+}
+
+/* An activation: v * slope below 0, `top` above it. */
+typedef struct {
+    double slope;
+    double top;    /* y is no larger */
+    double sloped; /* above this, y is the top */
+} bends;
+
+INLINE bends bends_of(double slope, double top, double sloped) {
+    return (bends){slope, top, sloped};
+}
+/* The largest of y's that are on the slope: the last number before a finite top. */
+INLINE double last_below(double top) {
+    if (!is_finite(top))
+        return top;
+    return sizeof(real) == 4 ? (double)nextafterf((float)top, 0) : nextafter(top, 0);
+}
+INLINE vec_register where(mask_register mask, vec_register then, vec_register other) {
+    return (vec_register)((mask & (mask_register)then) | (~mask & (mask_register)other));
+}
+/* v * slope, and 0 for a slope of 0 whatever v is. */
+INLINE vec_register sloped(vec_register v, real slope) {
+    mask_register kept = (mask_register){0} - (slope != 0);
+    return (vec_register)((mask_register)(v * slope) & kept);
+}
+/* v <= 0 ? slope * v : min(v, top); NaN stays. */
+INLINE vec activate(vec v, const bends *b) {
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++) {
+        vec_register a = v.r[i], most = (real)b->top - (vec_register){0};
+        v.r[i] = where(a <= 0, sloped(a, (real)b->slope), where(a > most, most, a));
+    }
+    return v;
+}
+/* dy times the slope of the activation where it gave y. */
+INLINE vec gate(vec dy, vec y, const bends *b) {
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++) {
+        vec_register a = dy.r[i], at = y.r[i];
+        a = where(at <= 0, sloped(a, (real)b->slope), a);
+        dy.r[i] = where(at > (real)b->sloped, (vec_register){0}, a);
+    }
+    return dy;
+}
 
 /* ---- wide: float64 sums ---- */
 
 /* The conversion has intrinsics because GCC makes two halves of it, or single elements. */
-INLINE f64_register widen(const real *p) {
-    f64_register v;
 #if defined(FASTBN_F64)
+INLINE f64_register widen(const element *p) {
+    f64_register v;
     memcpy(&v, p, sizeof v);
-#elif defined(FASTBN_PORTABLE)
-    f32_half half;
-    memcpy(&half, p, sizeof half);
-    v = __builtin_convertvector(half, f64_register);
-#elif FASTBN_WIDTH == 64
-    v = _mm512_cvtps_pd(_mm256_loadu_ps(p));
-#elif FASTBN_WIDTH == 32
-    v = _mm256_cvtps_pd(_mm_loadu_ps(p));
-#else
-    v = _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p)));
-#endif
     return v;
+}
+INLINE f64_register widen_part(const element *p, long n, int i) { return load_part(p, n, i); }
+#elif defined(FASTBN_HALF)
+/* `count` elements, no more than a register has float64 lanes, and zeros. */
+INLINE f64_register widen_some(const element *p, long count) {
+    raw_register raw = {0};
+    memcpy(&raw, p, count * sizeof(element));
+#if defined(FASTBN_PORTABLE)
+    vec_register v = from_raw(raw);
+    f32_half half;
+    memcpy(&half, &v, sizeof half);
+    return __builtin_convertvector(half, f64_register);
+#elif FASTBN_WIDTH == 64
+    return _mm512_cvtps_pd(_mm512_castps512_ps256(from_raw(raw)));
+#elif FASTBN_WIDTH == 32
+    return _mm256_cvtps_pd(_mm256_castps256_ps128(from_raw(raw)));
+#else
+    return _mm_cvtps_pd(from_raw(raw));
+#endif
+}
+INLINE f64_register widen(const element *p) { return widen_some(p, DOUBLES); }
+INLINE f64_register widen_part(const element *p, long n, int i) {
+    return widen_some(p, elements_in(n, i, DOUBLES));
+}
+#elif defined(FASTBN_PORTABLE)
+INLINE f64_register widen_some(const element *p, long count) {
+    f32_half half = {0};
+    memcpy(&half, p, count * sizeof(element));
+    return __builtin_convertvector(half, f64_register);
+}
+INLINE f64_register widen(const element *p) { return widen_some(p, DOUBLES); }
+INLINE f64_register widen_part(const element *p, long n, int i) {
+    return widen_some(p, elements_in(n, i, DOUBLES));
+}
+#elif FASTBN_WIDTH == 64
+INLINE f64_register widen(const element *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+INLINE f64_register widen_part(const element *p, long n, int i) {
+    uint32_t part = ((1u << n) - 1) >> (i * DOUBLES);
+    return _mm512_cvtps_pd(_mm256_maskz_loadu_ps((__mmask8)part, p));
+}
+#elif FASTBN_WIDTH == 32
+INLINE f64_register widen(const element *p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+INLINE f64_register widen_part(const element *p, long n, int i) {
+    const int32_t *mask = LANE_MASK32 + LANES - n + i * DOUBLES;
+    return _mm256_cvtps_pd(_mm_maskload_ps(p, _mm_loadu_si128((const __m128i *)mask)));
+}
+#else
+INLINE f64_register widen(const element *p) {
+    return _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p)));
+}
+INLINE f64_register widen_part(const element *p, long n, int i) {
+    __m128 v = {0};
+    memcpy(&v, p, elements_in(n, i, DOUBLES) * sizeof(element));
+    return _mm_cvtps_pd(v);
+}
+#endif
+/* One element. */
+INLINE double value_of(const element *p) {
+#ifdef FASTBN_HALF
+    return vload_some(p, 1).r[0][0];
+#else
+    return *p;
+#endif
 }
 /* Register by register: a struct copied whole would live in memory. */
 INLINE wide wload_table(const double *p) {
@@ -302,14 +494,15 @@ INLINE f64_register add_beside(f64_register a, f64_register b) {
 #endif
 }
 /* Add (x - shift) * unit and its square, of n values. */
-INLINE void add_moments(const real *x, long n, wide shift, wide unit, wide *first, wide *second) {
+INLINE void add_moments(const element *x, long n, wide shift, wide unit, wide *first,
+                        wide *second) {
     UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) {
-        const real *p = x + i * DOUBLES;
-        f64_register d = (n < LANES ? widen_part(p, n, i) : widen(p)) - shift.r[i];
-        if (n < LANES)
+        const element *p = x + i * DOUBLES;
+        f64_register d = (IS_WHOLE(n) ? widen(p) : widen_part(p, n, i)) - shift.r[i];
+        if (!IS_WHOLE(n))
             d = first_lanes(d, n, i);
 #ifdef FASTBN_F64
-        d *= unit.r[i]; /* float32 squares cannot overflow float64 */
+        d *= unit.r[i]; /* the squares of others cannot overflow float64 */
 #else
         (void)unit;
 #endif
@@ -317,24 +510,33 @@ INLINE void add_moments(const real *x, long n, wide shift, wide unit, wide *firs
         second->r[i] += d * d;
     }
 }
-/* Add dy * (x - mean) and dy, of n values. */
-INLINE void add_gradients(const real *dy, const real *x, long n, wide mean, wide *first,
-                          wide *second) {
+INLINE f64_register where_wide(i64_register mask, f64_register then, f64_register other) {
+    return (f64_register)((mask & (i64_register)then) | (~mask & (i64_register)other));
+}
+/* As `gate`, in float64. */
+INLINE f64_register gate_wide(f64_register dy, f64_register y, const bends *b) {
+    i64_register kept = (i64_register){0} - (b->slope != 0);
+    f64_register sloped = (f64_register)((i64_register)(dy * b->slope) & kept);
+    dy = where_wide(y <= 0, sloped, dy);
+    return where_wide(y > b->sloped, (f64_register){0}, dy);
+}
+/* Add dy * (x - mean) and dy, of n values; where y is given, dy is gated. */
+INLINE void add_gradients(const element *dy, const element *x, const element *y, long n, wide mean,
+                          const bends *b, wide *first, wide *second) {
     UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) {
-        const real *p = x + i * DOUBLES, *q = dy + i * DOUBLES;
-        f64_register d = (n < LANES ? widen_part(p, n, i) : widen(p)) - mean.r[i];
-        f64_register slope = n < LANES ? widen_part(q, n, i) : widen(q);
-        if (n < LANES)
+        const element *p = x + i * DOUBLES, *q = dy + i * DOUBLES, *r = y + i * DOUBLES;
+        f64_register d = (IS_WHOLE(n) ? widen(p) : widen_part(p, n, i)) - mean.r[i];
+        f64_register slope = IS_WHOLE(n) ? widen(q) : widen_part(q, n, i);
+        if (!IS_WHOLE(n))
             d = first_lanes(d, n, i);
+        if (b)
+            slope = gate_wide(slope, IS_WHOLE(n) ? widen(r) : widen_part(r, n, i), b);
         first->r[i] = add_beside(first->r[i], slope * d);
         second->r[i] = add_beside(second->r[i], slope);
     }
 }
 
-/* ---- Scalars: without branches, so that loops over channels become vectors ---- */
-
-INLINE double choose(int condition, double a, double b) { return condition ? a : b; }
-INLINE int is_finite(double a) { return fabs(a) <= DBL_MAX; }
+/* ---- Scalars of the small step ---- */
 
 /* 1 / sqrt(a), and 0 for 0. */
 INLINE double inverse_root(double a) {
@@ -413,7 +615,7 @@ INLINE fp_mode usual_mode(void) {
 INLINE void restore_mode(fp_mode mode) { _mm_setcsr(mode); }
 #endif
 
-INLINE void prefetch(const real *p, int wanted) {
+INLINE void prefetch(const element *p, int wanted) {
     if (!wanted)
         return;
     __builtin_prefetch(p, 0, 2);

@@ -20,8 +20,16 @@ cdef enum Reduce:
 
 cdef enum Map:
     NO_MAP
-    AFFINE              # out = (source - mean) * scale + beta
+    AFFINE              # out = (source - mean) * scale + beta; the source is x, or dy if there is one
     INPUT_GRADIENT      # out = a*(dy - dy_mean) + b*xhat
+
+cdef enum:
+    # What the loops of a map do, and of a sum.
+    WITH_X = 1          # the gradient of the input, or its sums: x beside dy
+    RESIDUAL = 2        # a residual is added
+    ACTIVE = 4          # then comes an activation
+    GATED = 8           # dy is multiplied by the slope of the activation where it gave y
+    KEEPS = 16          # that product is stored, as the residual's gradient
 
 cdef struct Task:
     Reduce reduce
@@ -32,11 +40,21 @@ cdef struct Task:
     bint inside
     Py_ssize_t G, N, C, S, channels, fold, tail
     double count, eps
-    Operand x, dy, source, out
+    # NULL data where there is none: y gates dy, and dresidual is what it lets through.
+    Operand x, dy, out, residual, y, dresidual
+    # The activation, 1 and infinity for none.
+    double slope, top
+    # The kernels' own: what a map takes its main values from (dy, else x), and beside them (y, or
+    # the residual); where the activation bends again; what the loops do.
+    Operand source, other
+    double sloped
+    int kind
     # What is given: var NULL means that gamma already is the scale; gamma NULL 1, beta NULL 0.
     Table mean, var, gamma, beta
     # Given coefficients of the input's gradient, instead of those that follow from sums.
     Table a, b, dy_mean, rstd
+    # Bytes of an element of arrays, and of one in arithmetic.
+    Py_ssize_t itemsize, real_bytes
     # Results: mean and var, or the sums of dy * (x - mean), over s where var is given, and of dy.
     Table first, second
     # Chunks: pieces of the samples, fixed by shape and element type alone. A chunk is `rows`
@@ -47,7 +65,7 @@ cdef struct Task:
     # Order of work, kind of store, size of the team: decided by the machine; no bit depends on it.
     # Blocks are of channels; the map of a split trip has its own. Large: rows beyond the caches.
     # Fetch: values before they are needed, where the processor's own fetching is not enough.
-    bint split, shared, large, stream, joined, lookahead, fetch
+    bint split, shared, large, stream, stream_dresidual, joined, lookahead, fetch
     Py_ssize_t block, map_block
     # Channels inside: rows that are summed, and mapped, together.
     Py_ssize_t few, together
@@ -59,7 +77,9 @@ cdef struct Task:
     double* unit        # (G, pitch): a power of two that keeps float64 squares in range
     double* partial     # (G, chunks, 2, pitch): each chunk's two sums
     double* total       # (G, 2, pitch): the merged sums
-    char* packed        # (G, PACKED, pitch) elements: the coefficients of the map
+    char* packed        # (G, PACKED, pitch) reals: the coefficients of the map
+    # Coefficients that were packed before, for unfolded rows: then there is no small step.
+    char* prepared
 
 ctypedef void (*Run)(Task*) noexcept nogil
 

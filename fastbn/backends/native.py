@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import numpy as np
 
 from fastbn._ext import cpu, entry
 from fastbn.backends import ASKED_ISA, NativeFacts
-from fastbn.backends.base import Affine, Array, Backend, GradientCoefficients, Table
+from fastbn.backends.base import (
+    Affine,
+    Array,
+    Backend,
+    Gate,
+    GradientCoefficients,
+    Table,
+    Tail,
+)
 from fastbn.errors import BackendError
 
 
@@ -19,32 +28,36 @@ class NativeBackend(Backend):
 
     def __init__(self, isa: str) -> None:
         self.isa = isa
-        kernels = (
-            importlib.import_module(f"fastbn._ext.kernels_{isa}_{element}")
-            for element in ("f32", "f64")
-        )
-        self._engine = entry.Engine(isa, *kernels)
+        kernels = (f"fastbn._ext.kernels_{isa}_{element}" for element in entry.ELEMENTS)
+        self._engine = entry.Engine(isa, tuple(importlib.import_module(name) for name in kernels))
         self.plain_moments = self._engine.plain_moments
         self.plain_batch_norm = self._engine.plain_batch_norm
         self.plain_normalize = self._engine.plain_normalize
         self.plain_backward = self._engine.plain_backward
+        self.plain_frozen = self._engine.plain_frozen
 
     def calls(self) -> int:
         """How often kernels of this instruction set have run in this process."""
         return int(self._engine.calls())
 
+    def prepare(self, affine: Affine) -> Any:
+        return self._engine.prepare(affine)
+
     def moments(self, x: Array, threads: int) -> tuple[Table, Table]:
         return self._engine.moments(_walkable(x), threads)
 
-    def normalize(self, x: Array, affine: Affine, out: Array, threads: int) -> None:
+    def normalize(
+        self, x: Array, affine: Affine, out: Array, threads: int, tail: Tail | None = None
+    ) -> None:
         target = _target(out)
-        self._engine.normalize(_walkable(x), affine, target, threads)
+        self._engine.normalize(_walkable(x), affine, target, threads, _walkable_tail(tail))
         _deliver(target, out)
 
     def gradient_moments(
-        self, dy: Array, x: Array, mean: Table, threads: int
+        self, dy: Array, x: Array, mean: Table, threads: int, gate: Gate | None = None
     ) -> tuple[Table, Table]:
-        return self._engine.gradient_moments(_walkable(dy), _walkable(x), mean, threads)
+        arrays = _walkable(dy), _walkable(x)
+        return self._engine.gradient_moments(*arrays, mean, threads, _walkable_gate(gate))
 
     def input_gradient(
         self,
@@ -53,17 +66,28 @@ class NativeBackend(Backend):
         coefficients: GradientCoefficients,
         out: Array,
         threads: int,
+        gate: Gate | None = None,
     ) -> None:
-        target = _target(out)
-        walkable = None if x is None else _walkable(x)
-        self._engine.input_gradient(_walkable(dy), walkable, coefficients, target, threads)
+        target, gated = _target(out), _walkable_gate(gate)
+        arrays = _walkable(dy), None if x is None else _walkable(x)
+        self._engine.input_gradient(*arrays, coefficients, target, threads, gated)
         _deliver(target, out)
+        _deliver_gated(gated, gate)
 
     def forward(
-        self, x: Array, gamma: Table, beta: Table, eps: float, out: Array, threads: int
+        self,
+        x: Array,
+        gamma: Table,
+        beta: Table,
+        eps: float,
+        out: Array,
+        threads: int,
+        tail: Tail | None = None,
     ) -> tuple[Table, Table]:
         target = _target(out)
-        result = self._engine.forward(_walkable(x), gamma, beta, eps, target, threads)
+        result = self._engine.forward(
+            _walkable(x), gamma, beta, eps, target, threads, _walkable_tail(tail)
+        )
         _deliver(target, out)
         return result
 
@@ -78,12 +102,14 @@ class NativeBackend(Backend):
         frozen: bool,
         out: Array,
         threads: int,
+        gate: Gate | None = None,
     ) -> tuple[Table, Table]:
-        target = _target(out)
+        target, gated = _target(out), _walkable_gate(gate)
         result = self._engine.backward(
-            _walkable(dy), _walkable(x), mean, var, gamma, eps, frozen, target, threads
+            _walkable(dy), _walkable(x), mean, var, gamma, eps, frozen, target, threads, gated
         )
         _deliver(target, out)
+        _deliver_gated(gated, gate)
         return result
 
 
@@ -130,6 +156,24 @@ def _target(out: Array) -> Array:
     return out if entry.walks(out) else np.empty(out.shape, out.dtype)
 
 
-def _deliver(target: Array, out: Array) -> None:
+def _deliver(target: Array | None, out: Array) -> None:
     if target is not out:
         out[...] = target
+
+
+def _walkable_tail(tail: Tail | None) -> Tail | None:
+    if tail is None or tail.residual is None:
+        return tail
+    return Tail(tail.activation, _walkable(tail.residual))
+
+
+def _walkable_gate(gate: Gate | None) -> Gate | None:
+    if gate is None:
+        return None
+    dresidual = None if gate.dresidual is None else _target(gate.dresidual)
+    return Gate(gate.activation, _walkable(gate.y), dresidual)
+
+
+def _deliver_gated(gated: Gate | None, gate: Gate | None) -> None:
+    if gated is not None and gate is not None and gate.dresidual is not None:
+        _deliver(gated.dresidual, gate.dresidual)
