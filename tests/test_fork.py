@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import socket
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from http.client import HTTPConnection
@@ -61,6 +64,8 @@ assert call.release()
 assert company.digest(company.LARGE) == expected
 """
 
+KEEPS_ITS_THREADS = "int omp_pause_resource_all(int kind) { return kind > 0 ? -1 : 0; }"
+
 SETTINGS = """
 import json
 control_socket_disable = True
@@ -99,6 +104,21 @@ def test_child_and_parent(runner: str, how: str) -> None:
 def test_fork_while_another_thread_is_inside_a_call(runner: str) -> None:
     """The call does not go on in the child, nor does it count there."""
     assert int(output(BESIDE_A_CALL, **environment(runner))) == started_in_child(runner)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.skipif("cython" not in RUNNERS, reason="the compiled kernels are not built")
+def test_child_is_serial_where_the_runtime_keeps_its_threads(tmp_path: Path) -> None:
+    """An OpenMP that cannot give its threads up before a fork has lost them in the child."""
+    library = tmp_path / "keeps.so"
+    command = ["cc", "-shared", "-fPIC", "-o", str(library), "-xc", "-"]
+    subprocess.run(command, input=KEEPS_ITS_THREADS, text=True, check=True)
+    preloaded = f"{os.environ.get('LD_PRELOAD', '')} {library}"
+    variables = environment("cython") | {"LD_PRELOAD": preloaded}
+    child, parent = json.loads(output(OS_FORK, **variables))
+    assert child["same"]
+    assert parent["same"]
+    assert child["started"] == 0
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
