@@ -109,7 +109,8 @@ def set_num_threads(n: int) -> None:
     Parameters
     ----------
     n : int
-        From 1 to 1024. Small arrays take fewer; results do not depend on it.
+        From 1 to 1024. Small arrays take fewer, and calls made at once share them; results do not
+        depend on it.
 
     Raises
     ------

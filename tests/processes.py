@@ -1,4 +1,4 @@
-"""Running a few lines of Python in a process of their own, with chosen environment variables."""
+"""Running Python in a process of its own, with chosen environment variables and a deadline."""
 
 from __future__ import annotations
 
@@ -6,29 +6,48 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 OURS = ("FASTBN_BACKEND", "FASTBN_NUM_THREADS", "FASTBN_ISA", "OMP_NUM_THREADS")
 TIMEOUT = 120  # seconds; numba may have to compile
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `code`; of the variables that fastbn reads, only those given are set."""
+def finds_tests() -> dict[str, str]:
+    """The environment variable with which a process can import the modules beside this one."""
+    inherited = os.environ.get("PYTHONPATH", "")
+    return {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), inherited])}
+
+
+@contextmanager
+def python(
+    arguments: Sequence[str], environment: Mapping[str, str], files: Sequence[int] = ()
+) -> Iterator[subprocess.Popen[str]]:
+    """Python while the block runs; of the variables that fastbn reads, only those given are set."""
     inherited = {k: v for k, v in os.environ.items() if k not in OURS}
-    command = [sys.executable, "-c", code]
     with subprocess.Popen(
-        command,
-        env=inherited | environment,
+        [sys.executable, *arguments],
+        env={**inherited, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        pass_fds=files,
         text=True,
         start_new_session=True,
     ) as process:
         try:
-            stdout, stderr = process.communicate(timeout=TIMEOUT)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with the children it may have forked
+            yield process
+        except BaseException:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with the children it may have forked
             raise
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` as `python` does, until it ends."""
+    with python(["-c", code], environment) as process:
+        stdout, stderr = process.communicate(timeout=TIMEOUT)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def output(code: str, **environment: str) -> str:

@@ -41,6 +41,15 @@ def _names() -> tuple[str, ...]:
 VARIANTS = _names()
 CYTHON = tuple(name for name in VARIANTS if name.startswith("cython-"))
 
+_RUNNERS = {
+    "cython": {"FASTBN_BACKEND": "cython"},
+    "numba on omp": {"FASTBN_BACKEND": "numba", "NUMBA_THREADING_LAYER": "omp"},
+    "numba on workqueue": {"FASTBN_BACKEND": "numba", "NUMBA_THREADING_LAYER": "workqueue"},
+    "numpy": {"FASTBN_BACKEND": "numpy"},
+}
+RUNNERS = {n: r for n, r in _RUNNERS.items() if r["FASTBN_BACKEND"] in backends.usable()}
+"""Each way to run threads, as the environment variables that choose it."""
+
 
 @contextmanager
 def activate(name: str) -> Iterator[Variant]:

@@ -33,26 +33,37 @@ cnp.import_array()
 
 cdef extern from *:
     """
+    /* Calls in flight at once share the cores, each taking a part of its threads. */
+    static int in_flight = 0;
+    static int enter_call(void) { return __atomic_add_fetch(&in_flight, 1, __ATOMIC_RELAXED); }
+    static void leave_call(void) { __atomic_sub_fetch(&in_flight, 1, __ATOMIC_RELAXED); }
+
     /* libgomp's threads do not exist in a forked child, which would wait for them for ever. So the
-     * pool is given up before a fork (whoever's work made it) and made anew by the next computation. Runtimes that cannot
-     * do that leave the child on one thread. */
+     * pool is given up before a fork (whoever's work made it) and made anew by the next
+     * computation. Runtimes that cannot do that leave the child on one thread. Of the calls in
+     * flight none goes on in the child: only the thread that forks is there. */
     static int is_serial = 0;
     #ifdef _OPENMP
     #include <omp.h>
     #include <pthread.h>
     static int pause_all(int) __attribute__((weakref("omp_pause_resource_all")));
-    static int is_paused = 0;
+    static __thread int is_paused = 0;  /* several threads may fork at once */
     static void before_fork(void) {
         enum { OMP_PAUSE_SOFT = 1 };
         is_paused = !omp_in_parallel() && pause_all && pause_all(OMP_PAUSE_SOFT) == 0;
     }
-    static void in_child(void) { is_serial |= !is_paused; }
+    static void in_child(void) {
+        is_serial |= !is_paused;
+        in_flight = 0;
+    }
     static int guard_forks(void) { return pthread_atfork(before_fork, NULL, in_child); }
     #else
     static int guard_forks(void) { return 0; }
     #endif
     """
     int is_serial
+    int enter_call() nogil
+    void leave_call() nogil
     int guard_forks() nogil
 
 if guard_forks() != 0:
@@ -568,12 +579,16 @@ cdef class Engine:
         return sum(module.calls() for module in self.modules)
 
     cdef int go(self, Task* t, cnp.ndarray x, int threads) except -1:
-        """Cut into chunks and parts, schedule, run."""
-        cdef int element = element_of(x)
+        """Cut into chunks and parts, schedule, run: on what other calls in flight leave."""
+        cdef int element = element_of(x), calls
         with nogil:
             set_element(t, element)
             set_chunks(t)
-            run_parts(t, self.runs[element], threads)
+            calls = enter_call()
+            try:
+                run_parts(t, self.runs[element], max(1, threads // calls))
+            finally:
+                leave_call()
         return 0
 
     cdef tuple with_tables(self, Task* t, cnp.ndarray x, int threads):
