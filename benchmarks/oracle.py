@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -265,10 +266,20 @@ def bound_dbeta(dtype: Any, exact: WideGradients, mean: Wide, var: Wide, eps: fl
 # --- units --------------------------------------------------------------------------------------
 
 
+def overflow(dtype: Any) -> float:
+    """From where on a number is rounded to infinity: half way from the largest to what would be
+    next."""
+    largest = float(ml_dtypes.finfo(dtype).max)
+    power = math.ldexp(1, math.frexp(largest)[1]) if np.dtype(dtype).itemsize == 2 else math.inf
+    return largest + (power - largest) / 2
+
+
 def units(actual: Array, expected: Any, bound: Any) -> Wide:
     """Each error |actual - expected| in units of what is allowed, its bound and one smallest
     subnormal of its type; infinite where there should be a number and is none."""
     allowed = bound + np.longdouble(float(ml_dtypes.finfo(actual.dtype).smallest_subnormal))
     with np.errstate(invalid="ignore"):
         off: Wide = np.abs(actual.astype(np.longdouble) - expected) / allowed
-    return np.where(np.isnan(off), np.inf, off)
+    beyond = np.isinf(actual) & (np.sign(actual.astype(float)) == np.sign(expected))
+    beyond &= np.abs(expected) + allowed >= overflow(actual.dtype)
+    return np.where(beyond, 0, np.where(np.isnan(off), np.inf, off))

@@ -53,7 +53,7 @@ def array(name: str, value: Any, *, halves: bool = False) -> NDArray[Any]:
             remedy = f"pass {name}.real, {name}.imag, or both as channels of their own"
         elif value.dtype.kind == "f" and value.dtype.itemsize > 8:
             remedy = f"convert it with {name}.astype(numpy.float64)"
-        raise TypeError(f"{name} has dtype {value.dtype}, expected {known}; {remedy}")
+        raise TypeError(f"{name} has dtype {_named(value.dtype)}, expected {known}; {remedy}")
     return value
 
 
@@ -369,8 +369,9 @@ def output(
         raise TypeError(
             f"{name} is {_described(value)}, expected a numpy.ndarray of {wanted}, or None; {make}"
         )
-    if value.dtype != dtype:
-        raise TypeError(f"{name} has dtype {value.dtype}, expected {dtype} in native order; {make}")
+    if value.dtype != dtype or not value.dtype.isnative:
+        came = _named(value.dtype)
+        raise TypeError(f"{name} has dtype {came}, expected {dtype} in native order; {make}")
     if value.shape != x.shape:
         raise ValueError(f"{name} has shape {value.shape}, expected {x.shape}; {make}")
     if not value.flags.writeable:
@@ -417,6 +418,11 @@ def _overlaps_itself(a: NDArray[Any]) -> bool:
             return a.size > 0
         reach += stride * (n - 1)
     return False
+
+
+def _named(dtype: np.dtype[Any]) -> str:
+    """A dtype in words; bfloat16 does not tell of itself that it is byte-swapped."""
+    return str(dtype) if dtype.isnative or dtype.kind != "V" else f"byte-swapped {dtype.name}"
 
 
 def _spelled(x: NDArray[Any], x_name: str) -> str:

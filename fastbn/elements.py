@@ -26,13 +26,14 @@ def is_float(dtype: np.dtype[Any]) -> bool:
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
-    """Whether this is somebody's bfloat16, which is native whoever made it."""
-    return dtype.itemsize == 2 and dtype.name == "bfloat16"
+    """Whether this is somebody's bfloat16, in native byte order: NumPy cannot be relied on to swap
+    the bytes of types that are not its own."""
+    return dtype.itemsize == 2 and dtype.name == "bfloat16" and dtype.isnative
 
 
 def is_half(dtype: np.dtype[Any]) -> bool:
     """Whether values take two bytes: float16, in either byte order, or bfloat16."""
-    return dtype.itemsize == 2 and (dtype.kind == "f" or dtype.name == "bfloat16")
+    return dtype.itemsize == 2 and (dtype.kind == "f" or is_bfloat16(dtype))
 
 
 def is_element(dtype: np.dtype[Any]) -> bool:

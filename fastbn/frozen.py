@@ -248,11 +248,14 @@ def _frozen(name: str, value: Any, owner: checks.Owner) -> Array | None:
 
 def _affine(vectors: dict[str, Any], eps: float) -> Affine:
     """The affine map, as vectors of float64."""
-    mean, var, gamma, beta = (vectors[name] for name in ("mean", "var", "gamma", "beta"))
-    ones = np.ones(len(mean))
-    scale = normal_scale(ones if gamma is None else gamma.astype(np.float64), var, eps)
-    shift = np.zeros(len(mean)) if beta is None else beta.astype(np.float64)
-    return Affine(*(_read_only(v) for v in (mean.astype(np.float64), scale, shift)))
+    defaults = {"mean": 0.0, "var": 1.0, "gamma": 1.0, "beta": 0.0}
+    mean, var, gamma, beta = (
+        np.full(len(vectors["mean"]), default)
+        if vectors[name] is None
+        else vectors[name].astype(np.float64)
+        for name, default in defaults.items()
+    )
+    return Affine(*(_read_only(v) for v in (mean, normal_scale(gamma, var, eps), beta)))
 
 
 @quiet

@@ -93,7 +93,9 @@ def parameters(draw: st.DrawFn, channels: int) -> Array | None:
 def recipes(draw: st.DrawFn, dtypes: tuple[Any, ...] = DTYPES) -> Problem:
     """A problem from a few words: any shape, layout, memory form and distribution."""
     shape, dtype, layout = draw(shapes()), draw(st.sampled_from(dtypes)), draw(layouts)
-    form = draw(st.sampled_from(sorted(FORMS)))
+    # NumPy swaps the bytes of its own types alone.
+    own = np.dtype(dtype).kind == "f"
+    form = draw(st.sampled_from(sorted(f for f in FORMS if own or f != "byte-swapped")))
     kind = draw(st.sampled_from(sorted(DISTRIBUTIONS)))
     loc, scale = draw(st.sampled_from([0, 1, -30, 1000])), draw(st.sampled_from([1, 0.01, 50]))
     seed = draw(st.integers(0, 99))
