@@ -29,7 +29,10 @@ if platform.machine() == "x86_64":
         "avx2": (32, ["-mavx2", "-mfma", "-mf16c"]),
         "avx512": (
             64,
-            ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+            [
+                *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"),
+                "-mprefer-vector-width=512",
+            ],
         ),
     }
 ELEMENTS = {

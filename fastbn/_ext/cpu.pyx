@@ -15,7 +15,7 @@ cdef extern from *:
     #define runs_avx2() (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") \
         && has_f16c())
     #define runs_avx512() (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") \
-        && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has_f16c())
     #else
     #define runs_sse2() 0
     #define runs_avx2() 0

@@ -86,7 +86,7 @@ typedef vec_register raw_register;
 
 /* ---- Half types: bits to float32, exactly, and back, rounded; NaN and subnormals are kept ---- */
 
-#ifdef FASTBN_HALF
+#if defined(FASTBN_HALF)
 INLINE i32_register choose_bits(i32_register mask, i32_register then, i32_register other) {
     return (mask & then) | (~mask & other);
 }
@@ -96,14 +96,39 @@ INLINE i32_register choose_bits(i32_register mask, i32_register then, i32_regist
 INLINE vec_register from_raw(raw_register v) { return v; }
 INLINE raw_register to_raw(vec_register v) { return v; }
 #elif defined(FASTBN_BF16)
+/* Intrinsics, because GCC takes registers of 64 and 32 bytes apart for conversions of integers. */
 INLINE vec_register from_raw(raw_register v) {
+#if defined(FASTBN_PORTABLE)
     return (vec_register)(__builtin_convertvector(v, i32_register) << 16);
+#elif FASTBN_WIDTH == 64
+    return (vec_register)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16);
+#elif FASTBN_WIDTH == 32
+    return (vec_register)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16);
+#else
+    __m128i bits = _mm_cvtsi64_si128((int64_t)v);
+    return (vec_register)_mm_unpacklo_epi16(_mm_setzero_si128(), bits);
+#endif
 }
 INLINE raw_register to_raw(vec_register v) {
     i32_register bits = (i32_register)v, odd = (bits >> 16) & 1;
-    i32_register rounded = bits + 0x7fff + odd; /* ties go to even */
-    rounded = choose_bits((i32_register)(v == v), rounded, bits | 0x400000);
-    return __builtin_convertvector(rounded >> 16, raw_register);
+    i32_register rounded = bits + (odd + 0x7fff); /* ties go to even */
+#if FASTBN_WIDTH == 64 && !defined(FASTBN_PORTABLE)
+    __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    __m512i quiet = _mm512_set1_epi32(0x400000);
+    __m512i kept = _mm512_mask_or_epi32((__m512i)rounded, nan, (__m512i)v, quiet);
+    return (raw_register)_mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+#else
+    rounded = choose_bits((i32_register)(v == v), rounded, bits | 0x400000) >> 16;
+#if defined(FASTBN_PORTABLE)
+    return __builtin_convertvector(rounded, raw_register);
+#elif FASTBN_WIDTH == 32
+    /* With their signs they fit. */
+    __m256i pairs = _mm256_packs_epi32((__m256i)rounded, (__m256i)rounded);
+    return (raw_register)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+#else
+    return (raw_register)_mm_cvtsi128_si64(_mm_packs_epi32((__m128i)rounded, (__m128i)rounded));
+#endif
+#endif
 }
 #elif FASTBN_WIDTH == 64 && !defined(FASTBN_PORTABLE)
 INLINE vec_register from_raw(raw_register v) { return _mm512_cvtph_ps((__m256i)v); }
@@ -368,26 +393,37 @@ INLINE f64_register widen(const element *p) {
 }
 INLINE f64_register widen_part(const element *p, long n, int i) { return load_part(p, n, i); }
 #elif defined(FASTBN_HALF)
-/* `count` elements, no more than a register has float64 lanes, and zeros. */
-INLINE f64_register widen_some(const element *p, long count) {
-    raw_register raw = {0};
-    memcpy(&raw, p, count * sizeof(element));
-#if defined(FASTBN_PORTABLE)
-    vec_register v = from_raw(raw);
-    f32_half half;
-    memcpy(&half, &v, sizeof half);
-    return __builtin_convertvector(half, f64_register);
-#elif FASTBN_WIDTH == 64
-    return _mm512_cvtps_pd(_mm512_castps512_ps256(from_raw(raw)));
-#elif FASTBN_WIDTH == 32
-    return _mm256_cvtps_pd(_mm256_castps256_ps128(from_raw(raw)));
+INLINE f64_register widen(const element *p) {
+#if FASTBN_WIDTH == 16
+    uint32_t two;
+    vec_register v;
+    memcpy(&two, p, sizeof two);
+    v = from_raw((raw_register)(uint64_t)two);
+#ifdef FASTBN_PORTABLE
+    return (f64_register){v[0], v[1]};
 #else
-    return _mm_cvtps_pd(from_raw(raw));
+    return _mm_cvtps_pd(v);
+#endif
+#elif FASTBN_WIDTH == 32
+    __m128i raw = _mm_loadl_epi64((const __m128i *)p);
+#ifdef FASTBN_F16
+    return _mm256_cvtps_pd(_mm_cvtph_ps(raw));
+#else
+    return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(raw), 16)));
+#endif
+#else
+    __m128i raw = _mm_loadu_si128((const __m128i *)p);
+#ifdef FASTBN_F16
+    return _mm512_cvtps_pd(_mm256_cvtph_ps(raw));
+#else
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16)));
+#endif
 #endif
 }
-INLINE f64_register widen(const element *p) { return widen_some(p, DOUBLES); }
 INLINE f64_register widen_part(const element *p, long n, int i) {
-    return widen_some(p, elements_in(n, i, DOUBLES));
+    element lanes[DOUBLES] = {0};
+    memcpy(lanes, p, elements_in(n, i, DOUBLES) * sizeof(element));
+    return widen(lanes);
 }
 #elif defined(FASTBN_PORTABLE)
 INLINE f64_register widen_some(const element *p, long count) {
