@@ -63,9 +63,13 @@ class Dense(Layer):
 
 
 class BatchNorm(Layer):
-    """Batch norm: trains on the statistics of each batch, serves with their running averages."""
+    """Batch norm, perhaps with an activation: trains on the statistics of each batch, serves with
+    their running averages."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(
+        self, channels: int, *, layout: str = "NCHW", activation: str | None = None
+    ) -> None:
+        self.layout, self.activation = layout, activation
         self.gamma = np.ones(channels, np.float32)
         self.beta = np.zeros(channels, np.float32)
         self.parameters = self.gamma, self.beta
@@ -73,21 +77,39 @@ class BatchNorm(Layer):
         self.running_var = np.ones(channels)
 
     def forward(self, x: Array) -> Array:
-        y, mean, var = fastbn.batch_norm(x, self.gamma, self.beta)
+        y, mean, var = fastbn.batch_norm(
+            x, self.gamma, self.beta, layout=self.layout, activation=self.activation
+        )
         self.x, self.mean, self.var = x, mean, var
-        n = x.size // x.shape[1]  # values a channel
+        self.y = y if self.activation else None  # the gradient through an activation needs it
+        n = x.size // len(mean)  # values a channel
         self.running_mean += AVERAGING * (mean - self.running_mean)
         self.running_var += AVERAGING * (var * n / max(n - 1, 1) - self.running_var)  # unbiased
         return y
 
     def backward(self, dy: Array) -> Array:
         dx, *self.gradients = fastbn.batch_norm_backward(
-            dy, self.x, self.mean, self.var, self.gamma
+            dy,
+            self.x,
+            self.mean,
+            self.var,
+            self.gamma,
+            layout=self.layout,
+            activation=self.activation,
+            y=self.y,
         )
         return dx
 
     def serve(self, x: Array) -> Array:
-        return fastbn.normalize(x, self.running_mean, self.running_var, self.gamma, self.beta)
+        return fastbn.normalize(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.gamma,
+            self.beta,
+            layout=self.layout,
+            activation=self.activation,
+        )
 
 
 class Sigmoid(Layer):
@@ -102,39 +124,59 @@ class Sigmoid(Layer):
 
 
 class Network:
-    """Hidden layers of sigmoids, batch-normalized or not, and a softmax over the classes."""
+    """Layers one after the other, for images or rows of features, and scores of classes."""
 
-    def __init__(self, sizes: Sequence[int], *, batch_norm: bool, seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        *widths, classes = sizes
-        self.layers: list[Layer] = []
-        for inputs, outputs in pairwise(widths):
-            self.layers.append(Dense(inputs, outputs, rng))
-            if batch_norm:
-                self.layers.append(BatchNorm(outputs))
-            self.layers.append(Sigmoid())
-        self.layers.append(Dense(widths[-1], classes, rng))
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = layers
 
-    def train(self, x: Array, labels: Array, rate: float) -> None:
-        """One step of stochastic gradient descent on a batch."""
+    def backpropagate(self, x: Array, labels: Array) -> None:
+        """Set every layer's gradients, of a batch's mean cross-entropy with the labels."""
         for layer in self.layers:
             x = layer.forward(x)
         dy = cross_entropy_gradient(x, labels)
         for layer in reversed(self.layers):
             dy = layer.backward(dy)
+
+    def train(self, x: Array, labels: Array, rate: float) -> None:
+        """One step of stochastic gradient descent on a batch."""
+        self.backpropagate(x, labels)
+        for layer in self.layers:
             layer.update(rate)
 
-    def serve(self, x: Array) -> Array:
-        """The most probable class of each row of `x`."""
+    def scores(self, x: Array) -> Array:
+        """What each class scores once training is over."""
         for layer in self.layers:
             x = layer.serve(x)
-        labels: Array = x.argmax(axis=1)
+        return x
+
+    def serve(self, x: Array) -> Array:
+        """The most probable class of each of `x`."""
+        labels: Array = self.scores(x).argmax(axis=1)
         return labels
+
+
+def sigmoids(sizes: Sequence[int], *, batch_norm: bool, seed: int) -> Network:
+    """Hidden layers of sigmoids, batch-normalized or not, and a softmax over the classes."""
+    rng = np.random.default_rng(seed)
+    *widths, classes = sizes
+    layers: list[Layer] = []
+    for inputs, outputs in pairwise(widths):
+        layers.append(Dense(inputs, outputs, rng))
+        if batch_norm:
+            layers.append(BatchNorm(outputs))
+        layers.append(Sigmoid())
+    return Network([*layers, Dense(widths[-1], classes, rng)])
+
+
+def softmax(scores: Array) -> Array:
+    """The probabilities of the classes, in rows."""
+    p: Array = np.exp(scores - scores.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    return p
 
 
 def cross_entropy_gradient(scores: Array, labels: Array) -> Array:
     """Gradient by `scores` of their softmax's cross-entropy with the labels, mean of the batch."""
-    p: Array = np.exp(scores - scores.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
+    p = softmax(scores)
     p[np.arange(len(labels)), labels] -= 1
     return p / len(labels)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import fastbn
-from fastbn._network import Array, Network
+from fastbn._network import Array, sigmoids
 
 if TYPE_CHECKING:  # the `demo` extra: each is imported where it is used
     from matplotlib.axes import Axes
@@ -134,11 +134,11 @@ def load_digits() -> Digits:
 
 def train_both(digits: Digits, steps: int, progress: Progress) -> Curves:
     """Train with and without batch norm, side by side: same weights to begin with, same batches."""
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     networks = {
-        "with batch norm": Network(SIZES, batch_norm=True, seed=SEED),
-        "without batch norm": Network(SIZES, batch_norm=False, seed=SEED),
+        "with batch norm": sigmoids(SIZES, batch_norm=True, seed=SEED),
+        "without batch norm": sigmoids(SIZES, batch_norm=False, seed=SEED),
     }
     curves = {name: Curve([], []) for name in networks}
     bars = {name: progress.add_task(name, total=steps, note="") for name in networks}

@@ -15,7 +15,9 @@ import fastbn
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
-    [*ROOT.glob("README.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("CONTRIBUTING.md")]
+    path
+    for pattern in ("README.md", "docs/*.md", "CONTRIBUTING.md", "examples/*/README.md")
+    for path in ROOT.glob(pattern)
 )
 BLOCK = re.compile(r"^```(python|pycon)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 VERBS = (
