@@ -77,7 +77,7 @@ cdef enum:
     MANY = 65536            # and in arrays of this many values all rows of broken vectors
     CHUNK = 16384           # values of a channel in a chunk: the lanes' sums stay short
     FEWEST_ROWS = 64        # samples in a chunk, channels inside
-    MOST_ROWS = 512
+    MOST_ROWS = 512         # twice that of half types: sums take up a part of what is summed
     OVERFLOWING = 65536     # bytes of coefficients that L1 does not keep from row to row
 
 
@@ -142,7 +142,8 @@ cdef void set_pitch(Task* t) noexcept nogil:
 cdef void set_chunks(Task* t) noexcept nogil:
     t.pieces, t.piece = 1, t.S
     if t.inside:
-        t.rows = min(max(ceil_div(ceil_div(t.N, 32), 8) * 8, FEWEST_ROWS), MOST_ROWS)
+        t.rows = max(ceil_div(ceil_div(t.N, 32), 8) * 8, FEWEST_ROWS)
+        t.rows = min(t.rows, MOST_ROWS * (2 if t.itemsize == 2 else 1))
         t.chunks = max(1, ceil_div(t.N, t.rows))
     elif t.S > CHUNK:
         t.rows = 1
