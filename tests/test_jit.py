@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +55,47 @@ def test_stores_stay_inside_the_output() -> None:
             assert out.tobytes() == expected.tobytes()
             assert (memory[:start] == 7).all()
             assert (memory[start + x.size :] == 7).all()
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("shape", [(3, 2, 43), (2, 3, 1100), (6, 5, 48)])
+def test_what_is_let_through_lies_anywhere(shape: tuple[int, ...], layout: str) -> None:
+    """The residual's gradient in its cache lines as dx does, and otherwise; in place too."""
+    rng = np.random.default_rng(4)
+    x, dy = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    y, mean, var = fastbn.batch_norm(x, layout=layout, activation="relu")
+    options: dict[str, Any] = {"y": y, "activation": "relu", "layout": layout}
+    plain = dy * (y > 0)
+    expected = fastbn.batch_norm_backward(plain, x, mean, var, layout=layout)
+    for streams in (NEVER_STREAM, ALWAYS_STREAM):
+        for start in (0, 3, 16):
+            memory = np.full(x.size + 40, 7.0, np.float32)
+            through = memory[start : start + x.size].reshape(shape)
+            in_place = dy.copy()
+            with pretend(**streams):
+                calls = [
+                    fastbn.batch_norm_backward(dy, x, mean, var, dresidual=through, **options),
+                    fastbn.batch_norm_backward(
+                        in_place, x, mean, var, dresidual=in_place, **options
+                    ),
+                ]
+            for got in calls:
+                assert got.dx.tobytes() == expected.dx.tobytes()
+                np.testing.assert_array_equal(got.dresidual, plain)
+            assert (memory[:start] == 7).all()
+            assert (memory[start + x.size :] == 7).all()
+
+
+def test_sums_need_no_neutral_gate() -> None:
+    """Without an activation they are those of dy, by the same body."""
+    x, dy = np.random.default_rng(5).normal(size=(2, 4, 3, 20))
+    _, mean, var = fastbn.batch_norm(x)
+    want = fastbn.batch_norm_backward(dy, x, mean, var)
+    compiled = jit._body.cache_info().currsize
+    got = fastbn.batch_norm_backward(dy, x, mean, var, dresidual=True)
+    assert jit._body.cache_info().currsize <= compiled + 1
+    for a, b in zip(got, (*want, dy), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("layer", ["omp", "workqueue"])
