@@ -16,8 +16,8 @@
    variance of exactly 0, and a large mean costs no digits. Where the shift lay far from the mean
    (an outlier came first), or float64 squares overflow, the channel is summed again about the mean
    just found (Chan, Golub & LeVeque 1983).
-5. Elementwise work is done in the element type, with `_coefficients` that keep the digits of the
-   mean and the range of float32.
+5. Elementwise work is done in the element type, in float32 for halves, with `_coefficients` that
+   keep the digits of the mean and the range of float32.
 6. A reduction in plain Python loops stays scalar unless the compiler may reorder it. So a value of
    type `Lanes` is one LLVM vector, spelled out below: the order is the program's, and every
    instruction set splits it into its registers.
@@ -27,8 +27,11 @@
    walk, by bodies of their own: None in place of one leaves no trace in the others. In sums a gate
    multiplies in float64. What a gate lets through is streamed where it lies in its cache lines as
    dx does, and stored elsewhere.
-9. The plain entries take contiguous arrays that fit past all checks: those cost 20 to 30 us a call,
-   more than some 1 MB of work. They answer None, having touched nothing, for everything else.
+9. float16 and bfloat16 are in memory alone: loads make float32 of them and stores round to them, by
+   integer operations, for not every processor has others. Kernels see them as integers of 16 bits,
+   unsigned and signed, whose types tell which is which.
+10. The plain entries take contiguous arrays that fit past all checks: those cost 20 to 30 us a
+   call, more than some 1 MB of work. They answer None, having touched nothing, for everything else.
 """
 
 from __future__ import annotations
@@ -64,6 +67,7 @@ from fastbn._caches import (
 )
 from fastbn.activations import LINEAR, Activation, of
 from fastbn.backends.base import Affine, Array, Backend, Gate, GradientCoefficients, Table, Tail
+from fastbn.elements import SINGLE, arithmetic, is_bfloat16
 
 LANES = 16
 """Values in one `Lanes`: a cache line of float32."""
@@ -104,11 +108,14 @@ if _numba.config.DISABLE_JIT:
 
 _intrinsic: Callable[[F], Any] = extending.intrinsic
 _LARGEST = float(np.finfo(np.float32).max)
-_INT32, _INT64 = ir.IntType(32), ir.IntType(64)
+_INT16, _INT32, _INT64 = (ir.IntType(bits) for bits in (16, 32, 64))
+_FLOAT32, _FLOAT64 = ir.FloatType(), ir.DoubleType()
+_HALF, _BRAIN = types.uint16, types.int16
+"""Elements are told by the type of a value; these stand for float16 and bfloat16."""
 
 
 class Lanes(types.Type):
-    """Numba's type of a vector of LANES values of one element type."""
+    """Numba's type of a vector of LANES values: float32 or float64, in which work is done."""
 
     def __init__(self, element: Any) -> None:
         self.element = element
@@ -125,8 +132,21 @@ _DOUBLES = Lanes(types.float64)
 
 
 def _vector(element: Any) -> ir.VectorType:
-    scalar = ir.FloatType() if element == types.float32 else ir.DoubleType()
-    return ir.VectorType(scalar, LANES)
+    """LANES values as they are worked on."""
+    return ir.VectorType(_FLOAT64 if element == types.float64 else _FLOAT32, LANES)
+
+
+def _memory(element: Any) -> ir.VectorType:
+    """LANES values as memory has them."""
+    return ir.VectorType(_INT16, LANES) if _is_half(element) else _vector(element)
+
+
+def _is_half(element: Any) -> bool:
+    return element in (_HALF, _BRAIN)
+
+
+def _lanes(element: Any) -> Lanes:
+    return Lanes(types.float64 if element == types.float64 else types.float32)
 
 
 def _define(op: Callable[..., Any], instruction: str) -> None:
@@ -166,38 +186,120 @@ def _mask(builder: Any, count: Any) -> Any:
 
 def _masked(builder: Any, verb: str, result: Any, args: list[Any], data: Any) -> Any:
     """Call LLVM's masked load or store of `data`'s type."""
-    bits = 32 if isinstance(data.element, ir.FloatType) else 64
-    name = f"llvm.masked.{verb}.v{LANES}f{bits}.p0"
+    scalar = {_INT16: "i16", _FLOAT32: "f32", _FLOAT64: "f64"}[data.element]
+    name = f"llvm.masked.{verb}.v{LANES}{scalar}.p0"
     known = builder.module.globals.get(name)
     kind = ir.FunctionType(result, [arg.type for arg in args])
     return builder.call(known or ir.Function(builder.module, kind, name), args)
 
 
-def _pointer(builder: Any, address: Any, lanes: Lanes) -> Any:
-    return builder.inttoptr(address, _vector(lanes.element).as_pointer())
+def _pointer(builder: Any, address: Any, element: Any) -> Any:
+    return builder.inttoptr(address, _memory(element).as_pointer())
 
 
 def _scalar(builder: Any, address: Any, element: Any) -> Any:
-    pointer = builder.inttoptr(address, _vector(element).element.as_pointer())
+    """One value as memory has it."""
+    pointer = builder.inttoptr(address, _memory(element).element.as_pointer())
     return builder.load(pointer, align=element.bitwidth // 8)
+
+
+def _bits(number: int) -> ir.Constant:
+    """The same 32 bits in every lane."""
+    return ir.Constant(ir.VectorType(_INT32, LANES), [number] * LANES)
+
+
+def _float(builder: Any, bits: Any) -> Any:
+    return builder.bitcast(bits, _vector(types.float32))
+
+
+def _from_memory(builder: Any, data: Any, element: Any) -> Any:
+    """What was loaded, in the type of work; every half is a float32."""
+    if not _is_half(element):
+        return data
+    bits = builder.zext(data, ir.VectorType(_INT32, LANES))
+    if element == _BRAIN:
+        return _float(builder, builder.shl(bits, _bits(16)))
+    return _float(builder, _single_bits(builder, bits))
+
+
+def _single_bits(builder: Any, bits: Any) -> Any:
+    """Float16's bits as float32's: the exponents are 112 apart."""
+    size = builder.and_(bits, _bits(0x7FFF))
+    moved = builder.shl(size, _bits(13))
+    normal = builder.add(moved, _bits(112 << 23))
+    # Below the normal numbers: put behind 2**-14, which is then subtracted.
+    behind = _float(builder, builder.or_(moved, _bits(113 << 23)))
+    tiny = builder.fsub(behind, ir.Constant(behind.type, [2.0**-14] * LANES))
+    tiny = builder.bitcast(tiny, bits.type)
+    special = builder.or_(moved, _bits(0xFF << 23))
+    finite = builder.icmp_signed("<", size, _bits(0x7C00))
+    small = builder.icmp_signed("<", size, _bits(0x0400))
+    number = builder.select(finite, builder.select(small, tiny, normal), special)
+    return builder.or_(number, builder.shl(builder.xor(bits, size), _bits(16)))
+
+
+def _to_memory(builder: Any, value: Any, element: Any) -> Any:
+    """What will be stored: float32 rounds to the nearest half, and of two to the even one."""
+    if not _is_half(element):
+        return value
+    bits = builder.bitcast(value, ir.VectorType(_INT32, LANES))
+    size = builder.and_(bits, _bits(0x7FFFFFFF))
+    is_nan = builder.icmp_signed(">", size, _bits(0xFF << 23))
+    round_bits = _brain_bits if element == _BRAIN else _half_bits
+    number, nan = round_bits(builder, size)
+    number = builder.select(is_nan, nan, number)
+    sign = builder.lshr(builder.xor(bits, size), _bits(16))
+    return builder.trunc(builder.or_(number, sign), _memory(element))
+
+
+def _rounded_up(builder: Any, size: Any, dropped: int, offset: int) -> Any:
+    """The bits without their last `dropped`, to the nearest; plus an offset before."""
+    last = builder.and_(builder.lshr(size, _bits(dropped)), _bits(1))
+    nearly_half = (1 << dropped - 1) - 1
+    up = builder.add(builder.add(size, _bits((offset + nearly_half) & 0xFFFFFFFF)), last)
+    return builder.lshr(up, _bits(dropped))
+
+
+def _brain_bits(builder: Any, size: Any) -> tuple[Any, Any]:
+    """Float32's bits without sign as bfloat16's, and a NaN."""
+    return _rounded_up(builder, size, 16, 0), _bits(0x7FC0)
+
+
+def _half_bits(builder: Any, size: Any) -> tuple[Any, Any]:
+    """Float32's bits without sign as float16's, and a NaN."""
+    normal = _rounded_up(builder, size, 13, -112 << 23)
+    # Below the normal numbers: added to 0.5, whose last place is the smallest half's.
+    tiny = builder.fadd(_float(builder, size), ir.Constant(_vector(types.float32), [0.5] * LANES))
+    tiny = builder.sub(builder.bitcast(tiny, size.type), _bits(126 << 23))
+    finite = builder.icmp_signed("<", size, _bits(143 << 23))
+    small = builder.icmp_signed("<", size, _bits(113 << 23))
+    number = builder.select(finite, builder.select(small, tiny, normal), _bits(0x7C00))
+    return number, _bits(0x7E00)
 
 
 @_intrinsic
 def _itemsize(context: Any, element: Any) -> Any:
-    """Bytes of one value."""
+    """Bytes of one value in memory."""
     size = ir.Constant(_INT64, element.bitwidth // 8)
     return types.int64(element), lambda context, builder, signature, args: size
 
 
 @_intrinsic
+def _worksize(context: Any, element: Any) -> Any:
+    """Bytes of one value as it is worked on, and of coefficients."""
+    size = ir.Constant(_INT64, _lanes(element).element.bitwidth // 8)
+    return types.int64(element), lambda context, builder, signature, args: size
+
+
+@_intrinsic
 def _narrow(context: Any, value: Any, element: Any) -> Any:
-    """Float64 lanes, rounded to `element`."""
+    """Float64 lanes, rounded to the type in which `element` is worked on."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         same = element == types.float64
         return args[0] if same else builder.fptrunc(args[0], _vector(element))
 
-    return Lanes(element)(_DOUBLES, element), generate
+    return _lanes(element)(_DOUBLES, element), generate
 
 
 @_intrinsic
@@ -213,15 +315,16 @@ def _value(context: Any, address: Any, element: Any) -> Any:
     """The value at an address, in float64."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = _scalar(builder, args[0], element)
-        return context.cast(builder, value, element, types.float64)
+        values = _from_memory(builder, _splat(builder, _scalar(builder, args[0], element)), element)
+        value = builder.extract_element(values, ir.Constant(_INT32, 0))
+        return context.cast(builder, value, _lanes(element).element, types.float64)
 
     return types.float64(types.int64, element), generate
 
 
 @_intrinsic
 def _set_value(context: Any, address: Any, value: Any, element: Any) -> Any:
-    """The float64 `value`, rounded, to an address."""
+    """The float64 `value`, rounded to a float `element`, to an address."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         value = context.cast(builder, args[1], types.float64, element)
@@ -234,18 +337,20 @@ def _set_value(context: Any, address: Any, value: Any, element: Any) -> Any:
 
 @_intrinsic
 def _eight(context: Any, address: Any, pitch: Any, single: Any, element: Any) -> Any:
-    """Eight lanes that lie `pitch` bytes apart; each full of one value if `single` is not None."""
-    lines = _numba.types.UniTuple(Lanes(element), 8)
+    """Eight lanes of coefficients that lie `pitch` bytes apart; each full of one value if `single`
+    is not None."""
+    kind = _lanes(element)
+    lines = _numba.types.UniTuple(kind, 8)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         lanes = []
         for i in range(8):
             at = builder.add(args[0], builder.mul(args[1], ir.Constant(_INT64, i)))
             if single == types.none:
-                pointer = _pointer(builder, at, Lanes(element))
-                lanes.append(builder.load(pointer, align=element.bitwidth // 8))
+                pointer = _pointer(builder, at, kind.element)
+                lanes.append(builder.load(pointer, align=kind.element.bitwidth // 8))
             else:
-                lanes.append(_splat(builder, _scalar(builder, at, element)))
+                lanes.append(_splat(builder, _scalar(builder, at, kind.element)))
         return context.make_tuple(builder, lines, lanes)
 
     return lines(types.int64, types.int64, single, element), generate
@@ -254,67 +359,111 @@ def _eight(context: Any, address: Any, pitch: Any, single: Any, element: Any) ->
 @_intrinsic
 def _load(context: Any, address: Any, element: Any) -> Any:
     """LANES values from memory."""
-    lanes = Lanes(element)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_pointer(builder, args[0], lanes), align=element.bitwidth // 8)
+        pointer = _pointer(builder, args[0], element)
+        data = builder.load(pointer, align=element.bitwidth // 8)
+        return _from_memory(builder, data, element)
 
-    return lanes(types.int64, element), generate
+    return _lanes(element)(types.int64, element), generate
+
+
+def _load_first(builder: Any, address: Any, count: Any, element: Any) -> Any:
+    """`count` < LANES values as memory has them, and zeros."""
+    data = _memory(element)
+    mask = _mask(builder, builder.trunc(count, _INT32))
+    align = ir.Constant(_INT32, element.bitwidth // 8)
+    zeros = ir.Constant(data, [0 if _is_half(element) else 0.0] * LANES)
+    args = [_pointer(builder, address, element), align, mask, zeros]
+    return _masked(builder, "load", data, args, data)
+
+
+def _store_first(builder: Any, address: Any, data: Any, count: Any, element: Any) -> None:
+    """The first `count` < LANES values to memory."""
+    mask = _mask(builder, builder.trunc(count, _INT32))
+    align = ir.Constant(_INT32, element.bitwidth // 8)
+    args = [data, _pointer(builder, address, element), align, mask]
+    _masked(builder, "store", ir.VoidType(), args, data.type)
+
+
+def _store_past(builder: Any, address: Any, data: Any, element: Any) -> None:
+    """LANES values to memory past the cache."""
+    align = min(64, LANES * element.bitwidth // 8)
+    store = builder.store(data, _pointer(builder, address, element), align=align)
+    store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_INT32, 1)]))
 
 
 @_intrinsic
 def _load_some(context: Any, address: Any, count: Any, element: Any) -> Any:
     """`count` < LANES values from memory, and zeros."""
-    lanes = Lanes(element)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = _vector(element)
-        mask = _mask(builder, builder.trunc(args[1], _INT32))
-        align = ir.Constant(_INT32, element.bitwidth // 8)
-        pointer = _pointer(builder, args[0], lanes)
-        zeros = ir.Constant(data, [0.0] * LANES)
-        return _masked(builder, "load", data, [pointer, align, mask, zeros], data)
+        return _from_memory(builder, _load_first(builder, args[0], args[1], element), element)
 
-    return lanes(types.int64, types.int64, element), generate
+    return _lanes(element)(types.int64, types.int64, element), generate
 
 
 @_intrinsic
-def _store(context: Any, address: Any, value: Any) -> Any:
+def _store(context: Any, address: Any, value: Any, element: Any) -> Any:
     """All lanes to memory."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        align = value.element.bitwidth // 8
-        builder.store(args[1], _pointer(builder, args[0], value), align=align)
+        data = _to_memory(builder, args[1], element)
+        builder.store(data, _pointer(builder, args[0], element), align=element.bitwidth // 8)
         return context.get_dummy_value()
 
-    return types.void(types.int64, value), generate
+    return types.void(types.int64, _lanes(element), element), generate
 
 
 @_intrinsic
-def _stream(context: Any, address: Any, value: Any) -> Any:
-    """All lanes to memory past the cache; the address is a cache line's."""
+def _stream(context: Any, address: Any, value: Any, element: Any) -> Any:
+    """All lanes to memory past the cache; the address is as `_head` makes it."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        store = builder.store(args[1], _pointer(builder, args[0], value), align=64)
-        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_INT32, 1)]))
+        _store_past(builder, args[0], _to_memory(builder, args[1], element), element)
         return context.get_dummy_value()
 
-    return types.void(types.int64, value), generate
+    return types.void(types.int64, _lanes(element), element), generate
 
 
 @_intrinsic
-def _store_some(context: Any, address: Any, value: Any, count: Any) -> Any:
+def _store_some(context: Any, address: Any, value: Any, count: Any, element: Any) -> Any:
     """The first `count` < LANES lanes to memory."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        mask = _mask(builder, builder.trunc(args[2], _INT32))
-        align = ir.Constant(_INT32, value.element.bitwidth // 8)
-        pointer = _pointer(builder, args[0], value)
-        data = _vector(value.element)
-        _masked(builder, "store", ir.VoidType(), [args[1], pointer, align, mask], data)
+        data = _to_memory(builder, args[1], element)
+        _store_first(builder, args[0], data, args[2], element)
         return context.get_dummy_value()
 
-    return types.void(types.int64, value, types.int64), generate
+    return types.void(types.int64, _lanes(element), types.int64, element), generate
+
+
+@_intrinsic
+def _copy(context: Any, to: Any, values: Any, stream: Any, element: Any) -> Any:
+    """LANES values from memory to memory as they are; past the cache if `stream` is not None."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size = element.bitwidth // 8
+        data = builder.load(_pointer(builder, args[1], element), align=size)
+        if stream == types.none:
+            builder.store(data, _pointer(builder, args[0], element), align=size)
+        else:
+            _store_past(builder, args[0], data, element)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, stream, element), generate
+
+
+@_intrinsic
+def _copy_some(context: Any, to: Any, values: Any, count: Any, element: Any) -> Any:
+    """`count` < LANES values from memory to memory as they are."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = _load_first(builder, args[1], args[2], element)
+        _store_first(builder, args[0], data, args[2], element)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, element), generate
 
 
 @_intrinsic
@@ -341,10 +490,10 @@ def _keep(context: Any, value: Any, count: Any) -> Any:
 
 @_intrinsic
 def _rescale(context: Any, value: Any, unit: Any, element: Any) -> Any:
-    """value * unit; float32 values have no squares that overflow, so for them unit is 1."""
+    """value * unit; only float64 values have squares that overflow: for others unit is 1."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return args[0] if element == types.float32 else builder.fmul(args[0], args[1])
+        return builder.fmul(args[0], args[1]) if element == types.float64 else args[0]
 
     return _DOUBLES(_DOUBLES, _DOUBLES, element), generate
 
@@ -960,8 +1109,8 @@ def _sum_rows(
     offset = (run * job.pitch + c0) * 8
     tables, sums = job.work + offset, job.sums + index * 2 * pitch + offset
     for c in range(0, (c1 - c0) * 8, LANES * 8):
-        _store(sums + c, _spread(0.0))
-        _store(sums + pitch + c, _spread(0.0))
+        _store(sums + c, _spread(0.0), 0.0)
+        _store(sums + pitch + c, _spread(0.0), 0.0)
     few = job.few
     ahead = (AHEAD // (few * (c1 - c0)) + 1) * few
     n, end = n0, job.rows + 1 if job.rest and n1 == job.rows else n1
@@ -982,8 +1131,8 @@ def _sum_rows(
                 else:
                     both = _add(at, width - c, about, both, with_dy, lanes, element)
                 at = _by(at, x_row, dy_row, y_row)
-            _store(total, both[0])
-            _store(total + pitch, both[1])
+            _store(total, both[0], 0.0)
+            _store(total + pitch, both[1], 0.0)
         n += rows
 
 
@@ -1013,12 +1162,12 @@ def _set_shifts(job: Any, run: int, c0: int, c1: int, element: Any) -> None:
 
 
 @_inline
-def _save(address: int, value: Any, count: int) -> None:
+def _save(address: int, value: Any, count: int, element: Any) -> None:
     """Store up to `count` lanes."""
     if count < LANES:
-        _store_some(address, value, count)
+        _store_some(address, value, count, element)
     else:
-        _store(address, value)
+        _store(address, value, element)
 
 
 @_inline
@@ -1030,7 +1179,7 @@ def _merge(job: Any, run: int, c0: int, c1: int) -> None:
             offset, total = kind * row + (run * job.pitch + c) * 8, _spread(0.0)
             for index in range(job.chunks):
                 total = total + _values(job.sums + index * 2 * row + offset, c1 - c, 0.0)
-            _save(job.work + 2 * row + offset, total, c1 - c)
+            _save(job.work + 2 * row + offset, total, c1 - c, 0.0)
         for c in range(job.channels if job.columns > job.channels else 0):
             merged = 0.0
             for copy in range(job.fold):
@@ -1155,8 +1304,8 @@ def _small_step(job: Any, run: int, c0: int, c1: int, both: bool, element: Any) 
             offset = _values(sums, count, 0.0) / n
             var = _values(sums + wide, count, 0.0) / n - offset * offset
             mean = _values(sums - 2 * wide, count, 0.0) + offset / unit
-            _save(given + MEAN * step, mean, count)
-            _save(given + VAR * step, _if_less(var, zero, zero, var / unit / unit), count)
+            _save(given + MEAN * step, mean, count, 0.0)
+            _save(given + VAR * step, _if_less(var, zero, zero, var / unit / unit), count, 0.0)
         a, beta = _values(given, count, 0.0), _values(given + BETA * step, count, 0.0)
         mean, var = (
             _values(given + MEAN * step, count, 0.0),
@@ -1173,13 +1322,13 @@ def _small_step(job: Any, run: int, c0: int, c1: int, both: bool, element: Any) 
             a = a * rstd
         if job.summed == GRADIENTS:
             dbeta, dgamma = _values(sums, count, 0.0), _values(sums + wide, count, 0.0) * rstd
-            _save(given + DBETA * step, dbeta, count)
-            _save(given + DGAMMA * step, dgamma, count)
+            _save(given + DBETA * step, dbeta, count, 0.0)
+            _save(given + DGAMMA * step, dgamma, count, 0.0)
             b, shift, rest = (zero - a) * (dgamma / n), (dbeta / n if both else zero), zero
         if job.written != NOTHING:
             k = _coefficients(a, shift, rest, b, mean, rstd, both, element)
             for i in range(8):
-                _save(lines + i * pitch + c * size, _narrow(k[i], element), count)
+                _save(lines + i * pitch + c * size, _narrow(k[i], element), count, element)
     if job.inside and c0 == 0 and job.written != NOTHING:
         _repeat(job, lines, element)
 
@@ -1255,19 +1404,21 @@ def _tail_lanes(job: Any, tail: Any, element: Any) -> Any:
 
 @_inline
 def _head(address: int, count: int, stream: int, size: int) -> int:
-    """Values to write before streaming may begin, at the next cache line."""
-    return min((-address & 63) // size, count) if stream else 0
+    """Values to write before streaming may begin, at the next cache line, or half of one where
+    that is LANES values."""
+    line = min(64, LANES * size)
+    return min((-address & (line - 1)) // size, count) if stream else 0
 
 
 @_inline
-def _put(address: int, value: Any, count: int, stream: int) -> None:
+def _put(address: int, value: Any, count: int, stream: int, element: Any) -> None:
     """Up to `count` values to memory."""
     if count < LANES:
-        _store_some(address, value, count)
+        _store_some(address, value, count, element)
     elif stream:
-        _stream(address, value)
+        _stream(address, value, element)
     else:
-        _store(address, value)
+        _store(address, value, element)
 
 
 @_inline
@@ -1290,8 +1441,8 @@ def _write(
             result = result + _values(beside, count, element)
         result = _activated(result, tail[0], tail[1])
     if gate is not None and gate[2] != NOT:
-        _put(through, value, count, stream and gate[2] == AS_OUT)
-    _put(out, result, count, stream)
+        _put(through, value, count, stream and gate[2] == AS_OUT, element)
+    _put(out, result, count, stream, element)
 
 
 @_inline
@@ -1301,11 +1452,11 @@ def _send(out: int, values: int, count: int, element: Any) -> int:
     size = _itemsize(element)
     s = _head(out, count, 1, size)
     if s > 0:
-        _store_some(out, _load(values, element), s)
+        _copy_some(out, values, s, element)
     while s + LANES <= count:
-        _stream(out + s * size, _load(values + s * size, element))
+        _copy(out + s * size, values + s * size, True, element)
         s += LANES
-    _store(values, _load(values + s * size, element))
+    _copy(values, values + s * size, None, element)
     return s
 
 
@@ -1354,7 +1505,8 @@ def _map_planes(
     through goes the same way, if it can."""
     out, size = job.out, _itemsize(element)
     n0, n1, s0, s1 = _chunk(job, index)
-    pitch, count = job.pitch * size, s1 - s0
+    wide, count = _worksize(element), s1 - s0
+    pitch = job.pitch * wide
     later = job.dy.column * ahead, job.x.column * ahead, job.beside.column * ahead, 0, 0
     joined = job.joined and job.stream and out.column == job.size * size
     twins = joined and job.lets == AS_OUT
@@ -1365,7 +1517,7 @@ def _map_planes(
         twin = values + BUFFER * 8
         sent_to, twin_to = _at(out, run, n, c0), _at(job.through, run, n, c0)
         for c in range(c0, c1):
-            k = _eight(job.packed + run * 8 * pitch + c * size, pitch, True, element)
+            k = _eight(job.packed + run * 8 * pitch + c * wide, pitch, True, element)
             source, other, beside, through, target = _along(_places(job, run, n, c), s0 * size)
             if joined:
                 target = values + waiting * size
@@ -1380,9 +1532,9 @@ def _map_planes(
                 sent_to, twin_to = sent_to + sent * size, twin_to + sent * size
                 waiting -= sent
         if joined and waiting > 0:
-            _store_some(sent_to, _load(values, element), waiting)
+            _copy_some(sent_to, values, waiting, element)
             if gate is not None and twins:
-                _store_some(twin_to, _load(twin, element), waiting)
+                _copy_some(twin_to, twin, waiting, element)
 
 
 @_inline
@@ -1399,7 +1551,7 @@ def _map_columns(
     element: Any,
 ) -> None:
     """Up to `count` columns of a few rows."""
-    k = _eight(lines, job.pitch * _itemsize(element), None, element)
+    k = _eight(lines, job.pitch * _worksize(element), None, element)
     step = _rows(job)
     for _ in range(rows):
         _fetch_mapped(job.fetch, _along(at, AHEAD * 2), both, tail, gate)
@@ -1421,24 +1573,24 @@ def _map_few(
     element: Any,
 ) -> None:
     """`width` columns from column c on, of a few rows."""
-    size = _itemsize(element)
-    lines = job.packed + (run * 8 * job.pitch + c) * size
+    size, wide = _itemsize(element), _worksize(element)
+    lines = job.packed + (run * 8 * job.pitch + c) * wide
     at = _places(job, run, n, c)
     head = _head(at[4], width, job.stream, size)
     if head > 0:
         _map_columns(job, at, rows, head, lines, 0, both, tail, gate, element)
     whole = (head + (width - head) // LANES * LANES) * size
     for s in range(head * size, whole, LANES * size):
-        here, line = _along(at, s), lines + s
+        here, line = _along(at, s), lines + s * (wide // size)
         if rows == 1:  # a loop over rows would be unrolled, and cost more than it does
-            k = _eight(line, job.pitch * size, None, element)
+            k = _eight(line, job.pitch * wide, None, element)
             _fetch_mapped(job.fetch, _along(here, AHEAD * 2), both, tail, gate)
             _write(here, LANES, k, job.stream, both, tail, gate, element)
         else:
             _map_columns(job, here, rows, LANES, line, job.stream, both, tail, gate, element)
     rest = width - whole // size
     if rest > 0:
-        here, line = _along(at, whole), lines + whole
+        here, line = _along(at, whole), lines + whole * (wide // size)
         _map_columns(job, here, rows, rest, line, 0, both, tail, gate, element)
 
 
@@ -1667,6 +1819,10 @@ class _Fused(NamedTuple):
     gated_sums: bool | None = None
     """What there is of them: True or None, which the types of bodies tell apart."""
 
+    def stored(self) -> _Fused:
+        """The same with arrays of halves as integers."""
+        return self._replace(beside=_stored(self.beside), through=_stored(self.through))
+
     def operands(self) -> int:
         """The arrays that it brings along."""
         return (self.beside is not None) + (self.through is not None)
@@ -1697,6 +1853,13 @@ def _after(gate: Gate | None) -> _Fused | None:
     return _Fused(slope, top, y, through, gate=True, gated_sums=True)
 
 
+def _stored(a: Any) -> Any:
+    """Halves as the integers that stand for them in kernels; None of None."""
+    if a is None:
+        return None
+    return a.view(np.int16 if is_bfloat16(a.dtype) else np.uint16)
+
+
 @cache
 def _bodies(
     dtype: Any, inside: bool, summed: int, written: int, tail: Any, gate: Any, gated_sums: Any
@@ -1706,7 +1869,7 @@ def _bodies(
     return (
         _body("start", dtype, False) if summed else 0,
         _body("sum_" + family, dtype, summed == GRADIENTS, None, gated_sums) if summed else 0,
-        _body("finish", dtype, both),
+        _body("finish", arithmetic(dtype), both),
         _body("write_" + family, dtype, both, tail, gate) if written else 0,
     )
 
@@ -1723,6 +1886,10 @@ def _call(
     fused: _Fused | None = None,
 ) -> None:
     """Run the kernel where the arrays lie, or on dense copies; without dy, dy is x."""
+    if x.dtype.itemsize == 2:
+        alone, x = dy is x, _stored(x)
+        dy, out = x if alone else _stored(dy), _stored(out)
+        fused = fused and fused.stored()
     shape, dense = x.shape, x.shape[3] < LANES and _folds(*x.shape[1:])
     inside, target = shape[3] < LANES, x if out is None else out
     if dense:
@@ -1760,11 +1927,14 @@ def _call(
 # ---- Plain calls ---------------------------------------------------------------------------------
 
 _DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+_ELEMENTS = (*_DTYPES, np.dtype(np.float16))
 
 
 def _plain_view(a: Any, layout: Any) -> Array | None:
     """The (G, N, C, S) view of an array as most calls have it, or None."""
-    if type(a) is not np.ndarray or a.dtype not in _DTYPES or a.ndim < 2 or a.size == 0:
+    if type(a) is not np.ndarray or a.ndim < 2 or a.size == 0:
+        return None
+    if a.dtype not in _ELEMENTS and not is_bfloat16(a.dtype):
         return None
     flags, shape = a.flags, a.shape
     if type(layout) is not str or not (flags.c_contiguous and flags.aligned):
@@ -2061,7 +2231,7 @@ class NumbaBackend(Backend):
         sums = self.backward(view, x, mean, var, scale, eps, frozen, target, threads, gate)
         if not params:
             return dx, None, None, through
-        single = (dy if gamma is None else gamma).dtype == np.float32
+        single = (arithmetic(dy.dtype) if gamma is None else gamma.dtype) == SINGLE
         dgamma, dbeta = (_singles(s[0]) if single else s[0] for s in sums)
         return dx, dgamma, dbeta, through
 
