@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +55,106 @@ def test_stores_stay_inside_the_output() -> None:
             assert out.tobytes() == expected.tobytes()
             assert (memory[:start] == 7).all()
             assert (memory[start + x.size :] == 7).all()
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("shape", [(3, 2, 43), (2, 3, 1100), (6, 5, 48)])
+def test_what_is_let_through_lies_anywhere(shape: tuple[int, ...], layout: str) -> None:
+    """The residual's gradient in its cache lines as dx does, and otherwise; in place too."""
+    rng = np.random.default_rng(4)
+    x, dy = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    y, mean, var = fastbn.batch_norm(x, layout=layout, activation="relu")
+    options: dict[str, Any] = {"y": y, "activation": "relu", "layout": layout}
+    plain = dy * (y > 0)
+    expected = fastbn.batch_norm_backward(plain, x, mean, var, layout=layout)
+    for streams in (NEVER_STREAM, ALWAYS_STREAM):
+        for start in (0, 3, 16):
+            memory = np.full(x.size + 40, 7.0, np.float32)
+            through = memory[start : start + x.size].reshape(shape)
+            in_place = dy.copy()
+            with pretend(**streams):
+                calls = [
+                    fastbn.batch_norm_backward(dy, x, mean, var, dresidual=through, **options),
+                    fastbn.batch_norm_backward(
+                        in_place, x, mean, var, dresidual=in_place, **options
+                    ),
+                ]
+            for got in calls:
+                assert got.dx.tobytes() == expected.dx.tobytes()
+                np.testing.assert_array_equal(got.dresidual, plain)
+            assert (memory[:start] == 7).all()
+            assert (memory[start + x.size :] == 7).all()
+
+
+def test_sums_need_no_neutral_gate() -> None:
+    """Without an activation they are those of dy, by the same body."""
+    x, dy = np.random.default_rng(5).normal(size=(2, 4, 3, 20))
+    _, mean, var = fastbn.batch_norm(x)
+    want = fastbn.batch_norm_backward(dy, x, mean, var)
+    compiled = jit._body.cache_info().currsize
+    got = fastbn.batch_norm_backward(dy, x, mean, var, dresidual=True)
+    assert jit._body.cache_info().currsize <= compiled + 1
+    for a, b in zip(got, (*want, dy), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def _copied(values: Any, like: Any, out: Any, out_like: Any) -> None:
+    """Lanes, and then some that are not whole, to another type."""
+    size, out_size = jit._itemsize(like), jit._itemsize(out_like)
+    p, q = values.ctypes.data, out.ctypes.data
+    whole = values.size - values.size % jit.LANES
+    for i in range(0, whole, jit.LANES):
+        jit._store(q + i * out_size, jit._load(p + i * size, like), out_like)
+    p, q, rest = p + whole * size, q + whole * out_size, values.size - whole
+    jit._store_some(q, jit._load_some(p, rest, like), rest, out_like)
+
+
+_copy_all = numba.njit(_copied)
+
+
+def _halves(name: str) -> Any:
+    if name == "float16":
+        return np.dtype(np.float16)
+    return np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """The same bits, NaNs of any bits apart."""
+    nan = np.isnan(b.astype(np.float32))
+    integer = np.uint16 if a.itemsize == 2 else np.uint32
+    equal = (a.view(integer) == b.view(integer)) | nan
+    return bool(equal.all() and (np.isnan(a.astype(np.float32)) == nan).all())
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_every_half_is_a_float32(name: str) -> None:
+    """All 65536 come out as they are, and go back."""
+    dtype, like = _halves(name), {"float16": np.uint16(0), "bfloat16": np.int16(0)}[name]
+    every = np.arange(-1, 1 << 16).astype(np.uint16)  # an odd number
+    singles, back = np.empty(every.size, np.float32), np.empty_like(every)
+    _copy_all(every, like, singles, np.float32(0))
+    assert _same(singles, every.view(dtype).astype(np.float32))
+    _copy_all(singles, np.float32(0), back, like)
+    assert _same(back.view(dtype), every.view(dtype))
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_halves_are_rounded_to_even(name: str) -> None:
+    """Around every half and every tie between two, and at random."""
+    dtype, like = _halves(name), {"float16": np.uint16(0), "bfloat16": np.int16(0)}[name]
+    every = np.arange(1 << 16).astype(np.uint16).view(dtype).astype(np.float32).view(np.int32)
+    kept = 13 if name == "float16" else 16
+    near = [every + (half << kept - 1) + step for half in (0, 1) for step in range(-2, 3)]
+    near.append(np.random.default_rng(0).integers(-(1 << 31), 1 << 31, 1 << 20).astype(np.int32))
+    tiny = np.arange(1 << 12) * np.float64(2.0**-26)  # ties between subnormal numbers of float16
+    near += [
+        (sign * tiny).astype(np.float32).view(np.int32) + i for sign in (1, -1) for i in (0, 1)
+    ]
+    singles = np.concatenate([*near, near[0][:3]]).view(np.float32)
+    got = np.empty(singles.size, np.uint16)
+    _copy_all(singles, np.float32(0), got, like)
+    with np.errstate(all="ignore"):
+        assert _same(got.view(dtype), singles.astype(dtype))
 
 
 @pytest.mark.parametrize("layer", ["omp", "workqueue"])

@@ -16,15 +16,22 @@
    variance of exactly 0, and a large mean costs no digits. Where the shift lay far from the mean
    (an outlier came first), or float64 squares overflow, the channel is summed again about the mean
    just found (Chan, Golub & LeVeque 1983).
-5. Elementwise work is done in the element type, with `_coefficients` that keep the digits of the
-   mean and the range of float32.
+5. Elementwise work is done in the element type, in float32 for halves, with `_coefficients` that
+   keep the digits of the mean and the range of float32.
 6. A reduction in plain Python loops stays scalar unless the compiler may reorder it. So a value of
    type `Lanes` is one LLVM vector, spelled out below: the order is the program's, and every
    instruction set splits it into its registers.
 7. `_run` is compiled twice, serial and parallel. Numba's "workqueue" threads end the process when
    entered twice at once, so one call at a time is parallel and the others run serial meanwhile.
-8. The plain entries take contiguous arrays that fit past all checks: those cost 20 to 30 us a call,
-   more than some 1 MB of work. They answer None, having touched nothing, for everything else.
+8. A tail (activation and residual) or a gate (the activation's gradient) is computed in the same
+   walk, by bodies of their own: None in place of one leaves no trace in the others. In sums a gate
+   multiplies in float64. What a gate lets through is streamed where it lies in its cache lines as
+   dx does, and stored elsewhere.
+9. float16 and bfloat16 are in memory alone: loads make float32 of them and stores round to them, by
+   integer operations, for not every processor has others. Kernels see them as integers of 16 bits,
+   unsigned and signed, whose types tell which is which.
+10. The plain entries take contiguous arrays that fit past all checks: those cost 20 to 30 us a
+   call, more than some 1 MB of work. They answer None, having touched nothing, for everything else.
 """
 
 from __future__ import annotations
@@ -34,11 +41,11 @@ import operator
 import os
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numba
 import numpy as np
@@ -58,7 +65,9 @@ from fastbn._caches import (
     STRETCH,
     scratch,
 )
-from fastbn.backends.base import Affine, Array, Backend, GradientCoefficients, Table
+from fastbn.activations import LINEAR, Activation, of
+from fastbn.backends.base import Affine, Array, Backend, Gate, GradientCoefficients, Table, Tail
+from fastbn.elements import SINGLE, arithmetic, is_bfloat16
 
 LANES = 16
 """Values in one `Lanes`: a cache line of float32."""
@@ -72,6 +81,8 @@ AHEAD = 1024
 """Values from one to the one that is fetched meanwhile."""
 JOINED = 1024
 """Values: planes up to this size are streamed several at a time."""
+BUFFER = 2 * JOINED + LANES
+"""Values that wait to be streamed, at most."""
 STREAMED_ROW = 1 << 10
 """Bytes from which a row's unaligned ends do not matter to streaming."""
 USUAL_MODE = 0x1F80
@@ -81,6 +92,7 @@ FEW = 1024
 
 NOTHING, MOMENTS, GRADIENTS = 0, 1, 2  # what is summed
 AFFINE, GRADIENT = 1, 2  # what is written: (source - mean) * scale + beta, or dx
+NOT, STORED, AS_OUT = 0, 1, 2  # how the gated dy is written; as out is, perhaps past the caches
 TABLE = 5
 GAMMA, BETA, MEAN, VAR, DBETA = range(TABLE)  # rows of a call's table
 DGAMMA = BETA
@@ -96,11 +108,14 @@ if _numba.config.DISABLE_JIT:
 
 _intrinsic: Callable[[F], Any] = extending.intrinsic
 _LARGEST = float(np.finfo(np.float32).max)
-_INT32, _INT64 = ir.IntType(32), ir.IntType(64)
+_INT16, _INT32, _INT64 = (ir.IntType(bits) for bits in (16, 32, 64))
+_FLOAT32, _FLOAT64 = ir.FloatType(), ir.DoubleType()
+_HALF, _BRAIN = types.uint16, types.int16
+"""Elements are told by the type of a value; these stand for float16 and bfloat16."""
 
 
 class Lanes(types.Type):
-    """Numba's type of a vector of LANES values of one element type."""
+    """Numba's type of a vector of LANES values: float32 or float64, in which work is done."""
 
     def __init__(self, element: Any) -> None:
         self.element = element
@@ -117,8 +132,21 @@ _DOUBLES = Lanes(types.float64)
 
 
 def _vector(element: Any) -> ir.VectorType:
-    scalar = ir.FloatType() if element == types.float32 else ir.DoubleType()
-    return ir.VectorType(scalar, LANES)
+    """LANES values as they are worked on."""
+    return ir.VectorType(_FLOAT64 if element == types.float64 else _FLOAT32, LANES)
+
+
+def _memory(element: Any) -> ir.VectorType:
+    """LANES values as memory has them."""
+    return ir.VectorType(_INT16, LANES) if _is_half(element) else _vector(element)
+
+
+def _is_half(element: Any) -> bool:
+    return element in (_HALF, _BRAIN)
+
+
+def _lanes(element: Any) -> Lanes:
+    return Lanes(types.float64 if element == types.float64 else types.float32)
 
 
 def _define(op: Callable[..., Any], instruction: str) -> None:
@@ -158,38 +186,120 @@ def _mask(builder: Any, count: Any) -> Any:
 
 def _masked(builder: Any, verb: str, result: Any, args: list[Any], data: Any) -> Any:
     """Call LLVM's masked load or store of `data`'s type."""
-    bits = 32 if isinstance(data.element, ir.FloatType) else 64
-    name = f"llvm.masked.{verb}.v{LANES}f{bits}.p0"
+    scalar = {_INT16: "i16", _FLOAT32: "f32", _FLOAT64: "f64"}[data.element]
+    name = f"llvm.masked.{verb}.v{LANES}{scalar}.p0"
     known = builder.module.globals.get(name)
     kind = ir.FunctionType(result, [arg.type for arg in args])
     return builder.call(known or ir.Function(builder.module, kind, name), args)
 
 
-def _pointer(builder: Any, address: Any, lanes: Lanes) -> Any:
-    return builder.inttoptr(address, _vector(lanes.element).as_pointer())
+def _pointer(builder: Any, address: Any, element: Any) -> Any:
+    return builder.inttoptr(address, _memory(element).as_pointer())
 
 
 def _scalar(builder: Any, address: Any, element: Any) -> Any:
-    pointer = builder.inttoptr(address, _vector(element).element.as_pointer())
+    """One value as memory has it."""
+    pointer = builder.inttoptr(address, _memory(element).element.as_pointer())
     return builder.load(pointer, align=element.bitwidth // 8)
+
+
+def _bits(number: int) -> ir.Constant:
+    """The same 32 bits in every lane."""
+    return ir.Constant(ir.VectorType(_INT32, LANES), [number] * LANES)
+
+
+def _float(builder: Any, bits: Any) -> Any:
+    return builder.bitcast(bits, _vector(types.float32))
+
+
+def _from_memory(builder: Any, data: Any, element: Any) -> Any:
+    """What was loaded, in the type of work; every half is a float32."""
+    if not _is_half(element):
+        return data
+    bits = builder.zext(data, ir.VectorType(_INT32, LANES))
+    if element == _BRAIN:
+        return _float(builder, builder.shl(bits, _bits(16)))
+    return _float(builder, _single_bits(builder, bits))
+
+
+def _single_bits(builder: Any, bits: Any) -> Any:
+    """Float16's bits as float32's: the exponents are 112 apart."""
+    size = builder.and_(bits, _bits(0x7FFF))
+    moved = builder.shl(size, _bits(13))
+    normal = builder.add(moved, _bits(112 << 23))
+    # Below the normal numbers: put behind 2**-14, which is then subtracted.
+    behind = _float(builder, builder.or_(moved, _bits(113 << 23)))
+    tiny = builder.fsub(behind, ir.Constant(behind.type, [2.0**-14] * LANES))
+    tiny = builder.bitcast(tiny, bits.type)
+    special = builder.or_(moved, _bits(0xFF << 23))
+    finite = builder.icmp_signed("<", size, _bits(0x7C00))
+    small = builder.icmp_signed("<", size, _bits(0x0400))
+    number = builder.select(finite, builder.select(small, tiny, normal), special)
+    return builder.or_(number, builder.shl(builder.xor(bits, size), _bits(16)))
+
+
+def _to_memory(builder: Any, value: Any, element: Any) -> Any:
+    """What will be stored: float32 rounds to the nearest half, and of two to the even one."""
+    if not _is_half(element):
+        return value
+    bits = builder.bitcast(value, ir.VectorType(_INT32, LANES))
+    size = builder.and_(bits, _bits(0x7FFFFFFF))
+    is_nan = builder.icmp_signed(">", size, _bits(0xFF << 23))
+    round_bits = _brain_bits if element == _BRAIN else _half_bits
+    number, nan = round_bits(builder, size)
+    number = builder.select(is_nan, nan, number)
+    sign = builder.lshr(builder.xor(bits, size), _bits(16))
+    return builder.trunc(builder.or_(number, sign), _memory(element))
+
+
+def _rounded_up(builder: Any, size: Any, dropped: int, offset: int) -> Any:
+    """The bits without their last `dropped`, to the nearest; plus an offset before."""
+    last = builder.and_(builder.lshr(size, _bits(dropped)), _bits(1))
+    nearly_half = (1 << dropped - 1) - 1
+    up = builder.add(builder.add(size, _bits((offset + nearly_half) & 0xFFFFFFFF)), last)
+    return builder.lshr(up, _bits(dropped))
+
+
+def _brain_bits(builder: Any, size: Any) -> tuple[Any, Any]:
+    """Float32's bits without sign as bfloat16's, and a NaN."""
+    return _rounded_up(builder, size, 16, 0), _bits(0x7FC0)
+
+
+def _half_bits(builder: Any, size: Any) -> tuple[Any, Any]:
+    """Float32's bits without sign as float16's, and a NaN."""
+    normal = _rounded_up(builder, size, 13, -112 << 23)
+    # Below the normal numbers: added to 0.5, whose last place is the smallest half's.
+    tiny = builder.fadd(_float(builder, size), ir.Constant(_vector(types.float32), [0.5] * LANES))
+    tiny = builder.sub(builder.bitcast(tiny, size.type), _bits(126 << 23))
+    finite = builder.icmp_signed("<", size, _bits(143 << 23))
+    small = builder.icmp_signed("<", size, _bits(113 << 23))
+    number = builder.select(finite, builder.select(small, tiny, normal), _bits(0x7C00))
+    return number, _bits(0x7E00)
 
 
 @_intrinsic
 def _itemsize(context: Any, element: Any) -> Any:
-    """Bytes of one value."""
+    """Bytes of one value in memory."""
     size = ir.Constant(_INT64, element.bitwidth // 8)
     return types.int64(element), lambda context, builder, signature, args: size
 
 
 @_intrinsic
+def _worksize(context: Any, element: Any) -> Any:
+    """Bytes of one value as it is worked on, and of coefficients."""
+    size = ir.Constant(_INT64, _lanes(element).element.bitwidth // 8)
+    return types.int64(element), lambda context, builder, signature, args: size
+
+
+@_intrinsic
 def _narrow(context: Any, value: Any, element: Any) -> Any:
-    """Float64 lanes, rounded to `element`."""
+    """Float64 lanes, rounded to the type in which `element` is worked on."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         same = element == types.float64
         return args[0] if same else builder.fptrunc(args[0], _vector(element))
 
-    return Lanes(element)(_DOUBLES, element), generate
+    return _lanes(element)(_DOUBLES, element), generate
 
 
 @_intrinsic
@@ -205,15 +315,16 @@ def _value(context: Any, address: Any, element: Any) -> Any:
     """The value at an address, in float64."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = _scalar(builder, args[0], element)
-        return context.cast(builder, value, element, types.float64)
+        values = _from_memory(builder, _splat(builder, _scalar(builder, args[0], element)), element)
+        value = builder.extract_element(values, ir.Constant(_INT32, 0))
+        return context.cast(builder, value, _lanes(element).element, types.float64)
 
     return types.float64(types.int64, element), generate
 
 
 @_intrinsic
 def _set_value(context: Any, address: Any, value: Any, element: Any) -> Any:
-    """The float64 `value`, rounded, to an address."""
+    """The float64 `value`, rounded to a float `element`, to an address."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         value = context.cast(builder, args[1], types.float64, element)
@@ -226,18 +337,20 @@ def _set_value(context: Any, address: Any, value: Any, element: Any) -> Any:
 
 @_intrinsic
 def _eight(context: Any, address: Any, pitch: Any, single: Any, element: Any) -> Any:
-    """Eight lanes that lie `pitch` bytes apart; each full of one value if `single` is not None."""
-    lines = _numba.types.UniTuple(Lanes(element), 8)
+    """Eight lanes of coefficients that lie `pitch` bytes apart; each full of one value if `single`
+    is not None."""
+    kind = _lanes(element)
+    lines = _numba.types.UniTuple(kind, 8)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         lanes = []
         for i in range(8):
             at = builder.add(args[0], builder.mul(args[1], ir.Constant(_INT64, i)))
             if single == types.none:
-                pointer = _pointer(builder, at, Lanes(element))
-                lanes.append(builder.load(pointer, align=element.bitwidth // 8))
+                pointer = _pointer(builder, at, kind.element)
+                lanes.append(builder.load(pointer, align=kind.element.bitwidth // 8))
             else:
-                lanes.append(_splat(builder, _scalar(builder, at, element)))
+                lanes.append(_splat(builder, _scalar(builder, at, kind.element)))
         return context.make_tuple(builder, lines, lanes)
 
     return lines(types.int64, types.int64, single, element), generate
@@ -246,67 +359,111 @@ def _eight(context: Any, address: Any, pitch: Any, single: Any, element: Any) ->
 @_intrinsic
 def _load(context: Any, address: Any, element: Any) -> Any:
     """LANES values from memory."""
-    lanes = Lanes(element)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_pointer(builder, args[0], lanes), align=element.bitwidth // 8)
+        pointer = _pointer(builder, args[0], element)
+        data = builder.load(pointer, align=element.bitwidth // 8)
+        return _from_memory(builder, data, element)
 
-    return lanes(types.int64, element), generate
+    return _lanes(element)(types.int64, element), generate
+
+
+def _load_first(builder: Any, address: Any, count: Any, element: Any) -> Any:
+    """`count` < LANES values as memory has them, and zeros."""
+    data = _memory(element)
+    mask = _mask(builder, builder.trunc(count, _INT32))
+    align = ir.Constant(_INT32, element.bitwidth // 8)
+    zeros = ir.Constant(data, [0 if _is_half(element) else 0.0] * LANES)
+    args = [_pointer(builder, address, element), align, mask, zeros]
+    return _masked(builder, "load", data, args, data)
+
+
+def _store_first(builder: Any, address: Any, data: Any, count: Any, element: Any) -> None:
+    """The first `count` < LANES values to memory."""
+    mask = _mask(builder, builder.trunc(count, _INT32))
+    align = ir.Constant(_INT32, element.bitwidth // 8)
+    args = [data, _pointer(builder, address, element), align, mask]
+    _masked(builder, "store", ir.VoidType(), args, data.type)
+
+
+def _store_past(builder: Any, address: Any, data: Any, element: Any) -> None:
+    """LANES values to memory past the cache."""
+    align = min(64, LANES * element.bitwidth // 8)
+    store = builder.store(data, _pointer(builder, address, element), align=align)
+    store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_INT32, 1)]))
 
 
 @_intrinsic
 def _load_some(context: Any, address: Any, count: Any, element: Any) -> Any:
     """`count` < LANES values from memory, and zeros."""
-    lanes = Lanes(element)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = _vector(element)
-        mask = _mask(builder, builder.trunc(args[1], _INT32))
-        align = ir.Constant(_INT32, element.bitwidth // 8)
-        pointer = _pointer(builder, args[0], lanes)
-        zeros = ir.Constant(data, [0.0] * LANES)
-        return _masked(builder, "load", data, [pointer, align, mask, zeros], data)
+        return _from_memory(builder, _load_first(builder, args[0], args[1], element), element)
 
-    return lanes(types.int64, types.int64, element), generate
+    return _lanes(element)(types.int64, types.int64, element), generate
 
 
 @_intrinsic
-def _store(context: Any, address: Any, value: Any) -> Any:
+def _store(context: Any, address: Any, value: Any, element: Any) -> Any:
     """All lanes to memory."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        align = value.element.bitwidth // 8
-        builder.store(args[1], _pointer(builder, args[0], value), align=align)
+        data = _to_memory(builder, args[1], element)
+        builder.store(data, _pointer(builder, args[0], element), align=element.bitwidth // 8)
         return context.get_dummy_value()
 
-    return types.void(types.int64, value), generate
+    return types.void(types.int64, _lanes(element), element), generate
 
 
 @_intrinsic
-def _stream(context: Any, address: Any, value: Any) -> Any:
-    """All lanes to memory past the cache; the address is a cache line's."""
+def _stream(context: Any, address: Any, value: Any, element: Any) -> Any:
+    """All lanes to memory past the cache; the address is as `_head` makes it."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        store = builder.store(args[1], _pointer(builder, args[0], value), align=64)
-        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_INT32, 1)]))
+        _store_past(builder, args[0], _to_memory(builder, args[1], element), element)
         return context.get_dummy_value()
 
-    return types.void(types.int64, value), generate
+    return types.void(types.int64, _lanes(element), element), generate
 
 
 @_intrinsic
-def _store_some(context: Any, address: Any, value: Any, count: Any) -> Any:
+def _store_some(context: Any, address: Any, value: Any, count: Any, element: Any) -> Any:
     """The first `count` < LANES lanes to memory."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        mask = _mask(builder, builder.trunc(args[2], _INT32))
-        align = ir.Constant(_INT32, value.element.bitwidth // 8)
-        pointer = _pointer(builder, args[0], value)
-        data = _vector(value.element)
-        _masked(builder, "store", ir.VoidType(), [args[1], pointer, align, mask], data)
+        data = _to_memory(builder, args[1], element)
+        _store_first(builder, args[0], data, args[2], element)
         return context.get_dummy_value()
 
-    return types.void(types.int64, value, types.int64), generate
+    return types.void(types.int64, _lanes(element), types.int64, element), generate
+
+
+@_intrinsic
+def _copy(context: Any, to: Any, values: Any, stream: Any, element: Any) -> Any:
+    """LANES values from memory to memory as they are; past the cache if `stream` is not None."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size = element.bitwidth // 8
+        data = builder.load(_pointer(builder, args[1], element), align=size)
+        if stream == types.none:
+            builder.store(data, _pointer(builder, args[0], element), align=size)
+        else:
+            _store_past(builder, args[0], data, element)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, stream, element), generate
+
+
+@_intrinsic
+def _copy_some(context: Any, to: Any, values: Any, count: Any, element: Any) -> Any:
+    """`count` < LANES values from memory to memory as they are."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = _load_first(builder, args[1], args[2], element)
+        _store_first(builder, args[0], data, args[2], element)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, element), generate
 
 
 @_intrinsic
@@ -333,10 +490,10 @@ def _keep(context: Any, value: Any, count: Any) -> Any:
 
 @_intrinsic
 def _rescale(context: Any, value: Any, unit: Any, element: Any) -> Any:
-    """value * unit; float32 values have no squares that overflow, so for them unit is 1."""
+    """value * unit; only float64 values have squares that overflow: for others unit is 1."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return args[0] if element == types.float32 else builder.fmul(args[0], args[1])
+        return builder.fmul(args[0], args[1]) if element == types.float64 else args[0]
 
     return _DOUBLES(_DOUBLES, _DOUBLES, element), generate
 
@@ -498,6 +655,40 @@ def _if_less(context: Any, a: Any, b: Any, then: Any, other: Any) -> Any:
     return _DOUBLES(*[_DOUBLES] * 4), generate
 
 
+def _times(builder: Any, values: Any, slope: Any) -> Any:
+    """values * slope, and 0 for a slope of 0 whatever the values."""
+    zeros = ir.Constant(values.type, [0.0] * LANES)
+    blocked = builder.fcmp_ordered("==", slope, zeros)
+    return builder.select(blocked, zeros, builder.fmul(values, slope))
+
+
+@_intrinsic
+def _activated(context: Any, value: Any, slope: Any, top: Any) -> Any:
+    """value <= 0 ? slope * value : min(value, top)."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value, slope, top = args
+        negative = builder.fcmp_ordered("<=", value, ir.Constant(value.type, [0.0] * LANES))
+        below = builder.select(builder.fcmp_ordered(">", value, top), top, value)
+        return builder.select(negative, _times(builder, value, slope), below)
+
+    return value(value, value, value), generate
+
+
+@_intrinsic
+def _let_through(context: Any, dy: Any, y: Any, slope: Any, top: Any) -> Any:
+    """y <= 0 ? slope * dy : y >= top ? 0 : dy."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        dy, y, slope, top = args
+        negative = builder.fcmp_ordered("<=", y, ir.Constant(y.type, [0.0] * LANES))
+        flat = builder.fcmp_ordered(">=", y, top)
+        above = builder.select(flat, ir.Constant(dy.type, [0.0] * LANES), dy)
+        return builder.select(negative, _times(builder, dy, slope), above)
+
+    return dy(dy, y, dy, y), generate
+
+
 # ---- Compiling -----------------------------------------------------------------------------------
 
 
@@ -596,8 +787,13 @@ _OPERAND = np.dtype([(name, np.int64) for name in ("address", "run", "row", "col
 """An array: its address, and its strides in bytes; columns are the channels of rows."""
 _JOB = np.dtype(
     [
-        *((name, _OPERAND) for name in ("x", "dy", "out")),
+        # `beside` is a tail's residual or a gate's y, `through` is where the gated dy goes; where
+        # there is none of them, another array stands for it.
+        *((name, _OPERAND) for name in ("x", "dy", "beside", "through", "out")),
         *((name, np.int64) for name in ("summed", "written", "inside")),
+        # Of a tail whether it has a residual; of a gate whether its y is an array of its own, and
+        # how the gated dy is written.
+        *((name, np.int64) for name in ("residual", "gated", "lets")),
         # Rows of `columns` values, perhaps one more of only `rest`: a row of memory holds `fold`
         # samples of `channels` channels of `spread` values. Planes have `size` values.
         *((name, np.int64) for name in ("runs", "rows", "columns", "size", "rest")),
@@ -614,7 +810,7 @@ _JOB = np.dtype(
         # coefficients; the next block; the bodies.
         *((name, np.int64) for name in ("pitch", "table", "work", "sums", "packed", "counter")),
         *((name, np.int64) for name in ("here", "start", "sum", "finish", "write")),
-        ("eps", np.float64),
+        *((name, np.float64) for name in ("eps", "slope", "top")),
     ]
 )
 """A call as its kernels see it."""
@@ -692,9 +888,10 @@ def _schedule(job: Any, threads: int, itemsize: int, machine: Any) -> None:
     l2, stream_from, streamed_row, stretch, sparse, fetch = machine
     inside, columns, s = job.inside != 0, job.columns, job.size
     trip, writes = job.summed != NOTHING, job.written != NOTHING
-    inputs = 2 if job.summed == GRADIENTS or job.written == GRADIENT else 1
+    inputs = (2 if job.summed == GRADIENTS or job.written == GRADIENT else 1) + job.gated
+    arrays = inputs + writes + job.residual + (job.lets != NOT)
     column = (job.rows + (job.rest > 0)) * s * itemsize * inputs
-    total = job.runs * (job.rows * columns + job.rest) * s * itemsize * (inputs + writes)
+    total = job.runs * (job.rows * columns + job.rest) * s * itemsize * arrays
     line = (columns if inside else s) * itemsize
     large, job.joined = total >= stream_from, not inside and s <= JOINED
     whole_lines = job.joined or line % 64 == 0 or line >= streamed_row
@@ -721,12 +918,26 @@ def _schedule(job: Any, threads: int, itemsize: int, machine: Any) -> None:
     job.together = max(1, sparse // columns) if large else max(4, stretch // columns)
 
 
+@_inline
+def _is_twin(job: Any) -> Any:
+    """Whether what is let through lies in its cache lines as dx does."""
+    a, b = job.out, job.through
+    strides = a.run == b.run and a.row == b.row and a.column == b.column
+    return strides and (a.address - b.address) % 64 == 0
+
+
 @_compile
-def _plan(words: Array, asked: Any, eps: float, table: Table) -> int:
-    """Make the job; gives the float64 numbers that it needs to work with."""
+def _plan(words: Array, asked: Any, aside: Any, eps: float, table: Table) -> int:
+    """Make the job; gives the float64 numbers that it needs to work with. `aside` is what a tail
+    or a gate asks, or None."""
     threads, size = asked[:2]
     job = _job_at(words.ctypes.data)
     job.summed, job.written = asked[2:4]
+    beside, through = asked[22:26], asked[26:30]
+    if aside is not None:
+        beside, through = aside[0][3:7], aside[0][7:11]
+        job.residual, job.gated, job.lets = aside[0][:3]
+        job.slope, job.top = aside[1:]
     _set_shape(job, asked[4:8])
     _schedule(job, threads, size, asked[8:14])
     job.table, job.eps, job.here = table.ctypes.data, eps, words.ctypes.data
@@ -735,7 +946,11 @@ def _plan(words: Array, asked: Any, eps: float, table: Table) -> int:
     dense = job.columns * size if job.columns > job.channels else 0
     _set_operand(job.x, asked[18:22], inside, dense, size)
     _set_operand(job.dy, asked[22:26], inside, dense, size)
+    _set_operand(job.beside, beside, inside, dense, size)
+    _set_operand(job.through, through, inside, dense, size)
     _set_operand(job.out, asked[26:30], inside, dense, size)
+    if job.lets != NOT and job.stream and _is_twin(job):
+        job.lets = AS_OUT
     width = job.runs * job.pitch
     return int(width * 8 + (width * (4 + 2 * job.chunks) if job.summed != NOTHING else 0))
 
@@ -794,15 +1009,26 @@ def _values(address: int, count: int, element: Any) -> Any:
 
 
 @_inline
-def _add(
-    x: int, dy: int, count: int, about: Any, sums: Any, with_dy: bool, element: Any
-) -> tuple[Any, Any]:
+def _gate_lanes(job: Any, gate: Any, like: Any, element: Any) -> Any:
+    """A gate's slope, in the type of what it multiplies, its top, and how the gated dy is
+    written; None without a gate."""
+    if gate is None:
+        return None
+    top = _narrow(_spread(job.top), element)
+    return _narrow(_spread(job.slope), like), top, job.lets
+
+
+@_inline
+def _add(at: Any, count: int, about: Any, sums: Any, with_dy: bool, gate: Any, element: Any) -> Any:
     """To two sums add d = (x - shift) * unit, or dy, and that times d, of up to `count` values."""
+    x, dy, y = at
     d = _widen(_values(x, count, element)) - about[0]
     if count < LANES:
         d = _keep(d, count)
     d = _rescale(d, about[1], element)
     value = _widen(_values(dy, count, element)) if with_dy else d
+    if gate is not None:
+        value = _let_through(value, _values(y, count, element), gate[0], gate[1])
     return sums[0] + value, sums[1] + value * d
 
 
@@ -824,11 +1050,34 @@ def _fetch(wanted: int, address: int) -> None:
 
 
 @_inline
+def _fetch_summed(wanted: int, at: Any, with_dy: bool, gate: Any) -> None:
+    """Fetch what sums read."""
+    _fetch(wanted, at[0])
+    if with_dy:
+        _fetch(wanted, at[1])
+    if gate is not None:
+        _fetch(wanted, at[2])
+
+
+@_inline
+def _summed(job: Any, run: int, n: int, c: int) -> tuple[int, int, int]:
+    """Where a value is in the arrays that sums read."""
+    return _at(job.x, run, n, c), _at(job.dy, run, n, c), _at(job.beside, run, n, c)
+
+
+@_inline
+def _by(at: Any, x: int, dy: int, y: int) -> tuple[int, int, int]:
+    """Some bytes further, in each array."""
+    return at[0] + x, at[1] + dy, at[2] + y
+
+
+@_inline
 def _sum_planes(
-    job: Any, run: int, c0: int, c1: int, index: int, with_dy: bool, element: Any
+    job: Any, run: int, c0: int, c1: int, index: int, with_dy: bool, gate: Any, element: Any
 ) -> None:
     """The sums of channels c0 to c1 over a chunk."""
-    x, dy, work, sums, size = job.x, job.dy, _work(job), _sums(job), _itemsize(element)
+    x, dy, y, work, sums = job.x, job.dy, job.beside, _work(job), _sums(job)
+    size, lanes = _itemsize(element), _gate_lanes(job, gate, 0.0, element)
     n0, n1, s0, s1 = _chunk(job, index)
     whole = s1 - (s1 - s0) % LANES
     for c in range(c0, c1):
@@ -836,32 +1085,32 @@ def _sum_planes(
         about = _spread(work[0, column]), _spread(work[1, column])
         both = _spread(0.0), _spread(0.0)
         for n in range(n0, n1):
-            p, q = _at(x, run, n, c), _at(dy, run, n, c)
-            p_ahead, q_ahead = p + _later(job, x, n, size), q + _later(job, dy, n, size)
+            at = _summed(job, run, n, c)
+            ahead = _by(
+                at, _later(job, x, n, size), _later(job, dy, n, size), _later(job, y, n, size)
+            )
             for s in range(s0 * size, whole * size, LANES * size):
-                _fetch(job.fetch, p_ahead + s)
-                if with_dy:
-                    _fetch(job.fetch, q_ahead + s)
-                both = _add(p + s, q + s, LANES, about, both, with_dy, element)
+                _fetch_summed(job.fetch, _by(ahead, s, s, s), with_dy, gate)
+                both = _add(_by(at, s, s, s), LANES, about, both, with_dy, lanes, element)
             if whole < s1:
-                p, q = p + whole * size, q + whole * size
-                both = _add(p, q, s1 - whole, about, both, with_dy, element)
+                s = whole * size
+                both = _add(_by(at, s, s, s), s1 - whole, about, both, with_dy, lanes, element)
         sums[index, 0, column], sums[index, 1, column] = _total(both[0]), _total(both[1])
 
 
 @_inline
 def _sum_rows(
-    job: Any, run: int, c0: int, c1: int, index: int, with_dy: bool, element: Any
+    job: Any, run: int, c0: int, c1: int, index: int, with_dy: bool, gate: Any, element: Any
 ) -> None:
     """The sums of columns c0 to c1 over a chunk, a few rows at a time; each has its own lanes."""
-    x_row, dy_row = job.x.row, job.dy.row
+    x_row, dy_row, y_row = job.x.row, job.dy.row, job.beside.row
     n0, n1, _, _ = _chunk(job, index)
-    pitch = job.runs * job.pitch * 8
+    pitch, lanes = job.runs * job.pitch * 8, _gate_lanes(job, gate, 0.0, element)
     offset = (run * job.pitch + c0) * 8
     tables, sums = job.work + offset, job.sums + index * 2 * pitch + offset
     for c in range(0, (c1 - c0) * 8, LANES * 8):
-        _store(sums + c, _spread(0.0))
-        _store(sums + pitch + c, _spread(0.0))
+        _store(sums + c, _spread(0.0), 0.0)
+        _store(sums + pitch + c, _spread(0.0), 0.0)
     few = job.few
     ahead = (AHEAD // (few * (c1 - c0)) + 1) * few
     n, end = n0, job.rows + 1 if job.rest and n1 == job.rows else n1
@@ -870,21 +1119,20 @@ def _sum_rows(
         if n == job.rows:
             rows, width = 1, min(c1, job.rest) - c0
         for c in range(0, width, LANES):
-            p, q = _at(job.x, run, n, c0 + c), _at(job.dy, run, n, c0 + c)
+            at = _summed(job, run, n, c0 + c)
             table, total = tables + c * 8, sums + c * 8
             about = _load(table, 0.0), _load(table + pitch, 0.0)
             both = _load(total, 0.0), _load(total + pitch, 0.0)
             for _ in range(rows):
-                _fetch(job.fetch, p + ahead * x_row)
-                if with_dy:
-                    _fetch(job.fetch, q + ahead * dy_row)
+                later = _by(at, ahead * x_row, ahead * dy_row, ahead * y_row)
+                _fetch_summed(job.fetch, later, with_dy, gate)
                 if width - c >= LANES:
-                    both = _add(p, q, LANES, about, both, with_dy, element)
+                    both = _add(at, LANES, about, both, with_dy, lanes, element)
                 else:
-                    both = _add(p, q, width - c, about, both, with_dy, element)
-                p, q = p + x_row, q + dy_row
-            _store(total, both[0])
-            _store(total + pitch, both[1])
+                    both = _add(at, width - c, about, both, with_dy, lanes, element)
+                at = _by(at, x_row, dy_row, y_row)
+            _store(total, both[0], 0.0)
+            _store(total + pitch, both[1], 0.0)
         n += rows
 
 
@@ -914,12 +1162,12 @@ def _set_shifts(job: Any, run: int, c0: int, c1: int, element: Any) -> None:
 
 
 @_inline
-def _save(address: int, value: Any, count: int) -> None:
+def _save(address: int, value: Any, count: int, element: Any) -> None:
     """Store up to `count` lanes."""
     if count < LANES:
-        _store_some(address, value, count)
+        _store_some(address, value, count, element)
     else:
-        _store(address, value)
+        _store(address, value, element)
 
 
 @_inline
@@ -931,7 +1179,7 @@ def _merge(job: Any, run: int, c0: int, c1: int) -> None:
             offset, total = kind * row + (run * job.pitch + c) * 8, _spread(0.0)
             for index in range(job.chunks):
                 total = total + _values(job.sums + index * 2 * row + offset, c1 - c, 0.0)
-            _save(job.work + 2 * row + offset, total, c1 - c)
+            _save(job.work + 2 * row + offset, total, c1 - c, 0.0)
         for c in range(job.channels if job.columns > job.channels else 0):
             merged = 0.0
             for copy in range(job.fold):
@@ -1056,8 +1304,8 @@ def _small_step(job: Any, run: int, c0: int, c1: int, both: bool, element: Any) 
             offset = _values(sums, count, 0.0) / n
             var = _values(sums + wide, count, 0.0) / n - offset * offset
             mean = _values(sums - 2 * wide, count, 0.0) + offset / unit
-            _save(given + MEAN * step, mean, count)
-            _save(given + VAR * step, _if_less(var, zero, zero, var / unit / unit), count)
+            _save(given + MEAN * step, mean, count, 0.0)
+            _save(given + VAR * step, _if_less(var, zero, zero, var / unit / unit), count, 0.0)
         a, beta = _values(given, count, 0.0), _values(given + BETA * step, count, 0.0)
         mean, var = (
             _values(given + MEAN * step, count, 0.0),
@@ -1074,13 +1322,13 @@ def _small_step(job: Any, run: int, c0: int, c1: int, both: bool, element: Any) 
             a = a * rstd
         if job.summed == GRADIENTS:
             dbeta, dgamma = _values(sums, count, 0.0), _values(sums + wide, count, 0.0) * rstd
-            _save(given + DBETA * step, dbeta, count)
-            _save(given + DGAMMA * step, dgamma, count)
+            _save(given + DBETA * step, dbeta, count, 0.0)
+            _save(given + DGAMMA * step, dgamma, count, 0.0)
             b, shift, rest = (zero - a) * (dgamma / n), (dbeta / n if both else zero), zero
         if job.written != NOTHING:
             k = _coefficients(a, shift, rest, b, mean, rstd, both, element)
             for i in range(8):
-                _save(lines + i * pitch + c * size, _narrow(k[i], element), count)
+                _save(lines + i * pitch + c * size, _narrow(k[i], element), count, element)
     if job.inside and c0 == 0 and job.written != NOTHING:
         _repeat(job, lines, element)
 
@@ -1104,144 +1352,278 @@ def _repeat(job: Any, lines: int, element: Any) -> None:
 
 
 @_inline
-def _result(source: int, other: int, count: int, k: Any, both: bool, element: Any) -> Any:
-    """Up to `count` values of what `_coefficients` describes."""
-    result = (_values(source, count, element) * k[0] - k[1]) * k[2]
+def _places(job: Any, run: int, n: int, c: int) -> tuple[int, int, int, int, int]:
+    """Where a value is: in the source, the other input, beside, through and out."""
+    return (
+        _at(job.dy, run, n, c),
+        _at(job.x, run, n, c),
+        _at(job.beside, run, n, c),
+        _at(job.through, run, n, c),
+        _at(job.out, run, n, c),
+    )
+
+
+@_inline
+def _rows(job: Any) -> tuple[int, int, int, int, int]:
+    """From a row to the next, in each of these."""
+    return job.dy.row, job.x.row, job.beside.row, job.through.row, job.out.row
+
+
+@_inline
+def _moved(at: Any, by: Any) -> tuple[int, int, int, int, int]:
+    """Some bytes further, in each array."""
+    return at[0] + by[0], at[1] + by[1], at[2] + by[2], at[3] + by[3], at[4] + by[4]
+
+
+@_inline
+def _along(at: Any, s: int) -> tuple[int, int, int, int, int]:
+    """The same number of bytes further everywhere."""
+    return _moved(at, (s, s, s, s, s))
+
+
+@_inline
+def _fetch_mapped(wanted: int, at: Any, both: bool, tail: Any, gate: Any) -> None:
+    """Fetch what maps read."""
+    _fetch(wanted, at[0])
     if both:
-        d = (_values(other, count, element) * k[4] - k[5]) - k[6]
-        return result + (d * k[7] + k[3])
-    return result + k[3]
+        _fetch(wanted, at[1])
+    if tail is not None:
+        _fetch(wanted, at[2])
+    if gate is not None:
+        _fetch(wanted, at[2])
+
+
+@_inline
+def _tail_lanes(job: Any, tail: Any, element: Any) -> Any:
+    """A tail's slope and top, and whether it has a residual; None without a tail."""
+    if tail is None:
+        return None
+    slope, top = _narrow(_spread(job.slope), element), _narrow(_spread(job.top), element)
+    return slope, top, job.residual
 
 
 @_inline
 def _head(address: int, count: int, stream: int, size: int) -> int:
-    """Values to write before streaming may begin, at the next cache line."""
-    return min((-address & 63) // size, count) if stream else 0
+    """Values to write before streaming may begin, at the next cache line, or half of one where
+    that is LANES values."""
+    line = min(64, LANES * size)
+    return min((-address & (line - 1)) // size, count) if stream else 0
 
 
 @_inline
-def _put(address: int, value: Any, stream: int) -> None:
-    if stream:
-        _stream(address, value)
+def _put(address: int, value: Any, count: int, stream: int, element: Any) -> None:
+    """Up to `count` values to memory."""
+    if count < LANES:
+        _store_some(address, value, count, element)
+    elif stream:
+        _stream(address, value, element)
     else:
-        _store(address, value)
+        _store(address, value, element)
+
+
+@_inline
+def _write(
+    at: Any, count: int, k: Any, stream: int, both: bool, tail: Any, gate: Any, element: Any
+) -> None:
+    """Up to `count` values of what `_coefficients` describes, after a gate, before a tail."""
+    source, other, beside, through, out = at
+    value = _values(source, count, element)
+    if gate is not None:
+        value = _let_through(value, _values(beside, count, element), gate[0], gate[1])
+    result = (value * k[0] - k[1]) * k[2]
+    if both:
+        d = (_values(other, count, element) * k[4] - k[5]) - k[6]
+        result = result + (d * k[7] + k[3])
+    else:
+        result = result + k[3]
+    if tail is not None:
+        if tail[2]:
+            result = result + _values(beside, count, element)
+        result = _activated(result, tail[0], tail[1])
+    if gate is not None and gate[2] != NOT:
+        _put(through, value, count, stream and gate[2] == AS_OUT, element)
+    _put(out, result, count, stream, element)
 
 
 @_inline
 def _send(out: int, values: int, count: int, element: Any) -> int:
-    """Stream the whole lines of `count` values, store what lies before them; how many went."""
+    """Stream the whole lines of `count` values, store what lies before them, and bring those that
+    are left to the front; how many went."""
     size = _itemsize(element)
     s = _head(out, count, 1, size)
     if s > 0:
-        _store_some(out, _load(values, element), s)
+        _copy_some(out, values, s, element)
     while s + LANES <= count:
-        _stream(out + s * size, _load(values + s * size, element))
+        _copy(out + s * size, values + s * size, True, element)
         s += LANES
+    _copy(values, values + s * size, None, element)
     return s
 
 
 @_inline
-def _map_planes(
-    job: Any, run: int, c0: int, c1: int, index: int, ahead: int, both: bool, element: Any
+def _map_plane(
+    job: Any,
+    at: Any,
+    count: int,
+    k: Any,
+    ahead: Any,
+    stream: int,
+    both: bool,
+    tail: Any,
+    gate: Any,
+    element: Any,
 ) -> None:
-    """A chunk of some channels, while those ahead are fetched. Short planes are streamed as one
-    run of lines."""
-    source, other, out, size = job.dy, job.x, job.out, _itemsize(element)
+    """`count` values of a channel that lie side by side, while those ahead are fetched."""
+    size = _itemsize(element)
+    head = _head(at[4], count, stream, size)
+    if head > 0:
+        _write(at, head, k, 0, both, tail, gate, element)
+    whole = (head + (count - head) // LANES * LANES) * size
+    for s in range(head * size, whole, LANES * size):
+        here = _along(at, s)
+        _fetch_mapped(job.fetch, _moved(here, ahead), both, tail, gate)
+        _write(here, LANES, k, stream, both, tail, gate, element)
+    rest = count - whole // size
+    if rest > 0:
+        _write(_along(at, whole), rest, k, 0, both, tail, gate, element)
+
+
+@_inline
+def _map_planes(
+    job: Any,
+    run: int,
+    c0: int,
+    c1: int,
+    index: int,
+    ahead: int,
+    both: bool,
+    tail: Any,
+    gate: Any,
+    element: Any,
+) -> None:
+    """A chunk of some channels. Short planes are streamed as one run of lines; what is let
+    through goes the same way, if it can."""
+    out, size = job.out, _itemsize(element)
     n0, n1, s0, s1 = _chunk(job, index)
-    pitch, count = job.pitch * size, s1 - s0
-    p_ahead, q_ahead = ahead * source.column, ahead * other.column
+    wide, count = _worksize(element), s1 - s0
+    pitch = job.pitch * wide
+    later = job.dy.column * ahead, job.x.column * ahead, job.beside.column * ahead, 0, 0
     joined = job.joined and job.stream and out.column == job.size * size
-    stream = job.stream and not joined
-    buffer = np.empty(2 * JOINED + LANES if joined else 0)
+    twins = joined and job.lets == AS_OUT
+    after_tail, at_gate = _tail_lanes(job, tail, element), _gate_lanes(job, gate, element, element)
+    buffer = np.empty(2 * BUFFER if joined else 0)
     for n in range(n0, n1):
-        values, sent_to, waiting = buffer.ctypes.data, _at(out, run, n, c0), 0
+        values, waiting = buffer.ctypes.data, 0
+        twin = values + BUFFER * 8
+        sent_to, twin_to = _at(out, run, n, c0), _at(job.through, run, n, c0)
         for c in range(c0, c1):
-            k = _eight(job.packed + run * 8 * pitch + c * size, pitch, True, element)
-            p, q = _at(source, run, n, c) + s0 * size, _at(other, run, n, c) + s0 * size
-            target = values + waiting * size if joined else _at(out, run, n, c) + s0 * size
-            head = _head(target, count, stream, size)
-            if head > 0:
-                _store_some(target, _result(p, q, head, k, both, element), head)
-            whole = (head + (count - head) // LANES * LANES) * size
-            for s in range(head * size, whole, LANES * size):
-                _fetch(job.fetch, p + s + p_ahead)
-                if both:
-                    _fetch(job.fetch, q + s + q_ahead)
-                _put(target + s, _result(p + s, q + s, LANES, k, both, element), stream)
-            rest = count - whole // size
-            if rest > 0:
-                result = _result(p + whole, q + whole, rest, k, both, element)
-                _store_some(target + whole, result, rest)
+            k = _eight(job.packed + run * 8 * pitch + c * wide, pitch, True, element)
+            source, other, beside, through, target = _along(_places(job, run, n, c), s0 * size)
+            if joined:
+                target = values + waiting * size
+                through = twin + waiting * size if twins else through
+            at, stream = (source, other, beside, through, target), job.stream and not joined
+            _map_plane(job, at, count, k, later, stream, both, after_tail, at_gate, element)
             waiting += count
             if joined and (waiting >= JOINED or c + 1 == c1):
                 sent = _send(sent_to, values, waiting, element)
-                sent_to += sent * size
+                if gate is not None and twins:
+                    _send(twin_to, twin, waiting, element)
+                sent_to, twin_to = sent_to + sent * size, twin_to + sent * size
                 waiting -= sent
-                _store(values, _load(values + sent * size, element))
         if joined and waiting > 0:
-            _store_some(sent_to, _load(values, element), waiting)
+            _copy_some(sent_to, values, waiting, element)
+            if gate is not None and twins:
+                _copy_some(twin_to, twin, waiting, element)
 
 
 @_inline
 def _map_columns(
-    job: Any, at: Any, rows: int, count: int, lines: int, stream: int, both: bool, element: Any
+    job: Any,
+    at: Any,
+    rows: int,
+    count: int,
+    lines: int,
+    stream: int,
+    both: bool,
+    tail: Any,
+    gate: Any,
+    element: Any,
 ) -> None:
     """Up to `count` columns of a few rows."""
-    k = _eight(lines, job.pitch * _itemsize(element), None, element)
-    p_row, q_row, target_row = job.dy.row, job.x.row, job.out.row
-    p, q, target = at
+    k = _eight(lines, job.pitch * _worksize(element), None, element)
+    step = _rows(job)
     for _ in range(rows):
-        _fetch(job.fetch, p + AHEAD * 2)
-        if both:
-            _fetch(job.fetch, q + AHEAD * 2)
-        result = _result(p, q, count, k, both, element)
-        if count < LANES:
-            _store_some(target, result, count)
-        else:
-            _put(target, result, stream)
-        p, q, target = p + p_row, q + q_row, target + target_row
+        _fetch_mapped(job.fetch, _along(at, AHEAD * 2), both, tail, gate)
+        _write(at, count, k, stream, both, tail, gate, element)
+        at = _moved(at, step)
 
 
 @_inline
 def _map_few(
-    job: Any, run: int, n: int, rows: int, c: int, width: int, both: bool, element: Any
+    job: Any,
+    run: int,
+    n: int,
+    rows: int,
+    c: int,
+    width: int,
+    both: bool,
+    tail: Any,
+    gate: Any,
+    element: Any,
 ) -> None:
     """`width` columns from column c on, of a few rows."""
-    size = _itemsize(element)
-    lines = job.packed + (run * 8 * job.pitch + c) * size
-    p, q, target = _at(job.dy, run, n, c), _at(job.x, run, n, c), _at(job.out, run, n, c)
-    head = _head(target, width, job.stream, size)
+    size, wide = _itemsize(element), _worksize(element)
+    lines = job.packed + (run * 8 * job.pitch + c) * wide
+    at = _places(job, run, n, c)
+    head = _head(at[4], width, job.stream, size)
     if head > 0:
-        _map_columns(job, (p, q, target), rows, head, lines, 0, both, element)
+        _map_columns(job, at, rows, head, lines, 0, both, tail, gate, element)
     whole = (head + (width - head) // LANES * LANES) * size
     for s in range(head * size, whole, LANES * size):
-        at = (p + s, q + s, target + s)
+        here, line = _along(at, s), lines + s * (wide // size)
         if rows == 1:  # a loop over rows would be unrolled, and cost more than it does
-            k = _eight(lines + s, job.pitch * size, None, element)
-            _fetch(job.fetch, p + s + AHEAD * 2)
-            if both:
-                _fetch(job.fetch, q + s + AHEAD * 2)
-            _put(target + s, _result(p + s, q + s, LANES, k, both, element), job.stream)
+            k = _eight(line, job.pitch * wide, None, element)
+            _fetch_mapped(job.fetch, _along(here, AHEAD * 2), both, tail, gate)
+            _write(here, LANES, k, job.stream, both, tail, gate, element)
         else:
-            _map_columns(job, at, rows, LANES, lines + s, job.stream, both, element)
+            _map_columns(job, here, rows, LANES, line, job.stream, both, tail, gate, element)
     rest = width - whole // size
     if rest > 0:
-        at = (p + whole, q + whole, target + whole)
-        _map_columns(job, at, rows, rest, lines + whole, 0, both, element)
+        here, line = _along(at, whole), lines + whole * (wide // size)
+        _map_columns(job, here, rows, rest, line, 0, both, tail, gate, element)
 
 
 @_inline
-def _map_rows(job: Any, run: int, c0: int, c1: int, index: int, both: bool, element: Any) -> None:
+def _is_dense(job: Any, row: int) -> Any:
+    """Whether each array has its rows side by side."""
+    inputs = job.dy.row == row and job.x.row == row and job.beside.row == row
+    return inputs and job.through.row == row and job.out.row == row
+
+
+@_inline
+def _map_rows(
+    job: Any,
+    run: int,
+    c0: int,
+    c1: int,
+    index: int,
+    both: bool,
+    tail: Any,
+    gate: Any,
+    element: Any,
+) -> None:
     """A chunk of some columns. Where lines begin at the same column in every row, dense rows are
     taken from that column on, each with the beginning of the next, so that only whole lines go."""
     size = _itemsize(element)
     n0, n1, _, _ = _chunk(job, index)
     row = job.columns * size
-    dense = job.dy.row == row and job.x.row == row and job.out.row == row
+    after_tail, at_gate = _tail_lanes(job, tail, element), _gate_lanes(job, gate, element, element)
     # Rows whose lines begin at different columns are streamed one by one.
     together = job.together if not job.stream or job.out.row % 64 == 0 else 1
     n, last, c, lead = n0, n1, c0, False
-    if job.stream and row % 64 == 0 and dense and c1 - c0 == job.columns and n1 > n0:
+    whole = row % 64 == 0 and c1 - c0 == job.columns and n1 > n0
+    if job.stream and whole and _is_dense(job, row):
         last, c = n1 - 1, _head(_at(job.out, run, n0, 0), job.columns, 1, size)
         lead = c > 0
     end = job.rows + 1 if job.rest and n1 == job.rows else n1
@@ -1253,7 +1635,7 @@ def _map_rows(job: Any, run: int, c0: int, c1: int, index: int, both: bool, elem
             rows, start, width = 1, c0, min(c1, job.rest) - c0
         elif n == last:
             rows, width = 1, c1 - c
-        _map_few(job, run, n, rows, start, width, both, element)
+        _map_few(job, run, n, rows, start, width, both, after_tail, at_gate, element)
         n, lead = n if lead else n + rows, False
 
 
@@ -1261,27 +1643,28 @@ def _map_rows(job: Any, run: int, c0: int, c1: int, index: int, both: bool, elem
 
 
 @cache
-def _body(name: str, dtype: Any, both: bool) -> int:
-    """The address of a body, compiled when it is first asked for."""
+def _body(name: str, dtype: Any, both: bool, tail: Any = None, gate: Any = None) -> int:
+    """The address of a body, compiled when it is first asked for; for a tail or a gate, if they
+    are not None, it is one of its own."""
     element = dtype.type(0)
 
     def start(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
         _set_shifts(_job_at(at), run, c0, c1, element)
 
     def sum_planes(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
-        _sum_planes(_job_at(at), run, c0, c1, index, both, element)
+        _sum_planes(_job_at(at), run, c0, c1, index, both, gate, element)
 
     def sum_rows(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
-        _sum_rows(_job_at(at), run, c0, c1, index, both, element)
+        _sum_rows(_job_at(at), run, c0, c1, index, both, gate, element)
 
     def finish(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
         _small_step(_job_at(at), run, c0, c1, both, element)
 
     def write_planes(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
-        _map_planes(_job_at(at), run, c0, c1, index, ahead, both, element)
+        _map_planes(_job_at(at), run, c0, c1, index, ahead, both, tail, gate, element)
 
     def write_rows(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
-        _map_rows(_job_at(at), run, c0, c1, index, both, element)
+        _map_rows(_job_at(at), run, c0, c1, index, both, tail, gate, element)
 
     bodies = (start, sum_planes, sum_rows, finish, write_planes, write_rows)
     (function,) = (body for body in bodies if body.__name__ == name)
@@ -1401,9 +1784,9 @@ def _place(a: Array) -> tuple[int, ...]:
     return (_address(a[0, 0, 0, :1]), *a.strides[:3])
 
 
-def _dense(a: Array) -> Array:
-    """The array, or a copy in which what shares a row lies side by side."""
-    return a if a[0].flags.c_contiguous else np.ascontiguousarray(a)
+def _dense(a: Any) -> Any:
+    """The array, or a copy in which what shares a row lies side by side; None of None."""
+    return a if a is None or a[0].flags.c_contiguous else np.ascontiguousarray(a)
 
 
 def _channel_bytes(samples: int, size: int) -> int:
@@ -1421,6 +1804,76 @@ def _table_of(x: Array, *rows: Any) -> Table:
     return table
 
 
+class _Fused(NamedTuple):
+    """What a call takes of a tail or a gate."""
+
+    slope: float = 1.0
+    top: float = math.inf
+    """No value reaches a NaN, the top of a gate that has none."""
+    beside: Array | None = None
+    """The residual or, where an activation needs it, the gate's y."""
+    through: Array | None = None
+    """Where the gated dy goes."""
+    tail: bool | None = None
+    gate: bool | None = None
+    gated_sums: bool | None = None
+    """What there is of them: True or None, which the types of bodies tell apart."""
+
+    def stored(self) -> _Fused:
+        """The same with arrays of halves as integers."""
+        return self._replace(beside=_stored(self.beside), through=_stored(self.through))
+
+    def operands(self) -> int:
+        """The arrays that it brings along."""
+        return (self.beside is not None) + (self.through is not None)
+
+    def aside(self, beside: Any, through: Any, dy: Any, out: Any) -> Any:
+        """What `_plan` asks for, with places where there is no array; dy is its own gate."""
+        gate, own, lets = self.gate is not None, beside is not None, through is not None
+        asked: tuple[int, ...] = (int(own and not gate), int(own and gate), STORED if lets else NOT)
+        asked += (_place(beside) if own else dy) + (_place(through) if lets else out)
+        return asked, self.slope, self.top
+
+
+def _before(tail: Tail | None) -> _Fused | None:
+    """What is written, before a tail."""
+    if tail is None:
+        return None
+    return _Fused(*tail.activation, tail.residual, tail=True)
+
+
+def _after(gate: Gate | None) -> _Fused | None:
+    """What is read, after a gate; without an activation y does not matter, and dy is its own."""
+    if gate is None:
+        return None
+    (slope, top), y, through = gate
+    if gate.activation == LINEAR:
+        return _Fused(slope, math.nan, None, through, gate=True)
+    top = math.nan if top == math.inf else top
+    return _Fused(slope, top, y, through, gate=True, gated_sums=True)
+
+
+def _stored(a: Any) -> Any:
+    """Halves as the integers that stand for them in kernels; None of None."""
+    if a is None:
+        return None
+    return a.view(np.int16 if is_bfloat16(a.dtype) else np.uint16)
+
+
+@cache
+def _bodies(
+    dtype: Any, inside: bool, summed: int, written: int, tail: Any, gate: Any, gated_sums: Any
+) -> tuple[int, int, int, int]:
+    """The addresses of what a job calls."""
+    family, both = "rows" if inside else "planes", written == GRADIENT
+    return (
+        _body("start", dtype, False) if summed else 0,
+        _body("sum_" + family, dtype, summed == GRADIENTS, None, gated_sums) if summed else 0,
+        _body("finish", arithmetic(dtype), both),
+        _body("write_" + family, dtype, both, tail, gate) if written else 0,
+    )
+
+
 def _call(
     summed: int,
     written: int,
@@ -1430,47 +1883,58 @@ def _call(
     table: Table,
     threads: int,
     eps: float = 0.0,
+    fused: _Fused | None = None,
 ) -> None:
     """Run the kernel where the arrays lie, or on dense copies; without dy, dy is x."""
+    if x.dtype.itemsize == 2:
+        alone, x = dy is x, _stored(x)
+        dy, out = x if alone else _stored(dy), _stored(out)
+        fused = fused and fused.stored()
     shape, dense = x.shape, x.shape[3] < LANES and _folds(*x.shape[1:])
-    inside, both = shape[3] < LANES, written == GRADIENT
+    inside, target = shape[3] < LANES, x if out is None else out
     if dense:
         alone, x = dy is x, _dense(x)
-        dy = x if alone else _dense(dy)
-    target = x if out is None else _dense(out) if dense else out
-    operands = 1 + (dy is not x) + (written != NOTHING)
+        dy, target = x if alone else _dense(dy), _dense(target)
+    operands = 1 + (dy is not x) + (written != NOTHING) + (fused.operands() if fused else 0)
     if x.nbytes * operands * 2 < SERIAL_BELOW * 3:
         threads = 1
     threads = min(threads, _numba.config.NUMBA_NUM_THREADS)
     streamed = STREAM_ROWS if inside else STREAM_PLANES
     if summed == NOTHING:
         streamed = STREAM_MAPS
+    kinds = fused[4:] if fused else (None, None, None)
     asked = (threads, x.itemsize, summed, written, *shape)
     asked += (L2, streamed, STREAMED_ROW, STRETCH, SPARSE, FETCH)
-    family = "rows" if inside else "planes"
-    asked += (
-        _body("start", x.dtype, False) if summed else 0,
-        _body("sum_" + family, x.dtype, summed == GRADIENTS) if summed else 0,
-        _body("finish", x.dtype, both),
-        _body("write_" + family, x.dtype, both) if written else 0,
-    )
-    x_place = _place(x)
-    asked += x_place + (x_place if dy is x else _place(dy)) + _place(target)
+    asked += _bodies(x.dtype, inside, summed, written, *kinds)
+    x_place, out_place = _place(x), _place(target)
+    dy_place = x_place if dy is x else _place(dy)
+    asked += x_place + dy_place + out_place
+    aside = through = None
+    if fused:
+        beside, through = fused.beside, fused.through
+        if dense:
+            beside, through = _dense(beside), _dense(through)
+        aside = fused.aside(beside, through, dy_place, out_place)
     words = np.zeros(_JOB.itemsize // 8 + 1, np.int64)
-    scratch = np.empty(_plan(words, asked, eps, table.reshape(TABLE, -1)))
+    scratch = np.empty(_plan(words, asked, aside, eps, table.reshape(TABLE, -1)))
     _run(threads, words, scratch)
     if out is not None and target is not out:
         out[...] = target
+    if fused and fused.through is not None and fused.through is not through:
+        fused.through[...] = through
 
 
 # ---- Plain calls ---------------------------------------------------------------------------------
 
 _DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+_ELEMENTS = (*_DTYPES, np.dtype(np.float16))
 
 
 def _plain_view(a: Any, layout: Any) -> Array | None:
     """The (G, N, C, S) view of an array as most calls have it, or None."""
-    if type(a) is not np.ndarray or a.dtype not in _DTYPES or a.ndim < 2 or a.size == 0:
+    if type(a) is not np.ndarray or a.ndim < 2 or a.size == 0:
+        return None
+    if a.dtype not in _ELEMENTS and not is_bfloat16(a.dtype):
         return None
     flags, shape = a.flags, a.shape
     if type(layout) is not str or not (flags.c_contiguous and flags.aligned):
@@ -1503,14 +1967,20 @@ def _plain_like(a: Any, x: Array) -> bool:
     return bool(flags.c_contiguous and flags.aligned)
 
 
-def _plain_output(out: Array | None, x: Array, *inputs: Any) -> Array | None:
-    """`out` if it is like x, and apart from the inputs or one of them; or a fresh one."""
+def _plain_output(
+    out: Array | None, x: Array, *inputs: Any, apart: Sequence[Any] = ()
+) -> Array | None:
+    """`out` if it is like x, and apart from the inputs or one of them; or a fresh one. None may
+    stand for an array that is not given."""
     if out is None:
         return np.empty(x.shape, x.dtype)
     if not _plain_like(out, x) or not out.flags.writeable:
         return None
     for a in (x, *inputs):
-        if a is not out and np.may_share_memory(out, a):
+        if a is not out and a is not None and np.may_share_memory(out, a):
+            return None
+    for a in apart:
+        if a is not None and np.may_share_memory(out, a):
             return None
     return out
 
@@ -1549,6 +2019,32 @@ def _or(vector: Any, default: float) -> Any:
     return default if vector is None else vector
 
 
+def _plain_tail(activation: Activation | None, residual: Any, x: Array, view: Array) -> Any:
+    """The tail of a plain call; False if it is not plain."""
+    if activation is None or not (residual is None or _plain_like(residual, x)):
+        return False
+    return Tail(activation, None if residual is None else residual.reshape(view.shape))
+
+
+def _plain_gate(
+    activation: Any, y: Any, dresidual: Any, dy: Array, view: Array, *apart: Any
+) -> Any:
+    """The gate of a plain call, and what it writes or None; False if it is not plain."""
+    asked = of(activation)
+    if asked is None or (activation is None) != (y is None):
+        return False
+    if not (y is None or _plain_like(y, dy)):
+        return False
+    if dresidual is False:
+        return Gate(asked, y.reshape(view.shape), None), None
+    fresh = dresidual is True
+    wanted = _plain_output(None if fresh else dresidual, dy, apart=(y, *apart))
+    if dresidual is None or wanted is None:
+        return False
+    own = dy if y is None else y
+    return Gate(asked, own.reshape(view.shape), wanted.reshape(view.shape)), wanted
+
+
 class NumbaBackend(Backend):
     """Compiled by Numba."""
 
@@ -1559,6 +2055,7 @@ class NumbaBackend(Backend):
         self.plain_batch_norm = self._plain_batch_norm
         self.plain_normalize = self._plain_normalize
         self.plain_backward = self._plain_backward
+        self.plain_frozen = self._plain_frozen
 
     def channel_bytes(self, shape: tuple[int, int, int, int]) -> int:
         return _channel_bytes(shape[1], shape[3])
@@ -1568,15 +2065,21 @@ class NumbaBackend(Backend):
         _call(MOMENTS, NOTHING, x, x, None, table, threads)
         return table[MEAN], table[VAR]
 
-    def normalize(self, x: Array, affine: Affine, out: Array, threads: int) -> None:
+    def normalize(
+        self, x: Array, affine: Affine, out: Array, threads: int, tail: Tail | None = None
+    ) -> None:
         mean, scale, beta = affine
-        _call(NOTHING, AFFINE, x, x, out, _table_of(x, scale, beta, mean, 1.0), threads)
+        self._map(x, _table_of(x, scale, beta, mean, 1.0), out, threads, tail)
+
+    def _map(self, x: Array, table: Table, out: Array, threads: int, tail: Tail | None) -> None:
+        _call(NOTHING, AFFINE, x, x, out, table, threads, fused=_before(tail))
 
     def gradient_moments(
-        self, dy: Array, x: Array, mean: Table, threads: int
+        self, dy: Array, x: Array, mean: Table, threads: int, gate: Gate | None = None
     ) -> tuple[Table, Table]:
         table = _table_of(x, 1.0, 0.0, mean, 1.0)
-        _call(GRADIENTS, NOTHING, x, dy, None, table, threads)
+        fused = None if gate is None else _after(gate._replace(dresidual=None))
+        _call(GRADIENTS, NOTHING, x, dy, None, table, threads, fused=fused)
         return table[DBETA], table[DGAMMA]
 
     def input_gradient(
@@ -1586,19 +2089,28 @@ class NumbaBackend(Backend):
         coefficients: GradientCoefficients,
         out: Array,
         threads: int,
+        gate: Gate | None = None,
     ) -> None:
         a, b, dy_mean, mean, rstd = coefficients
         if x is None:
-            _call(NOTHING, AFFINE, dy, dy, out, _table_of(dy, a, 0.0, 0.0, 1.0), threads)
+            table = _table_of(dy, a, 0.0, 0.0, 1.0)
+            _call(NOTHING, AFFINE, dy, dy, out, table, threads, fused=_after(gate))
         else:
             table = _table_of(x, a, b, mean, rstd, dy_mean)
-            _call(NOTHING, GRADIENT, x, dy, out, table, threads)
+            _call(NOTHING, GRADIENT, x, dy, out, table, threads, fused=_after(gate))
 
     def forward(
-        self, x: Array, gamma: Table, beta: Table, eps: float, out: Array, threads: int
+        self,
+        x: Array,
+        gamma: Table,
+        beta: Table,
+        eps: float,
+        out: Array,
+        threads: int,
+        tail: Tail | None = None,
     ) -> tuple[Table, Table]:
         table = _table_of(x, gamma, beta)
-        _call(MOMENTS, AFFINE, x, x, out, table, threads, eps)
+        _call(MOMENTS, AFFINE, x, x, out, table, threads, eps, _before(tail))
         return table[MEAN], table[VAR]
 
     def backward(
@@ -1612,10 +2124,17 @@ class NumbaBackend(Backend):
         frozen: bool,
         out: Array,
         threads: int,
+        gate: Gate | None = None,
     ) -> tuple[Table, Table]:
-        table = _table_of(x, gamma, 0.0, mean, var)
-        _call(GRADIENTS, AFFINE if frozen else GRADIENT, x, dy, out, table, threads, eps)
+        table, written = _table_of(x, gamma, 0.0, mean, var), AFFINE if frozen else GRADIENT
+        _call(GRADIENTS, written, x, dy, out, table, threads, eps, _after(gate))
         return table[DGAMMA], table[DBETA]
+
+    def prepare(self, affine: Affine) -> Table:
+        mean, scale, beta = affine
+        table = np.ones((TABLE, 1, len(mean)))
+        table[GAMMA], table[BETA], table[MEAN] = scale, beta, mean
+        return table
 
     def _plain_moments(self, x: Any, layout: Any, threads: int) -> tuple[Table, Table] | None:
         view = _plain_view(x, layout)
@@ -1624,35 +2143,65 @@ class NumbaBackend(Backend):
         mean, var = self.moments(view, threads)
         return mean[0], var[0]
 
-    def _plain_batch_norm(
-        self, x: Any, gamma: Any, beta: Any, eps: Any, layout: Any, out: Any, threads: int
-    ) -> tuple[Array, Table, Table] | None:
+    def _plain_batch_norm(self, *arguments: Any) -> tuple[Array, Table, Table] | None:
+        x, gamma, beta, eps, layout, activation, residual, out, threads = arguments
         view, parameters = _plain_view(x, layout), _given(gamma, beta)
         if view is None or not _plain_eps(eps) or not _plain_vectors(view.shape[2], *parameters):
             return None
-        y = _plain_output(out, x, *parameters)
+        tail = None
+        if activation is not None or residual is not None:
+            tail = _plain_tail(of(activation), residual, x, view)
+        y = None if tail is False else _plain_output(out, x, residual, *parameters)
         if y is None:
             return None
         scale, shift = _or(gamma, 1.0), _or(beta, 0.0)
-        mean, var = self.forward(view, scale, shift, eps, y.reshape(view.shape), threads)
+        mean, var = self.forward(view, scale, shift, eps, y.reshape(view.shape), threads, tail)
         return y, mean[0], var[0]
 
     def _plain_normalize(self, *arguments: Any) -> Array | None:
-        x, mean, var, gamma, beta, eps, layout, out, threads = arguments
+        x, mean, var, gamma, beta, eps, layout, activation, residual, out, threads = arguments
         view, vectors = _plain_view(x, layout), [mean, var, *_given(gamma, beta)]
         if view is None or not _plain_eps(eps) or not _plain_vectors(view.shape[2], *vectors):
             return None
-        y = _plain_output(out, x, *vectors)
+        tail = None
+        if activation is not None or residual is not None:
+            tail = _plain_tail(of(activation), residual, x, view)
+        y = None if tail is False else _plain_output(out, x, residual, *vectors)
         table = np.empty((2, view.shape[2]))
         table[0], table[1] = _or(gamma, 1.0), var
         if y is None or not _scale(table, eps, False):
             return None
         affine = Affine(mean, table[0], _or(beta, 0.0))
-        self.normalize(view, affine, y.reshape(view.shape), threads)
+        self.normalize(view, affine, y.reshape(view.shape), threads, tail)
         return y
 
-    def _plain_backward(self, *arguments: Any) -> tuple[Array, Array | None, Array | None] | None:
-        dy, x, mean, var, gamma, eps, layout, params, frozen, out, threads = arguments
+    def _plain_frozen(
+        self,
+        prepared: Table,
+        x: Any,
+        layout: Any,
+        activation: Activation,
+        residual: Any,
+        out: Any,
+        threads: int,
+    ) -> Array | None:
+        view = _plain_view(x, layout)
+        if view is None or view.shape[2] != prepared.shape[2]:
+            return None
+        tail = None
+        if activation != LINEAR or residual is not None:
+            tail = _plain_tail(activation, residual, x, view)
+        y = None if tail is False else _plain_output(out, x, residual)
+        if y is None:
+            return None
+        self._map(view, prepared, y.reshape(view.shape), threads, tail)
+        return y
+
+    def _plain_backward(
+        self, *arguments: Any
+    ) -> tuple[Array, Array | None, Array | None, Array | None] | None:
+        dy, x, mean, var, gamma, eps, layout, params, activation = arguments[:9]
+        y, dresidual, frozen, out, threads = arguments[9:]
         view, vectors = _plain_view(dy, layout), [mean, var, *_given(gamma)]
         if view is None or not _plain_eps(eps) or not _plain_vectors(view.shape[2], *vectors):
             return None
@@ -1661,7 +2210,13 @@ class NumbaBackend(Backend):
         lone = frozen and not params
         if not (lone and x is None) and not _plain_like(x, dy):
             return None
-        dx = _plain_output(out, dy, *_given(x), *vectors)
+        gate = through = None
+        if activation is not None or y is not None or dresidual is not False:
+            gated = _plain_gate(activation, y, dresidual, dy, view, x, *vectors)
+            if gated is False:
+                return None
+            gate, through = gated
+        dx = _plain_output(out, dy, x, *vectors, apart=(y, through))
         table = np.empty((2, view.shape[2]))
         table[0], table[1] = _or(gamma, 1.0), var
         if dx is None or not _scale(table, eps, not frozen):
@@ -1669,16 +2224,16 @@ class NumbaBackend(Backend):
         target = dx.reshape(view.shape)
         if lone:
             coefficients = GradientCoefficients(table[:1], *[np.zeros((1, 1))] * 4)
-            self.input_gradient(view, None, coefficients, target, threads)
-            return dx, None, None
+            self.input_gradient(view, None, coefficients, target, threads, gate)
+            return dx, None, None, through
         scale = _or(gamma, 1.0)
         x = x.reshape(view.shape)
-        sums = self.backward(view, x, mean, var, scale, eps, frozen, target, threads)
+        sums = self.backward(view, x, mean, var, scale, eps, frozen, target, threads, gate)
         if not params:
-            return dx, None, None
-        single = (dy if gamma is None else gamma).dtype == np.float32
+            return dx, None, None, through
+        single = (arithmetic(dy.dtype) if gamma is None else gamma.dtype) == SINGLE
         dgamma, dbeta = (_singles(s[0]) if single else s[0] for s in sums)
-        return dx, dgamma, dbeta
+        return dx, dgamma, dbeta, through
 
 
 def load() -> Backend:
