@@ -57,7 +57,8 @@ in so many rows that there are about as many values; they share the fetching of 
 
 SPARSE = 128
 """The same values for rows beyond the caches: several rows at once are more streams than the memory
-follows (39 against 70 GB/s for the sums of gradients, which read two arrays).
+follows (39 against 70 GB/s for the sums of gradients, which read two arrays). Twice as many of half
+types (bfloat16 rows of 64: 8.8 -> 7.7 ms).
 """
 
 FETCH = 8 * L2

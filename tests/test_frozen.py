@@ -46,7 +46,9 @@ def test_it_has_the_bits_of_normalize(shape: tuple[int, ...], dtype: Any, layout
             expected = fastbn.normalize(x, *given, **options, residual=residual)
             out = np.empty_like(x)
             assert frozen(x, residual, out) is out
-            assert_same_bits({"y": frozen(x, residual), "out": out}, {"y": expected, "out": expected})
+            assert_same_bits(
+                {"y": frozen(x, residual), "out": out}, {"y": expected, "out": expected}
+            )
 
 
 @pytest.mark.usefixtures("variant")
@@ -139,7 +141,9 @@ def test_copies_and_pickles() -> None:
     frozen(x)
     for other in (copy.copy(frozen), copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
         assert repr(other) == repr(frozen)
-        assert "4 channels, eps=0.125, layout='NHWC', activation=('leaky_relu', 0.25)" in repr(other)
+        assert "4 channels, eps=0.125, layout='NHWC', activation=('leaky_relu', 0.25)" in repr(
+            other
+        )
         assert_same_bits({"y": other(x)}, {"y": frozen(x)})
 
 
@@ -182,7 +186,10 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     r"mean has shape \(3, 1\), expected rank 1": (ValueError, {"mean": np.zeros((3, 1))}),
     r"mean\[1\] is nan": (ValueError, {"mean": np.array([0, np.nan, 0])}),
     r"var has shape \(2,\) but mean has 3 channels": (ValueError, {"var": np.ones(2)}),
-    r"var\[2\] is -1.0: a variance cannot be negative": (ValueError, {"var": np.array([1, 0, -1.0])}),
+    r"var\[2\] is -1.0: a variance cannot be negative": (
+        ValueError,
+        {"var": np.array([1, 0, -1.0])},
+    ),
     r"var\[0\] is nan: not a number": (ValueError, {"var": np.array([np.nan, 0, -1.0])}),
     r"gamma has dtype float16, expected float32 or": (TypeError, {"gamma": np.ones(3, "f2")}),
     r"beta has shape \(4,\) but mean has 3 channels": (ValueError, {"beta": np.ones(4)}),

@@ -93,8 +93,10 @@ def test_kinks_infinities_and_nan(
     # What has no place in float16 is 0, on either side of the activation.
     rounded = np.array(expected).astype(dtype)
     np.testing.assert_array_equal(y[:10, 0].astype(float), rounded.astype(float))
-    slopes = [0.0 if a == 0 and s == 1 and activation != ("leaky_relu", 0.5) else s
-              for a, s in zip(rounded.astype(float), slopes, strict=True)]
+    slopes = [
+        0.0 if a == 0 and s == 1 and activation != ("leaky_relu", 0.5) else s
+        for a, s in zip(rounded.astype(float), slopes, strict=True)
+    ]
     if activation == ("leaky_relu", 0.5):
         slopes = [0.5 if a == 0 else s for a, s in zip(rounded.astype(float), slopes, strict=True)]
     for value in (2.0, np.nan, np.inf):
@@ -150,9 +152,7 @@ def test_operands_in_any_form(form: str, layout: str) -> None:
     assert_same_bits({"y": formed.y}, {"y": y})
     expected = fastbn.batch_norm_backward(dy, x, mean, var, y=y, dresidual=True, **options)
     into: Any = WRITEABLE[form](np.full_like(x, np.nan)) if form in WRITEABLE else True
-    got = fastbn.batch_norm_backward(
-        dy, x, mean, var, y=FORMS[form](y), dresidual=into, **options
-    )
+    got = fastbn.batch_norm_backward(dy, x, mean, var, y=FORMS[form](y), dresidual=into, **options)
     assert into is True or got.dresidual is into
     for name in expected._fields:
         a, b = dense(getattr(got, name)), dense(getattr(expected, name))

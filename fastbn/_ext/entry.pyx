@@ -221,10 +221,11 @@ cdef bint streams_alike(Task* t, Py_ssize_t row) noexcept nogil:
 
 cdef void set_rows(Task* t) noexcept nogil:
     """Channels inside: how many rows share the fetching of sums, and of coefficients."""
+    cdef Py_ssize_t sparse = tuning.sparse * (2 if t.itemsize == 2 else 1)
     cdef bint sparing = t.large and t.reduce == GRADIENT_MOMENTS
     cdef bint overflows = t.map == INPUT_GRADIENT and PACKED * t.C * t.real_bytes >= OVERFLOWING
-    t.few = max(1, tuning.sparse // t.block) if sparing else max(4, tuning.stretch // t.block)
-    t.together = max(1, (tuning.sparse if t.large else tuning.stretch) // t.C)
+    t.few = max(1, sparse // t.block) if sparing else max(4, tuning.stretch // t.block)
+    t.together = max(1, (sparse if t.large else tuning.stretch) // t.C)
     if overflows or not t.large:
         t.together = max(t.together, 4)
 
