@@ -167,6 +167,11 @@ def gated(dy: Wide, y: Wide, activation: Any) -> Wide:
 # --- bounds -------------------------------------------------------------------------------------
 
 
+def limits(dtype: Any) -> Any:
+    """eps, max and smallest_subnormal of a type, of bfloat16 too."""
+    return ml_dtypes.finfo(np.dtype(dtype))  # type: ignore[no-untyped-call]
+
+
 def unit(dtype: Any) -> float:
     """u: 2**-52 for float64, 2**-23 for float32, and for half types, which are computed in it."""
     return 2.0**-52 if np.dtype(dtype).itemsize == 8 else 2.0**-23
@@ -176,7 +181,7 @@ def stored(dtype: Any, exact: Wide, bound: Wide) -> Wide:
     """The bound of a value that is stored as `dtype`: a half type rounds it once more."""
     if np.dtype(dtype).itemsize > 2:
         return bound
-    half_unit = np.longdouble(float(ml_dtypes.finfo(dtype).eps) / 2)
+    half_unit = np.longdouble(float(limits(dtype).eps) / 2)
     return bound + half_unit * (np.abs(exact) + bound)
 
 
@@ -269,7 +274,7 @@ def bound_dbeta(dtype: Any, exact: WideGradients, mean: Wide, var: Wide, eps: fl
 def overflow(dtype: Any) -> float:
     """From where on a number is rounded to infinity: half way from the largest to what would be
     next."""
-    largest = float(ml_dtypes.finfo(dtype).max)
+    largest = float(limits(dtype).max)
     power = math.ldexp(1, math.frexp(largest)[1]) if np.dtype(dtype).itemsize == 2 else math.inf
     return largest + (power - largest) / 2
 
@@ -277,7 +282,7 @@ def overflow(dtype: Any) -> float:
 def units(actual: Array, expected: Any, bound: Any) -> Wide:
     """Each error |actual - expected| in units of what is allowed, its bound and one smallest
     subnormal of its type; infinite where there should be a number and is none."""
-    allowed = bound + np.longdouble(float(ml_dtypes.finfo(actual.dtype).smallest_subnormal))
+    allowed = bound + np.longdouble(float(limits(actual.dtype).smallest_subnormal))
     with np.errstate(invalid="ignore"):
         off: Wide = np.abs(actual.astype(np.longdouble) - expected) / allowed
     beyond = np.isinf(actual) & (np.sign(actual.astype(float)) == np.sign(expected))

@@ -63,6 +63,51 @@ def run_all(
     return {name: value for name, value in results.items() if value is not None}
 
 
+LEAKY = ("leaky_relu", 0.125)
+
+
+def run_fused(
+    x: Array,
+    dy: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    layout: str = "NCHW",
+    eps: float = 1e-5,
+    place: Place = as_given,
+) -> Results:
+    """What the four functions that write give with activations and a residual, by name."""
+    options: dict[str, Any] = {"eps": eps, "layout": layout}
+    a, b, out = place(x, dy)
+    y, mean, var = fastbn.batch_norm(
+        a, gamma, beta, activation="relu", residual=b, out=out, **options
+    )
+    results = {"y": y.copy(), "mean": mean, "var": var}
+    for activation in (LEAKY, "relu6"):
+        a, b, out = place(x, dy)
+        results[f"normalize, {activation}"] = fastbn.normalize(
+            *(a, mean, var, gamma, beta), activation=activation, residual=b, out=out, **options
+        ).copy()
+    frozen = fastbn.FrozenBatchNorm(mean, var, gamma, beta, activation="relu6", **options)
+    a, b, out = place(x, dy)
+    results["frozen"] = frozen(a, b, out)
+    gates = (("relu", results["y"]), (LEAKY, results[f"normalize, {LEAKY}"]))
+    for verb in (fastbn.batch_norm_backward, fastbn.normalize_backward):
+        for activation, y in gates:
+            a, b, out = place(x, dy)
+            got = verb(
+                *(b, a, mean, var, gamma),
+                **(options | {"activation": activation, "y": y, "dresidual": True, "out": out}),
+            )
+            for name, value in got._asdict().items():
+                results[f"{verb.__name__}, {activation}: {name}"] = value
+    a, b, out = place(x, dy)
+    lone = fastbn.normalize_backward(
+        *(b, None, mean, var, gamma), params=False, activation=LEAKY, y=y, out=out, **options
+    )
+    return results | {"dx alone": lone.dx}
+
+
 def of_channels(results: Results, chosen: Array, layout: str) -> Results:
     """The results of some channels alone."""
     return {

@@ -13,11 +13,11 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from bits import Array, Place, Results, as_given, run_all
+from bits import Array, Place, Results, as_given, run_all, run_fused
 from variants import VARIANTS, Variant, activate
 
 import fastbn
-from benchmarks.oracle import LAYOUTS, channels_of, to_layout
+from benchmarks.oracle import DTYPES, HALVES, LAYOUTS, channels_of, to_layout
 
 # As NCHW words. Values and bytes decide: 16384 values make a chunk of planes, 64 to 512 rows one of
 # rows, 128 KiB of operands are worth a second thread and a MB more than ten.
@@ -52,8 +52,9 @@ SHAPES: tuple[tuple[int, ...], ...] = (
     (2, 20_003),
     (2048, 1256),
 )
-EXTREME = {"float32": 1.0, "float64": 1e153}
+EXTREME = {"float64": 1e153}
 """Values of this size have squares whose sum overflows."""
+TYPES = {np.dtype(dtype).name: dtype for dtype in (*DTYPES, *HALVES)}
 
 
 class Point(NamedTuple):
@@ -62,13 +63,24 @@ class Point(NamedTuple):
     shape: tuple[int, ...]
     layout: str
     dtype: str
+    fused: bool = False
+    """With activations and a residual."""
 
     def __str__(self) -> str:
-        return f"{self.shape} {self.layout} {self.dtype}"
+        return f"{self.shape} {self.layout} {self.dtype}{' fused' if self.fused else ''}"
 
 
 GRID = tuple(
-    Point(shape, layout, dtype) for shape in SHAPES for layout in LAYOUTS for dtype in EXTREME
+    Point(shape, layout, dtype, fused)
+    for shapes, dtypes, fused in (
+        (SHAPES, ("float32", "float64"), False),
+        (SHAPES[1::4], ("float16", "bfloat16"), False),
+        (SHAPES[2::5], ("float32", "bfloat16"), True),
+        (SHAPES[3::9], ("float64", "float16"), True),
+    )
+    for shape in shapes
+    for layout in LAYOUTS
+    for dtype in dtypes
 )
 
 Problem = tuple[Array, Array, Array, Array]
@@ -84,10 +96,10 @@ def problem(point: Point) -> Problem:
     x, dy = rng.normal(size=(2, *point.shape))
     x = 3 + 2 * x
     n, channels = point.shape[:2]
-    x[:, 4::7] *= EXTREME[point.dtype]
+    x[:, 4::7] *= EXTREME.get(point.dtype, 1.0)
     starts = x.reshape(n, channels, -1)[0, :, 0]
     starts[n % 3 :: 3] = 1e4  # outliers: a bad shift
-    x, dy = (to_layout(a, point.layout).astype(point.dtype) for a in (x, dy))
+    x, dy = (to_layout(a, point.layout).astype(TYPES[point.dtype]) for a in (x, dy))
     # In float64, so that the sums of gradients are given unrounded.
     gamma, beta = rng.normal(size=(2, channels_of(x, point.layout)))
     for a in (x, dy, gamma, beta):
@@ -100,7 +112,8 @@ def way(*, threads: int = 1, place: Place = as_given) -> Way:
 
     def compute(active: Variant, point: Point) -> Results:
         with fastbn.use_num_threads(threads):
-            return run_all(*problem(point), layout=point.layout, place=place)
+            run = run_fused if point.fused else run_all
+            return run(*problem(point), layout=point.layout, place=place)
 
     return compute
 
@@ -150,5 +163,5 @@ def baseline(backend: str) -> Digests:
 def _digest(a: Array) -> str:
     """Of type, shape and bits."""
     digest = hashlib.blake2b(f"{a.dtype.str} {a.shape}".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(a).data)
+    digest.update(np.ascontiguousarray(a).view(np.uint8).data)
     return digest.hexdigest()

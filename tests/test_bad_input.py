@@ -47,19 +47,25 @@ ARRAYS = {
     "beta": ("batch_norm", "normalize"),
     "mean": ("normalize", "batch_norm_backward", "normalize_backward"),
     "var": ("normalize", "batch_norm_backward", "normalize_backward"),
+    "residual": ("batch_norm", "normalize"),
+    "y": ("batch_norm_backward", "normalize_backward"),
 }
+FORWARD = ("batch_norm", "normalize")
 BACKWARD = ("batch_norm_backward", "normalize_backward")
-WRITING = ("batch_norm", "normalize", *BACKWARD)
+WRITING = (*FORWARD, *BACKWARD)
 FLOATS = "float32 or float64"
+OF_HALF_TYPES = ("x", "dy", "residual", "y")
+"""Arrays that may be of half types as well."""
 
 
 def not_an_array(name: str) -> list[Bad]:
     """What no array argument may be."""
-    shape = SHAPE if name in ("x", "dy") else (10,)
+    halves = name in OF_HALF_TYPES
+    shape, known = (SHAPE, f"float16, bfloat16, {FLOATS}") if halves else ((10,), FLOATS)
     rows = [
         bad("list", [[1.0]], TypeError, f"{name} is a list ([[1.0]])", "numpy.asarray"),
         bad("float", 1.5, TypeError, f"{name} is a float (1.5)", "numpy.ndarray", "numpy.asarray"),
-        bad("str", "ones", TypeError, f"{name} is a str", FLOATS),
+        bad("str", "ones", TypeError, f"{name} is a str", known),
         bad("scalar", np.float32(1), TypeError, f"{name} is a float32", "numpy.asarray"),
         bad(
             "masked",
@@ -71,15 +77,29 @@ def not_an_array(name: str) -> list[Bad]:
         ),
     ]
     remedies = {"complex64": f"{name}.real", "longdouble": ".astype(numpy.float64)"}
-    for dtype in ("int64", "int8", "bool", "float16", "object", "U3", "T", *remedies):
+    wrong = ("int64", "int8", "bool", "object", "U3", "T", *remedies)
+    for dtype in wrong if halves else ("float16", *wrong):
         array = np.ones(shape).astype(dtype)
         remedy = remedies.get(dtype, ".astype(numpy.float32)")
-        pieces = (f"{name} has dtype {array.dtype}", f"expected {FLOATS}", remedy)
+        pieces = (f"{name} has dtype {array.dtype}", f"expected {known}", remedy)
         rows.append(bad(dtype, array, TypeError, *pieces))
-    if name not in ("gamma", "beta"):
+    if name not in ("gamma", "beta", "residual", "y"):
         lacking = tuple(v for v in ARRAYS[name] if (name, v) != ("x", "normalize_backward"))
-        rows.append(bad("None", None, TypeError, f"{name} is a NoneType", FLOATS, verbs=lacking))
+        rows.append(bad("None", None, TypeError, f"{name} is a NoneType", known, verbs=lacking))
     return rows
+
+
+def not_like_x(name: str, advice: str) -> list[Bad]:
+    """Arrays that are not of x's shape and dtype."""
+    shape = f"{name} has shape (4, 8, 20, 10), expected (4, 10, 8, 20), the shape of x"
+    short = f"{name} has shape (3,), expected (4, 10, 8, 20)"
+    dtype = f"{name} has dtype float64, expected float32, the dtype of x"
+    remedy = f"{name}.astype(numpy.float32)"
+    return [
+        bad("shape", np.ones((4, 8, 20, 10), np.float32), ValueError, shape, advice),
+        bad("rank", np.ones(3, np.float32), ValueError, short),
+        bad("dtype", np.ones(SHAPE), TypeError, dtype, remedy),
+    ]
 
 
 def not_of_the_channels(name: str) -> list[Bad]:
@@ -106,27 +126,34 @@ def not_of_the_channels(name: str) -> list[Bad]:
     ]
 
 
-def outputs() -> list[Bad]:
-    """Arrays that `out` may not be; overlaps are in test_out.py."""
+def outputs(name: str) -> list[Bad]:
+    """Arrays that `out` or `dresidual` may not be; overlaps are in test_out.py."""
     frozen = np.ones(SHAPE, np.float32)
     frozen.flags.writeable = False
     make = "make it with numpy.empty((4, 10, 8, 20), numpy.float32)"
     plain = np.ones(SHAPE, np.float32)
     swapped = plain.astype(plain.dtype.newbyteorder("S"))
     return [
-        bad("list", [1.0], TypeError, "out is a list ([1.0])", "expected a numpy.ndarray", make),
-        bad("masked", np.ma.masked_array(plain), TypeError, "out is a MaskedArray", make),
-        bad("float64", np.ones(SHAPE), TypeError, "out has dtype float64, expected float32", make),
-        bad("swapped", swapped, TypeError, "out has dtype >f4, expected float32 in native", make),
+        bad("masked", np.ma.masked_array(plain), TypeError, f"{name} is a MaskedArray", make),
+        bad(
+            "float64",
+            np.ones(SHAPE),
+            TypeError,
+            f"{name} has dtype float64, expected float32",
+            make,
+        ),
+        bad(
+            "swapped", swapped, TypeError, f"{name} has dtype >f4, expected float32 in native", make
+        ),
         bad(
             "shape",
             np.ones((4, 8, 20, 10), np.float32),
             ValueError,
-            "out has shape (4, 8, 20, 10), expected (4, 10, 8, 20)",
+            f"{name} has shape (4, 8, 20, 10), expected (4, 10, 8, 20)",
             make,
         ),
-        bad("flat", np.ones(6400, np.float32), ValueError, "out has shape (6400,)", make),
-        bad("read-only", frozen, ValueError, "out is read-only, expected a writeable", make),
+        bad("flat", np.ones(6400, np.float32), ValueError, f"{name} has shape (6400,)", make),
+        bad("read-only", frozen, ValueError, f"{name} is read-only, expected a writeable", make),
     ]
 
 
@@ -148,23 +175,7 @@ BAD: dict[str, list[Bad]] = {
     ],
     "dy": [
         *not_an_array("dy"),
-        bad(
-            "shape",
-            np.ones((4, 8, 20, 10), np.float32),
-            ValueError,
-            "dy has shape (4, 8, 20, 10), expected (4, 10, 8, 20), the shape of x",
-            "pass the gradient",
-        ),
-        bad(
-            "rank", np.ones(3, np.float32), ValueError, "dy has shape (3,), expected (4, 10, 8, 20)"
-        ),
-        bad(
-            "dtype",
-            np.ones(SHAPE),
-            TypeError,
-            "dy has dtype float64, expected float32, the dtype of x",
-            "dy.astype(numpy.float32)",
-        ),
+        *not_like_x("dy", "pass the gradient"),
     ],
     "gamma": [*not_an_array("gamma"), *not_of_the_channels("gamma")],
     "beta": [*not_an_array("beta"), *not_of_the_channels("beta")],
@@ -240,13 +251,39 @@ BAD: dict[str, list[Bad]] = {
         bad("str", "no", TypeError, "params is a str ('no')", "expected True or False"),
         bad("list", [], TypeError, "params is a list ([])", "expected True or False"),
     ],
-    "out": outputs(),
+    "activation": [
+        bad("name", "gelu", ValueError, "activation is 'gelu', expected None, 'relu', 'relu6'"),
+        bad("type", 1, TypeError, "activation is 1, expected None", "('leaky_relu', slope)"),
+        bad("list", ["leaky_relu", 0.1], TypeError, "activation is ['leaky_relu', 0.1], expected"),
+        bad("without a slope", "leaky_relu", ValueError, "activation is 'leaky_relu', expected"),
+        *(
+            bad(str(slope), ("leaky_relu", slope), ValueError, "0 < slope < 1", "afterwards")
+            for slope in (0, 1, -0.5, 1.5, float("nan"), "0.1", True, None)
+        ),
+    ],
+    "residual": [*not_an_array("residual"), *not_like_x("residual", "numpy.broadcast_to")],
+    "y": [
+        *not_an_array("y"),
+        *not_like_x("y", "pass what the forward returned"),
+        bad("None", None, TypeError, "y is None, expected the forward's y", "'relu'", "pass y=y"),
+    ],
+    "dresidual": [
+        *outputs("dresidual"),
+        bad("int", 1, TypeError, "dresidual is an int (1)", "expected True or False"),
+        bad("None", None, TypeError, "dresidual is a NoneType", "expected True or False"),
+    ],
+    "out": [
+        *outputs("out"),
+        bad("list", [1.0], TypeError, "out is a list ([1.0])", "expected a numpy.ndarray"),
+    ],
 }
 
 TAKEN_BY = ARRAYS | {
     "eps": WRITING,
     "layout": (*WRITING, "moments"),
     "params": BACKWARD,
+    "activation": WRITING,
+    "dresidual": BACKWARD,
     "out": WRITING,
 }
 
@@ -263,10 +300,12 @@ CASES = [
 def arguments(verb: str) -> dict[str, Any]:
     """Good arguments, all of them given, with an `out` that shows whether it was written."""
     rng = np.random.default_rng(0)
-    x, dy = rng.normal(size=(2, *SHAPE)).astype(np.float32)
+    names = ("x", "dy", "residual", "y")
+    arrays = dict(zip(names, rng.normal(size=(4, *SHAPE)).astype(np.float32), strict=True))
     vectors = dict(zip(("gamma", "beta", "mean"), rng.normal(size=(3, 10)), strict=True))
-    options = {"eps": 1e-5, "layout": "NCHW", "params": True}
-    every = {"x": x, "dy": dy, **vectors, "var": np.ones(10), **options, "out": np.full_like(x, 77)}
+    options = {"eps": 1e-5, "layout": "NCHW", "params": True, "activation": "relu"}
+    written = {name: np.full_like(arrays["x"], 77) for name in ("out", "dresidual")}
+    every = {**arrays, **vectors, "var": np.ones(10), **options, **written}
     return {name: value for name, value in every.items() if verb in TAKEN_BY[name]}
 
 
@@ -316,13 +355,21 @@ def test_channels_first_data_called_channels_last(variant: Variant) -> None:
 @pytest.mark.no_kernel
 def test_dy_alone_is_checked_as_x_is(variant: Variant) -> None:
     """With x absent, dy's own type and rank are checked, and the vectors against dy."""
-    absent = {"x": None, "params": False, "out": None}
+    absent = {"x": None, "params": False, "out": None, "dresidual": False}
     message = refuse("normalize_backward", absent | {"dy": np.ones(3)}, ValueError)
     assert message.startswith("dy has rank 1")
     message = refuse("normalize_backward", absent | {"dy": [1.0]}, TypeError)
     assert message.startswith("dy is a list")
     message = refuse("normalize_backward", absent | {"gamma": np.ones(20)}, ValueError)
     assert message.startswith("gamma has shape (20,) but dy has 10 channels")
+
+
+@pytest.mark.no_kernel
+def test_y_without_an_activation(variant: Variant) -> None:
+    """A y that nothing needs is refused: an activation may have been forgotten."""
+    for verb in BACKWARD:
+        message = refuse(verb, {"activation": None}, TypeError)
+        assert message.startswith("y is an ndarray, expected None where activation is None")
 
 
 @pytest.mark.no_kernel
@@ -344,7 +391,8 @@ def test_unusual_good_arguments(variant: Variant) -> None:
         fastbn.batch_norm(x, eps=1.0).y,
     )
     for params in (np.True_, np.False_):
-        got = fastbn.batch_norm_backward(x, x, expected.mean, expected.var, params=params)  # type: ignore[arg-type]
+        backward: Any = fastbn.batch_norm_backward
+        got = backward(x, x, expected.mean, expected.var, params=params)
         assert (got.dgamma is None) == (not params)
 
 

@@ -11,19 +11,34 @@ import fastbn
 from fastbn import backends
 from fastbn.backends.base import Backend
 
-PLAIN = ("plain_moments", "plain_batch_norm", "plain_normalize", "plain_backward")
+PLAIN = (
+    "plain_moments",
+    "plain_batch_norm",
+    "plain_normalize",
+    "plain_frozen",
+    "plain_backward",
+)
+BESIDE = ("channel_bytes", "prepare")
 EXTRAS = {"cython": {"isa", "calls"}}
 """What a backend may have beyond the interface: how Cython tells its instruction sets apart."""
 
 SIGNATURES = {
-    "batch_norm": "x gamma=None beta=None * eps=1e-05 layout='NCHW' out=None",
-    "normalize": "x mean var gamma=None beta=None * eps=1e-05 layout='NCHW' out=None",
+    "batch_norm": (
+        "x gamma=None beta=None * eps=1e-05 layout='NCHW' activation=None residual=None out=None"
+    ),
+    "normalize": (
+        "x mean var gamma=None beta=None * eps=1e-05 layout='NCHW' activation=None residual=None "
+        "out=None"
+    ),
     "batch_norm_backward": (
-        "dy x mean var gamma=None * eps=1e-05 layout='NCHW' params=True out=None"
+        "dy x mean var gamma=None * eps=1e-05 layout='NCHW' params=True activation=None y=None "
+        "dresidual=False out=None"
     ),
     "normalize_backward": (
-        "dy x mean var gamma=None * eps=1e-05 layout='NCHW' params=True out=None"
+        "dy x mean var gamma=None * eps=1e-05 layout='NCHW' params=True activation=None y=None "
+        "dresidual=False out=None"
     ),
+    "FrozenBatchNorm": ("mean var gamma=None beta=None * eps=1e-05 layout='NCHW' activation=None"),
     "moments": "x * layout='NCHW'",
     "fold_into_conv": (
         "weight bias mean var gamma=None beta=None * eps=1e-05 transposed=False groups=1"
@@ -53,12 +68,12 @@ def test_a_backend_is_six_functions(name: str) -> None:
     backend = backends.get(name) if name not in CYTHON else _cython(name)
     assert isinstance(backend, Backend)
     assert backend.name == name.partition("-")[0]
-    for function in (*SIX, *PLAIN, "channel_bytes"):
+    for function in (*SIX, *PLAIN, *BESIDE):
         assert parameters(getattr(type(backend), function)) == parameters(
             getattr(Backend, function)
         ), function
     public = {attribute for attribute in dir(backend) if not attribute.startswith("_")}
-    assert public - EXTRAS.get(backend.name, set()) == {"name", "channel_bytes", *SIX, *PLAIN}
+    assert public - EXTRAS.get(backend.name, set()) == {"name", *SIX, *PLAIN, *BESIDE}
 
 
 def _cython(name: str) -> Backend:
@@ -87,9 +102,11 @@ def test_signature(name: str) -> None:
 def test_public_names() -> None:
     """The package exports these functions, the results' types and the error, and nothing else."""
     types = {"BackendError", "BatchNormResult", "Folded", "Gradients", "Statistics"}
+    types |= {"ResidualGradients"}
     assert set(fastbn.__all__) == set(SIGNATURES) | types
     assert issubclass(fastbn.BackendError, RuntimeError)
     assert fastbn.BatchNormResult._fields == ("y", "mean", "var")
     assert fastbn.Folded._fields == ("weight", "bias")
     assert fastbn.Gradients._fields == ("dx", "dgamma", "dbeta")
+    assert fastbn.ResidualGradients._fields == ("dx", "dgamma", "dbeta", "dresidual")
     assert fastbn.Statistics._fields == ("mean", "var")
