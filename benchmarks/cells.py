@@ -4,6 +4,7 @@
 2. Each of float64, a fresh output and one thread by itself, on a core of those shapes.
 3. One thread also where a library might leave cores idle: few or odd channels, one image.
 4. The series: one family of shapes from 1 KB to 400 MB, for the plot of time against size.
+5. Fused works, half types, and the smallest call.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import ml_dtypes  # noqa: F401 - teaches NumPy the name "bfloat16"
 import numpy as np
 
 MB = 1e6
 
 WORKS = ("forward", "inference", "backward", "frozen")
+FUSED = ("fused-forward", "fused-inference", "fused-backward")
 
 Shape = tuple[int, ...]
 
@@ -31,6 +34,8 @@ class Cell:
 
     forward: y and the batch's statistics, with gamma and beta. inference: y by given statistics,
     with gamma and beta. backward: dx, dgamma, dbeta of forward. frozen: dx alone of inference.
+    fused-forward, fused-inference: relu(y + residual). fused-backward: of the former, with the
+    residual's gradient.
     """
     layout: str
     """NCHW or NHWC; NC for an array of rank 2, which has one layout only."""
@@ -42,12 +47,25 @@ class Cell:
     threads: int
 
     @property
+    def is_fused(self) -> bool:
+        return self.work in FUSED
+
+    @property
+    def plain_work(self) -> str:
+        """The work without what is fused with it."""
+        return self.work.removeprefix("fused-")
+
+    @property
     def channels(self) -> int:
         return self.shape[1]
 
     @property
     def itemsize(self) -> int:
         return np.dtype(self.dtype).itemsize
+
+    @property
+    def is_half(self) -> bool:
+        return self.itemsize == 2
 
     @property
     def bytes(self) -> int:
@@ -152,6 +170,12 @@ SERIES: tuple[Shape, ...] = (
 """From 1 KB to 400 MB in float32."""
 IN_SERIES = ("forward", "inference")
 
+FUSED_SHAPES: tuple[Shape, ...] = (*RESNET[:4], *CACHED)
+HALVES = ("float16", "bfloat16")
+HALF_SHAPES: tuple[Shape, ...] = (*RESNET[:2], RESNET[3], CACHED[1])
+CALL: Shape = (1, 16)
+"""The kernel takes some nanoseconds: the time of a call is what the call costs."""
+
 QUICK: tuple[Shape, ...] = ((32, 512, 28, 28), (8, 64, 56, 56), (60, 100))
 QUICK_SERIES: tuple[Shape, ...] = SERIES[::4]
 
@@ -184,13 +208,24 @@ def all_cells(threads: int) -> list[Cell]:
         *cells_of(CORE, threads=threads, output="fresh"),
         *cells_of(SERIES, threads=threads, works=IN_SERIES),
         *cells_of(alone, threads=1),
+        *cells_of(FUSED_SHAPES, threads=threads, works=FUSED),
+        *half_cells(HALF_SHAPES, threads, HALVES),
+        *cells_of([CALL], threads=threads, works=["inference"]),
     )
     return list(dict.fromkeys(listed))
 
 
+def half_cells(shapes: Iterable[Shape], threads: int, dtypes: Iterable[str]) -> Iterator[Cell]:
+    """Training and inference in half types."""
+    for dtype in dtypes:
+        yield from cells_of(shapes, threads=threads, works=WORKS[:3], dtype=dtype)
+
+
 def quick_cells(threads: int) -> list[Cell]:
-    """A look: a large, a cached and a small array, and a few points of the series."""
+    """A look: a large, a cached and a small array, some fused, and a few points of the series."""
     return [
         *cells_of(QUICK, threads=threads),
         *cells_of(QUICK_SERIES, threads=threads, works=IN_SERIES),
+        *cells_of(QUICK[:1], threads=threads, works=FUSED),
+        *half_cells(QUICK[:1], threads, HALVES[1:]),
     ]

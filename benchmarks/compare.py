@@ -35,7 +35,7 @@ def changes(old: Run, new: Run) -> list[Change]:
         before = old.at(m.cell)
         for name, outcome in m.outcomes.items():
             earlier = before.outcomes.get(name) if before else None
-            if LIBRARIES[name].kind != "fastbn" or earlier is None:
+            if not LIBRARIES[name].is_fastbn or earlier is None:
                 continue
             if earlier.status == outcome.status == "timed":
                 found.append(Change(m.cell, name, earlier, outcome))
@@ -56,6 +56,6 @@ def broken(old: Run, new: Run) -> list[tuple[Cell, str, Outcome]]:
         for name, outcome in m.outcomes.items():
             was = before.outcomes.get(name) if before else None
             timed = was is not None and was.status == "timed"
-            if timed and outcome.status != "timed" and LIBRARIES[name].kind == "fastbn":
+            if timed and outcome.status != "timed" and LIBRARIES[name].is_fastbn:
                 found.append((m.cell, name, outcome))
     return found

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.cells import WORKS, Cell
+from benchmarks.cells import FUSED, WORKS, Cell
 from benchmarks.results import Measured, Run
 
 # From the palette of Okabe and Ito, which colour-blind readers can tell apart.
@@ -34,13 +34,16 @@ TITLES = {
     "inference": "Inference",
     "backward": "Training backward",
     "frozen": "Frozen backward, dx alone",
+    "fused-forward": "Training forward with residual and relu",
+    "fused-inference": "Inference with residual and relu",
+    "fused-backward": "Training backward with relu, and the residual's gradient",
 }
 
 
 def draw_all(run: Run, folder: Path) -> list[Path]:
     """Write every plot that the run has cells for, as PNG; their paths."""
     made = []
-    for work in WORKS:
+    for work in (*WORKS, *FUSED):
         members = [m for m in run.compared if m.cell.work == work and m.against_peer]
         if members:
             made.append(folder / f"ratio-{work}.png")

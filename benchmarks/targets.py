@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
 
-from benchmarks.cells import MB
-from benchmarks.libraries import OURS
+from benchmarks.cells import CALL, HALVES, MB
+from benchmarks.libraries import FROZEN, OURS, SINGLE, UNFUSED
 from benchmarks.results import Measured, Run
 
 LEVEL = 0.97
@@ -156,6 +156,10 @@ def is_row(run: Run, m: Measured) -> bool:
     return m.cell.shape == ROW
 
 
+def is_smallest(run: Run, m: Measured) -> bool:
+    return m.cell.shape == CALL
+
+
 # --- which figure -------------------------------------------------------------------------------
 
 
@@ -182,6 +186,18 @@ def against_copyto(run: Run, m: Measured) -> float | None:
 def against_one_thread(run: Run, m: Measured) -> float | None:
     alone = run.at(replace(m.cell, threads=1))
     return alone.ours / m.ours if alone and alone.ours and m.ours else None
+
+
+def unfused(run: Run, m: Measured) -> float | None:
+    return m.ratio(UNFUSED)
+
+
+def against_float32(run: Run, m: Measured) -> float | None:
+    return m.ratio(OURS, SINGLE)
+
+
+def frozen_call(run: Run, m: Measured) -> float | None:
+    return m.seconds(FROZEN)
 
 
 def numba(run: Run, m: Measured) -> float | None:
@@ -323,7 +339,31 @@ def others() -> list[Target]:
     ]
 
 
-TARGETS = [*ratios(ALL_PEERS), JIT, *limits(), *others(), *ratios(ONLY_TORCH)]
+def fused() -> list[Target]:
+    """The rows of what is fused, and of what is prepared."""
+    large = where("fused-inference", EVERY, 50 * MB)
+    calls = where("inference", also=is_smallest)
+    text, demand = "fused-inference, 50 MB and up", "2 times normalize, numpy.add, numpy.maximum"
+    return [
+        at_least(text, demand, large, unfused, 2),
+        at_most(text, 1.15, large, copies),
+        at_most(f"{FROZEN}, a call beyond its kernel", 0.5e-6, calls, frozen_call, "us"),
+    ]
+
+
+def halves() -> list[Target]:
+    """The rows of half types, on arrays of 100 MB and up in float32."""
+    unit, found = "of float32's time", []
+    for work, bound in (("inference", 0.65), ("forward", 0.75), ("backward", 0.75)):
+        for dtype in HALVES:
+            text, large = f"{work}, {dtype}, 50 MB and up", where(work, EVERY, 50 * MB, dtype=dtype)
+            found.append(at_most(text, bound, large, against_float32, unit))
+            if dtype == "bfloat16":
+                found.append(at_least(text, f"faster than {TORCH}", large, torch, 1))
+    return found
+
+
+TARGETS = [*ratios(ALL_PEERS), JIT, *limits(), *others(), *fused(), *halves(), *ratios(ONLY_TORCH)]
 
 IMPORT = Target(
     "import fastbn",

@@ -90,7 +90,8 @@ def verify(cell: Cell, data: Data, task: Task) -> Answer:
     if task.read is None:
         return {}
     if cell.output == "ready":
-        data.out.fill(float("nan"))  # what an earlier cell left there proves nothing
+        for out, *_ in data.moved(cell.work):
+            out.fill(float("nan"))  # what an earlier cell left there proves nothing
     wrong = complaint(cell, data, task.read(task.call()))
     return {"status": "wrong", "note": wrong} if wrong else {}
 

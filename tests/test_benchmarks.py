@@ -18,10 +18,21 @@ import numpy as np
 import pytest
 
 from benchmarks import compare, report, rounds, targets
-from benchmarks.cells import MB, ROWS, SERIES, WORKS, Cell, all_cells, layouts_of, quick_cells
+from benchmarks.cells import (
+    FUSED,
+    HALVES,
+    MB,
+    ROWS,
+    SERIES,
+    WORKS,
+    Cell,
+    all_cells,
+    layouts_of,
+    quick_cells,
+)
 from benchmarks.cli import chosen
 from benchmarks.data import Data, Results, complaint, expected
-from benchmarks.libraries import LIBRARIES, OURS, of_numpy
+from benchmarks.libraries import FROZEN, LIBRARIES, OURS, SINGLE, UNFUSED, of_fastbn
 from benchmarks.machine import Machine, cache_size
 from benchmarks.results import Measured, Outcome, Run
 
@@ -29,7 +40,8 @@ ROOT = Path(__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
 THREADS = 2
 
-ALWAYS = [name for name, library in LIBRARIES.items() if library.kind in ("fastbn", "limit")]
+ALWAYS = [name for name, library in LIBRARIES.items() if library.is_fastbn]
+ALWAYS += [name for name, library in LIBRARIES.items() if library.kind == "limit"]
 ALWAYS.append("NumPy")
 
 MACHINE = Machine("a processor", THREADS, 1 << 15, 1 << 20, 1 << 25, 1 << 34, "Linux", "3.11")
@@ -59,6 +71,18 @@ def test_cells_cover_every_kind(work: str, layout: str) -> None:
         assert any(getattr(c, field) == value for c in cells)
 
 
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_cells_cover_fused_works_and_halves(layout: str) -> None:
+    for listed, least in ((all_cells(THREADS), 100 * MB), (quick_cells(THREADS), 50 * MB)):
+        cells = [c for c in listed if c.layout == layout]
+        for work in FUSED:
+            assert max(c.bytes for c in cells if c.work == work) > least
+        for work in ("forward", "inference", "backward"):
+            halves = [c for c in cells if c.work == work and c.is_half]
+            assert 2 * max(c.bytes for c in halves) > least
+            assert HALVES[-1] in {c.dtype for c in halves}
+
+
 def test_rows_and_the_series_span_their_sizes() -> None:
     assert {shape[0] for shape in ROWS} >= {1, 65536}
     assert all(layouts_of(shape) == ("NC",) for shape in ROWS)
@@ -80,6 +104,12 @@ def test_only_takes_any_of_one_kind_and_all_of_several() -> None:
     assert {c.work for c in cells} == {"forward", "inference"}
     assert {c.name.split(maxsplit=1)[1] for c in cells} == {"NC float32 60x100 ready 1 thread"}
     assert libraries == ["PyTorch"]
+    halves, libraries = chosen(all_cells(THREADS), ["bfloat16", "backward", "float32"])
+    assert {(c.work, c.dtype) for c in halves} == {("backward", t) for t in ("bfloat16", "float32")}
+    assert libraries == list(LIBRARIES)
+    fused, libraries = chosen(quick_cells(THREADS), ["fused-inference", OURS, UNFUSED])
+    assert {c.work for c in fused} == {"fused-inference"}
+    assert libraries == [OURS, UNFUSED]
     with pytest.raises(ValueError, match=r"'sideways' is none of: .*; a library: fastbn cython"):
         chosen(cells, ["sideways"])
     with pytest.raises(ValueError, match="no cell is left by: NCHW, 60x100"):
@@ -95,6 +125,21 @@ SMALL = [
     for dtype, output in (("float32", "ready"), ("float32", "fresh"), ("float64", "ready"))
     for work in WORKS
 ]
+PLAIN = [cell for cell in SMALL if (cell.dtype, cell.output) == ("float32", "ready")]
+HALF = [replace(c, dtype=dtype) for c in PLAIN for dtype in HALVES if c.work != "frozen"]
+SMALL += HALF + [replace(c, work=f"fused-{c.work}") for c in PLAIN if c.work != "frozen"]
+
+
+def has_nothing(name: str, cell: Cell) -> bool:
+    """Where a library that is always there says that it cannot."""
+    only = {
+        UNFUSED: cell.is_fused,
+        SINGLE: cell.is_half,
+        FROZEN: cell.work == "inference",
+        "NumPy": not (cell.is_fused or cell.is_half),
+        "numpy.copyto": cell.plain_work != "backward" and not cell.is_fused,
+    }
+    return not only.get(name, True)
 
 
 @pytest.fixture
@@ -116,7 +161,7 @@ def test_a_library_is_right(worker: rounds.Worker, request: pytest.FixtureReques
     name = request.node.callspec.params["worker"]
     able = 0
     for cell in SMALL:
-        if (name, cell.dtype) == ("fastbn numba", "float64"):
+        if name == "fastbn numba" and cell.dtype != "float32":
             continue  # everything would be compiled once more
         answer = worker.ask(do="prepare", cell=cell.to_json())
         assert answer["status"] in ("ready", "cannot"), (cell.name, answer)
@@ -124,7 +169,7 @@ def test_a_library_is_right(worker: rounds.Worker, request: pytest.FixtureReques
             able += 1
             assert len(worker.ask(do="run", samples=2, loops=2, budget=9)["seconds"]) == 2
         elif name in ALWAYS:
-            assert (name, cell.work) == ("numpy.copyto", "backward")
+            assert has_nothing(name, cell), cell.name
         worker.ask(do="release", keep=True)
     assert able
 
@@ -132,14 +177,17 @@ def test_a_library_is_right(worker: rounds.Worker, request: pytest.FixtureReques
 @pytest.mark.parametrize("cell", SMALL, ids=lambda cell: cell.name)
 def test_a_wrong_result_is_noticed(cell: Cell) -> None:
     data = Data(cell)
-    task = of_numpy.prepare(cell, data)
+    task = of_fastbn.prepare(cell, data)
     assert task.read is not None
     results = task.read(task.call())
     assert complaint(cell, data, results) is None
     assert complaint(cell, data, results._replace(main=results.main * 1.01))
     assert complaint(cell, data, results._replace(main=results.main[:-1]))
     assert complaint(cell, data, results._replace(main=np.full_like(results.main, np.nan)))
-    if cell.work == "backward":
+    if cell.is_fused and cell.plain_work == "backward":
+        assert results.dresidual is not None
+        assert complaint(cell, data, results._replace(dresidual=data.dy))
+    if cell.plain_work == "backward":
         assert results.dgamma is not None
         assert complaint(cell, data, results._replace(dgamma=results.dgamma * 1.01))
         assert complaint(cell, data, Results(results.main))
@@ -150,14 +198,14 @@ def test_a_wrong_result_is_noticed(cell: Cell) -> None:
 def test_a_copy_copies(kind: str, values: int) -> None:
     pytest.importorskip("benchmarks.libraries.copies", exc_type=ImportError)
     library = LIBRARIES[f"copy, {kind} stores"].load()
-    for work in WORKS:
+    for work in (*WORKS, *FUSED):
         cell = Cell(work, "NC", "float32", (1, values), "ready", THREADS)
         data = Data(cell)
         task = library.prepare(cell, data)
         assert task is not None
         task.call()
-        wanted = {"backward": data.dy + data.x, "frozen": data.dy}.get(work, data.x)
-        assert np.array_equal(data.out, wanted)
+        for out, *sources in data.moved(work):
+            assert np.array_equal(out, sum(sources[1:], sources[0]))
 
 
 def test_the_oracle_is_batch_norm() -> None:
@@ -283,6 +331,26 @@ def test_every_target_speaks_of_a_cell_that_is_measured() -> None:
     assert [target for target, answer in found.items() if answer == "not measured"] == []
 
 
+def test_fused_work_is_held_to_its_steps_and_to_copies() -> None:
+    cell = replace(LARGE, work="fused-inference")
+    steps = "fused-inference, 50 MB and up", "2 times normalize, numpy.add, numpy.maximum"
+    limit = "fused-inference, 50 MB and up", "at most 1.15 copies"
+    run = run_of(made_up(cell, fastbn_cython=0.010, fastbn_unfused=0.021, **{COPY: 0.0085}))
+    assert (answers(run)[steps], answers(run)[limit]) == ("yes", "no")
+    assert run.measured[0].best_peer is None
+
+
+def test_halves_are_held_to_float32_and_to_pytorch() -> None:
+    cell = replace(LARGE, dtype="bfloat16")
+    seconds = {"fastbn_cython": 0.7, "fastbn_in_float32": 1.0, "PyTorch": 0.6}
+    text = "forward, bfloat16, 50 MB and up"
+    found = answers(run_of(made_up(cell, **seconds)))
+    assert found[text, "at most 0.75 of float32's time"] == "yes"
+    assert found[text, "faster than PyTorch"] == "no"
+    found = answers(run_of(made_up(replace(cell, work="inference"), **seconds)))
+    assert found["inference, bfloat16, 50 MB and up", "at most 0.65 of float32's time"] == "no"
+
+
 def test_what_is_lost_comes_first() -> None:
     lost = made_up(LARGE, fastbn_cython=0.03, PyTorch=0.02, oneDNN=0.01)
     won = made_up(replace(LARGE, layout="NHWC"), fastbn_cython=0.01, PyTorch=0.02)
@@ -321,6 +389,11 @@ def test_compare_finds_regressions_beyond_the_spread() -> None:
     assert compare.regressions(run_of(wide), new, 0.1) == []
     gone = run_of(Measured(LARGE, {OURS: Outcome("died", "why")}))
     assert [found[1:] for found in compare.broken(old, gone)] == [(OURS, Outcome("died", "why"))]
+
+
+def test_compare_sees_all_of_fastbn() -> None:
+    old, new = (run_of(made_up(LARGE, FrozenBatchNorm=t, PyTorch=t)) for t in (0.1, 0.2))
+    assert [c.library for c in compare.regressions(old, new, 0.1)] == [FROZEN]
 
 
 def test_cache_sizes_are_read(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from benchmarks.data import Data, Results
 
 OURS = "fastbn cython"
 """What is compared with the peers and held to the targets."""
+UNFUSED, SINGLE, FROZEN = "fastbn unfused", "fastbn in float32", "FrozenBatchNorm"
+"""What it is compared with besides, in fused cells and in halves, and inference as an object."""
 
 
 class Task(NamedTuple):
@@ -48,15 +50,23 @@ class Library:
 
     name: str
     module: str
-    kind: Literal["fastbn", "peer", "other layout", "limit"]
-    """Only a peer counts in "the best peer"; another layout's times are shown, not compared."""
+    kind: Literal["fastbn", "fastbn too", "peer", "other layout", "limit"]
+    """Only a peer counts in "the best peer"; another layout's times are shown, not compared. What
+    is fastbn too has only some works."""
     environment: Mapping[str, str] = field(default_factory=dict)
     in_series: bool = False
     """Whether it is drawn in the plot of time against size."""
 
+    @property
+    def is_fastbn(self) -> bool:
+        return self.kind in ("fastbn", "fastbn too")
+
     def load(self) -> Module:
         """Its module; ImportError or another error where it cannot run here."""
         return cast(Module, importlib.import_module(f"{__name__}.{self.module}"))
+
+
+CYTHON = {"FASTBN_BACKEND": "cython"}
 
 
 def _fastbn(name: str, **environment: str) -> Library:
@@ -66,10 +76,13 @@ def _fastbn(name: str, **environment: str) -> Library:
 LIBRARIES: dict[str, Library] = {
     library.name: library
     for library in (
-        _fastbn(OURS, FASTBN_BACKEND="cython"),
-        _fastbn("fastbn cython avx2", FASTBN_BACKEND="cython", FASTBN_ISA="avx2"),
+        _fastbn(OURS, **CYTHON),
+        _fastbn("fastbn cython avx2", **CYTHON, FASTBN_ISA="avx2"),
         _fastbn("fastbn numba", FASTBN_BACKEND="numba"),
         _fastbn("fastbn numpy", FASTBN_BACKEND="numpy"),
+        Library(UNFUSED, "fastbn_unfused", "fastbn too", CYTHON),
+        Library(SINGLE, "fastbn_float32", "fastbn too", CYTHON),
+        Library(FROZEN, "fastbn_frozen", "fastbn too", CYTHON, in_series=True),
         Library("NumPy", "of_numpy", "peer"),
         Library("PyTorch", "of_torch", "peer", in_series=True),
         Library("oneDNN", "of_onednn", "peer"),

@@ -30,16 +30,13 @@ def version() -> str:
 
 
 def prepare(cell: Cell, data: Data, *, streaming: bool) -> Task:
-    """One read and one write; for a backward two reads and one write."""
-    sources = {"backward": (data.dy, data.x), "frozen": (data.dy,)}.get(cell.work, (data.x,))
-    addresses = dict(zip("ab", (a.ctypes.data for a in sources), strict=False))
-    job = byref(
-        Job(
-            out=data.out.ctypes.data,
-            n=cell.bytes // 4,
-            threads=cell.threads,
-            streaming=streaming,
-            **addresses,
-        )
-    )
-    return Task(lambda: _copy(job), None)
+    """Every array that the work needs read once, every result written once."""
+    jobs = []
+    for arrays in data.moved(cell.work):
+        addresses = dict(zip(("out", "a", "b"), (a.ctypes.data for a in arrays), strict=False))
+        options = {"n": cell.bytes // 4, "threads": cell.threads, "streaming": streaming}
+        jobs.append(byref(Job(**addresses, **options)))
+    job, *more = jobs
+    if not more:
+        return Task(lambda: _copy(job), None)
+    return Task(lambda: [_copy(job) for job in jobs], None)

@@ -14,7 +14,7 @@ def version() -> str:
 
 
 def prepare(cell: Cell, data: Data) -> Task | None:
-    if cell.work == "backward":
+    (out, source, *more), *others = data.moved(cell.work)
+    if more or others:
         return None
-    out, source = data.out, data.dy if cell.work == "frozen" else data.x
     return Task(lambda: np.copyto(out, source), None)

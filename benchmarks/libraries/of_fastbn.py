@@ -18,25 +18,36 @@ def version() -> str:
 
 def prepare(cell: Cell, data: Data) -> Task:
     gamma, beta = data.gamma, data.beta
-    layout = "NHWC" if cell.layout == "NHWC" else "NCHW"
-    options: dict[str, Any] = {"eps": data.eps, "layout": layout}
-    if cell.output == "ready":
-        options["out"] = data.out
-    if cell.work == "forward":
+    named = options(cell, data) | (fused(cell, data) if cell.is_fused else {})
+    if cell.plain_work == "forward":
         x = data.x
-        return Task(lambda: fastbn.batch_norm(x, gamma, beta, **options), lambda r: Results(r.y))
-    if cell.work == "inference":
+        return Task(lambda: fastbn.batch_norm(x, gamma, beta, **named), lambda r: Results(r.y))
+    if cell.plain_work == "inference":
         x, mean, var = data.x, data.mean, data.var
-        return Task(lambda: fastbn.normalize(x, mean, var, gamma, beta, **options), Results)
+        return Task(lambda: fastbn.normalize(x, mean, var, gamma, beta, **named), Results)
     dy = data.dy
-    if cell.work == "backward":
+    if cell.plain_work == "backward":
         x, (mean, var) = data.x, data.batch_statistics
         return Task(
-            lambda: fastbn.batch_norm_backward(dy, x, mean, var, gamma, **options),
+            lambda: fastbn.batch_norm_backward(dy, x, mean, var, gamma, **named),
             lambda r: Results(*r),
         )
     mean, var = data.mean, data.var
     return Task(
-        lambda: fastbn.normalize_backward(dy, None, mean, var, gamma, params=False, **options),
+        lambda: fastbn.normalize_backward(dy, None, mean, var, gamma, params=False, **named),
         lambda r: Results(r.dx),
     )
+
+
+def options(cell: Cell, data: Data) -> dict[str, Any]:
+    """What every function is told by name."""
+    layout = "NHWC" if cell.layout == "NHWC" else "NCHW"
+    ready = {"out": data.out} if cell.output == "ready" else {}
+    return {"eps": data.eps, "layout": layout} | ready
+
+
+def fused(cell: Cell, data: Data) -> dict[str, Any]:
+    """What makes a work a fused one."""
+    if cell.plain_work == "backward":
+        return {"activation": "relu", "y": data.y, "dresidual": data.dresidual}
+    return {"activation": "relu", "residual": data.residual}

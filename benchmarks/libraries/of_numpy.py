@@ -1,4 +1,7 @@
-"""Plain NumPy expressions, as one writes them; a ready output takes the last step's result."""
+"""Plain NumPy expressions, as one writes them; a ready output takes the last step's result.
+
+No fused works, which are those of `fastbn_unfused`, and no halves, which NumPy computes one by one.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ def version() -> str:
     return np.__version__
 
 
-def prepare(cell: Cell, data: Data) -> Task:
+def prepare(cell: Cell, data: Data) -> Task | None:
+    if cell.is_fused or cell.is_half:
+        return None
     gamma, beta = data.column(data.gamma), data.column(data.beta)
     out = data.out if cell.output == "ready" else None
     over, eps = tuple(axis for axis in range(len(data.shape)) if axis != data.axis), data.eps

@@ -46,7 +46,7 @@ def version() -> str:
 
 
 def prepare(cell: Cell, data: Data) -> Task | None:
-    if cell.dtype != "float32":
+    if cell.dtype != "float32" or cell.is_fused:
         return None
     arrays = vectors(cell, data)
     arrays |= {name: getattr(data, name) for name in reads(cell)} | {"out": data.out}

@@ -17,7 +17,7 @@ BLOCK = 16
 
 
 def prepare(cell: Cell, data: Data) -> Task | None:
-    if (cell.dtype, cell.layout) != ("float32", "NCHW") or cell.channels % BLOCK:
+    if (cell.dtype, cell.layout) != ("float32", "NCHW") or cell.channels % BLOCK or cell.is_fused:
         return None
     arrays = vectors(cell, data) | {name: to_blocks(getattr(data, name)) for name in reads(cell)}
     arrays["out"] = np.full_like(arrays[reads(cell)[0]], np.nan)

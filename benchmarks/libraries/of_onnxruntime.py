@@ -17,7 +17,7 @@ def version() -> str:
 
 
 def prepare(cell: Cell, data: Data) -> Task | None:
-    if cell.work != "inference" or cell.layout == "NHWC":
+    if cell.work != "inference" or cell.layout == "NHWC" or cell.is_half:
         return None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = cell.threads, 1

@@ -17,7 +17,7 @@ def version() -> str:
 
 
 def prepare(cell: Cell, data: Data) -> Task | None:
-    if cell.dtype != "float32":
+    if cell.dtype != "float32" or cell.is_fused:
         return None
     gamma = tf.constant(data.gamma)
     options = {"epsilon": data.eps, "data_format": "NCHW" if cell.layout == "NCHW" else "NHWC"}
