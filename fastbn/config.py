@@ -48,6 +48,11 @@ def current_threads() -> int:
     return _threads_here.get() or _default.threads
 
 
+def current() -> tuple[Backend, int]:
+    """Both, for callers that count nanoseconds."""
+    return _backend_here.get() or _default.backend, _threads_here.get() or _default.threads
+
+
 def get_backend() -> str:
     """Name of the backend in force: "cython", "numba" or "numpy".
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fastbn import checks
 from fastbn.activations import Activation
 from fastbn.backends.base import Affine, Backend, normal_scale, quiet
-from fastbn.config import current_backend, current_threads
+from fastbn.config import current
 from fastbn.functional import ActivationName, apply_affine, normalize_backward
 from fastbn.results import Gradients, ResidualGradients
 
@@ -136,7 +136,7 @@ class FrozenBatchNorm:
         TypeError, ValueError
             An argument has a wrong type, shape or value; nothing has been written.
         """
-        backend, threads = current_backend(), current_threads()
+        backend, threads = current()
         prepared = self._prepared.get(backend)
         if prepared is None:
             prepared = self._prepared.setdefault(backend, backend.prepare(self._affine))

@@ -29,7 +29,7 @@ from fastbn.backends.base import (
     normal_scale,
     quiet,
 )
-from fastbn.config import current_backend, current_threads
+from fastbn.config import current
 from fastbn.elements import arithmetic
 from fastbn.layouts import Arrangement, channel_axis
 from fastbn.results import BatchNormResult, Gradients, ResidualGradients, Statistics
@@ -100,7 +100,7 @@ def batch_norm(
     >>> bool((abs(mean - 5.0) < 0.5).all()), y.dtype, mean.dtype
     (True, dtype('float32'), dtype('float64'))
     """
-    backend, threads = current_backend(), current_threads()
+    backend, threads = current()
     plain = backend.plain_batch_norm(
         x, gamma, beta, eps, layout, activation, residual, out, threads
     )
@@ -166,7 +166,7 @@ def normalize(
     array([[-1., -1.],
            [ 1.,  1.]], dtype=float32)
     """
-    backend, threads = current_backend(), current_threads()
+    backend, threads = current()
     plain = backend.plain_normalize(
         x, mean, var, gamma, beta, eps, layout, activation, residual, out, threads
     )
@@ -195,7 +195,7 @@ def _normalized(
     call: _Call, scale: Callable[[slice], Table], activation: Any, residual: Any, out: Any
 ) -> Array:
     """What both have in common once they know each channel's scale."""
-    backend, threads = current_backend(), current_threads()
+    backend, threads = current()
     tail = call.tail(activation, residual)
     y = call.output("out", out, {"x": call.array, "residual": residual})
     if call.is_empty:
@@ -425,7 +425,7 @@ def moments(x: Array, *, layout: str = "NCHW") -> Statistics:
     >>> fastbn.moments(np.float32([[1, 7], [3, 7]]))
     Statistics(mean=array([2., 7.]), var=array([1., 0.]))
     """
-    backend, threads = current_backend(), current_threads()
+    backend, threads = current()
     plain = backend.plain_moments(x, layout, threads)
     if plain is not None:
         return Statistics(*plain)
@@ -454,7 +454,7 @@ def _gradients(
     out: Any,
 ) -> Gradients | ResidualGradients:
     """Both backward functions; `frozen` is what tells them apart."""
-    backend, threads = current_backend(), current_threads()
+    backend, threads = current()
     plain = backend.plain_backward(
         dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual, frozen, out, threads
     )

@@ -45,8 +45,7 @@ cdef extern from "simd.h" nogil:
         pass
     ctypedef struct bends:  # an activation
         pass
-    bends bends_of(double slope, double top, double sloped)
-    double last_below(double top)
+    bends bends_of(double slope, double top)
     vec vload(const element* p)
     vec vload_some(const element* p, long n)
     void vstore(element* p, vec v)
@@ -183,7 +182,7 @@ cdef inline Summed summed_at(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize
     cdef Summed p
     p.x, p.dy, p.y = at(&t.x, g, n, c) + s, at(&t.source, g, n, c) + s, at(&t.other, g, n, c) + s
     p.x_row, p.dy_row, p.y_row = t.x.n, t.source.n, t.other.n
-    p.fetch, p.activation = t.fetch, bends_of(t.slope, t.top, t.sloped)
+    p.fetch, p.activation = t.fetch, bends_of(t.slope, t.top)
     return p
 
 
@@ -715,7 +714,7 @@ cdef inline Place place(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t c,
     p.source_row, p.x_row, p.other_row = t.source.n, t.x.n, t.other.n
     p.out_row, p.dresidual_row = t.out.n, t.dresidual.n
     p.fetch, p.stream_dresidual = t.fetch, t.stream_dresidual
-    p.activation = bends_of(t.slope, t.top, t.sloped)
+    p.activation = bends_of(t.slope, t.top)
     return p
 
 
@@ -1005,7 +1004,7 @@ cdef inline Operand either(const Operand* a, const Operand* b) noexcept nogil:
 
 cdef void settle(Task* t) noexcept nogil:
     """What the loops go by. An operand that is not there, and not read, is where another is."""
-    t.kind, t.sloped = kind_of(t), last_below(t.top)
+    t.kind = kind_of(t)
     t.source = either(&t.dy, &t.x)
     t.x = either(&t.x, &t.dy)
     t.other = either(&t.y, &t.residual)

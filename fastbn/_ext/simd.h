@@ -344,40 +344,65 @@ INLINE vec vadd(vec a, vec b) {
 typedef struct {
     double slope;
     double top;    /* y is no larger */
-    double sloped; /* above this, y is the top */
+    double crest;  /* from here on y is the top, and level; NaN where there is no top */
 } bends;
 
-INLINE bends bends_of(double slope, double top, double sloped) {
-    return (bends){slope, top, sloped};
-}
-/* The largest of y's that are on the slope: the last number before a finite top. */
-INLINE double last_below(double top) {
-    if (!is_finite(top))
-        return top;
-    return sizeof(real) == 4 ? (double)nextafterf((float)top, 0) : nextafter(top, 0);
-}
-INLINE vec_register where(mask_register mask, vec_register then, vec_register other) {
-    return (vec_register)((mask & (mask_register)then) | (~mask & (mask_register)other));
+INLINE bends bends_of(double slope, double top) {
+    return (bends){slope, top, choose(is_finite(top), top, NAN)};
 }
 /* v * slope, and 0 for a slope of 0 whatever v is. */
 INLINE vec_register sloped(vec_register v, real slope) {
     mask_register kept = (mask_register){0} - (slope != 0);
     return (vec_register)((mask_register)(v * slope) & kept);
 }
+#if FASTBN_WIDTH == 64 && !defined(FASTBN_PORTABLE)
+#ifdef FASTBN_F64
+#define OF_REAL(name) name##_pd
+#define OF_MASK(name) name##_pd_mask
+#else
+#define OF_REAL(name) name##_ps
+#define OF_MASK(name) name##_ps_mask
+#endif
+/* Intrinsics, because GCC makes vectors of masks. `then` where a <= bound, else `other`. */
+INLINE vec_register up_to(vec_register a, real bound, vec_register then, vec_register other) {
+    vec_register bounds = bound - (vec_register){0};
+    return OF_REAL(_mm512_mask_mov)(other, OF_MASK(_mm512_cmp)(a, bounds, _CMP_LE_OQ), then);
+}
+/* a, and 0 where y >= bound. */
+INLINE vec_register below(vec_register y, real bound, vec_register a) {
+    vec_register bounds = bound - (vec_register){0};
+    return OF_REAL(_mm512_maskz_mov)(OF_MASK(_mm512_cmp)(y, bounds, _CMP_NGE_UQ), a);
+}
+/* The lesser, and NaN where v is NaN. */
+INLINE vec_register lesser(vec_register most, vec_register v) {
+    return OF_REAL(_mm512_min)(most, v);
+}
+#else
+INLINE vec_register where(mask_register mask, vec_register then, vec_register other) {
+    return (vec_register)((mask & (mask_register)then) | (~mask & (mask_register)other));
+}
+INLINE vec_register up_to(vec_register a, real bound, vec_register then, vec_register other) {
+    return where(a <= bound, then, other);
+}
+INLINE vec_register below(vec_register y, real bound, vec_register a) {
+    return where(y >= bound, (vec_register){0}, a);
+}
+INLINE vec_register lesser(vec_register most, vec_register v) { return where(v > most, most, v); }
+#endif
 /* v <= 0 ? slope * v : min(v, top); NaN stays. */
 INLINE vec activate(vec v, const bends *b) {
     UNROLLED (int i = 0; i < VEC_REGISTERS; i++) {
         vec_register a = v.r[i], most = (real)b->top - (vec_register){0};
-        v.r[i] = where(a <= 0, sloped(a, (real)b->slope), where(a > most, most, a));
+        v.r[i] = up_to(a, 0, sloped(a, (real)b->slope), lesser(most, a));
     }
     return v;
 }
-/* dy times the slope of the activation where it gave y. */
+/* dy times the slope of the activation where it gave y; a NaN lets dy through. */
 INLINE vec gate(vec dy, vec y, const bends *b) {
     UNROLLED (int i = 0; i < VEC_REGISTERS; i++) {
         vec_register a = dy.r[i], at = y.r[i];
-        a = where(at <= 0, sloped(a, (real)b->slope), a);
-        dy.r[i] = where(at > (real)b->sloped, (vec_register){0}, a);
+        a = up_to(at, 0, sloped(a, (real)b->slope), a);
+        dy.r[i] = below(at, (real)b->crest, a);
     }
     return dy;
 }
@@ -554,7 +579,7 @@ INLINE f64_register gate_wide(f64_register dy, f64_register y, const bends *b) {
     i64_register kept = (i64_register){0} - (b->slope != 0);
     f64_register sloped = (f64_register)((i64_register)(dy * b->slope) & kept);
     dy = where_wide(y <= 0, sloped, dy);
-    return where_wide(y > b->sloped, (f64_register){0}, dy);
+    return where_wide(y >= b->crest, (f64_register){0}, dy);
 }
 /* Add dy * (x - mean) and dy, of n values; where y is given, dy is gated. */
 INLINE void add_gradients(const element *dy, const element *x, const element *y, long n, wide mean,

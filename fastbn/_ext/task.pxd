@@ -45,9 +45,8 @@ cdef struct Task:
     # The activation, 1 and infinity for none.
     double slope, top
     # The kernels' own: what a map takes its main values from (dy, else x), and beside them (y, or
-    # the residual); where the activation bends again; what the loops do.
+    # the residual), and what the loops do.
     Operand source, other
-    double sloped
     int kind
     # What is given: var NULL means that gamma already is the scale; gamma NULL 1, beta NULL 0.
     Table mean, var, gamma, beta
