@@ -52,6 +52,7 @@ COMMON = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fvisibility=hidden",
+    "-g0",  # Python's own flags ask for symbols: they are four fifths of a module
 ]
 WARNINGS = ["-Wall", "-Wextra"]
 

@@ -77,7 +77,7 @@ cdef enum:
     MANY = 65536            # and in arrays of this many values all rows of broken vectors
     CHUNK = 16384           # values of a channel in a chunk: the lanes' sums stay short
     FEWEST_ROWS = 64        # samples in a chunk, channels inside
-    MOST_ROWS = 512         # twice that of half types: sums take up a part of what is summed
+    MOST_ROWS = 1024        # twice that of half types: sums take up 0.4 % of what is summed
     OVERFLOWING = 65536     # bytes of coefficients that L1 does not keep from row to row
 
 
