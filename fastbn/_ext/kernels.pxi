@@ -9,14 +9,14 @@
 # 2. Lanes. Work goes 16 elements at a time (simd.h). Channels outside: lane l sums the values at
 #    l, l + 16, ... of a plane and goes on over the planes of the chunk; the lanes are added up
 #    once a chunk. Channels inside: each column has a lane of its own, and rows follow each other.
-# 3. Sums are float64, for float32 too. Moments are sums of d = x - shift and d*d with the channel's
-#    first value as the shift: mean = shift + m and var = sum(d*d)/n - m*m, m = sum(d)/n, lose
-#    1 + (m/s)**2 roundings, little unless that value is far out. Then (and where float64 squares
-#    overflow) the channel is summed again about the mean just found, which is right for any data.
-# 4. Elementwise work is done in the element type. The mean is a pair, mean = hi + lo: x - hi is
-#    exact near the mean, and lo goes into the last constant, so that y = (x - hi) * scale +
-#    (beta - lo * scale) keeps what one multiply-add of x would lose. Powers of two (`near`, `far`)
-#    keep extreme scales in the range of the element type; multiplying by them is exact.
+# 3. Sums are float64, whatever the elements are. Moments are sums of d = x - shift and d*d with the
+#    channel's first value as the shift: mean = shift + m and var = sum(d*d)/n - m*m, m = sum(d)/n,
+#    lose 1 + (m/s)**2 roundings, little unless that value is far out. Then (and where float64
+#    squares overflow) the channel is summed again about the mean just found, right for any data.
+# 4. Elementwise work is done in the element type, of half types in float32. The mean is a pair,
+#    mean = hi + lo: x - hi is exact near the mean, and lo goes into the last constant, so that
+#    y = (x - hi) * scale + (beta - lo * scale) keeps what one multiply-add of x would lose. Powers
+#    of two (`near`, `far`) keep extreme scales in that type's range; multiplying by them is exact.
 # 5. What precedes or follows normalization in a network is fused: a residual and an activation on
 #    the way out, on the way back the activation's slope where it gave y. Loops take what they do
 #    as a constant, `kind`; each is compiled once for each kind, without a branch in it.
@@ -250,7 +250,7 @@ cdef inline void sum_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t n, P
 
 
 cdef inline void sum_chunk_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
-                         Py_ssize_t j) noexcept nogil:
+                                Py_ssize_t j) noexcept nogil:
     """Channels inside: the sums of columns [c0, c1) over chunk j, a few whole rows at a time."""
     cdef Chunk k = chunk(t, j)
     cdef double* sum = sums(t, g, j)

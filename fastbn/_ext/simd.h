@@ -86,50 +86,72 @@ typedef vec_register raw_register;
 
 /* ---- Half types: bits to float32, exactly, and back, rounded; NaN and subnormals are kept ---- */
 
-#if defined(FASTBN_HALF)
-INLINE i32_register choose_bits(i32_register mask, i32_register then, i32_register other) {
-    return (mask & then) | (~mask & other);
-}
-#endif
-
 #if !defined(FASTBN_HALF)
 INLINE vec_register from_raw(raw_register v) { return v; }
 INLINE raw_register to_raw(vec_register v) { return v; }
 #elif defined(FASTBN_BF16)
-/* Intrinsics, because GCC takes registers of 64 and 32 bytes apart for conversions of integers. */
-INLINE vec_register from_raw(raw_register v) {
-#if defined(FASTBN_PORTABLE)
-    return (vec_register)(__builtin_convertvector(v, i32_register) << 16);
-#elif FASTBN_WIDTH == 64
-    return (vec_register)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16);
-#elif FASTBN_WIDTH == 32
-    return (vec_register)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16);
-#else
-    __m128i bits = _mm_cvtsi64_si128((int64_t)v);
-    return (vec_register)_mm_unpacklo_epi16(_mm_setzero_si128(), bits);
+/* The bits are the upper words of float32's. To round, half of the last place is added, less one
+ * bit where that is even, and the rest cut off; a NaN, which arithmetic left with its first digit
+ * set, is just cut. One shuffle moves words, where conversion and shift would be two or three. */
+#if defined(FASTBN_PORTABLE) || FASTBN_WIDTH < 64
+INLINE i32_register rounded(vec_register v) {
+    i32_register bits = (i32_register)v, number = (i32_register)(v == v);
+    return bits + ((((bits >> 16) & 1) + 0x7fff) & number);
+}
 #endif
+#if defined(FASTBN_PORTABLE)
+INLINE vec_register from_raw(raw_register v) {
+    return (vec_register)(__builtin_convertvector(v, i32_register) << 16);
 }
 INLINE raw_register to_raw(vec_register v) {
-    i32_register bits = (i32_register)v, odd = (bits >> 16) & 1;
-    i32_register rounded = bits + (odd + 0x7fff); /* ties go to even */
-#if FASTBN_WIDTH == 64 && !defined(FASTBN_PORTABLE)
-    __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    __m512i quiet = _mm512_set1_epi32(0x400000);
-    __m512i kept = _mm512_mask_or_epi32((__m512i)rounded, nan, (__m512i)v, quiet);
-    return (raw_register)_mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
-#else
-    rounded = choose_bits((i32_register)(v == v), rounded, bits | 0x400000) >> 16;
-#if defined(FASTBN_PORTABLE)
-    return __builtin_convertvector(rounded, raw_register);
-#elif FASTBN_WIDTH == 32
-    /* With their signs they fit. */
-    __m256i pairs = _mm256_packs_epi32((__m256i)rounded, (__m256i)rounded);
-    return (raw_register)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
-#else
-    return (raw_register)_mm_cvtsi128_si64(_mm_packs_epi32((__m128i)rounded, (__m128i)rounded));
-#endif
-#endif
+    return __builtin_convertvector(rounded(v) >> 16, raw_register);
 }
+#elif FASTBN_WIDTH == 64
+/* For each upper word the number of its half, and for each of the first sixteen its upper word. */
+static const uint16_t UPPER_PLACES[2 * LANES] = {0, 0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7,
+    0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+static const uint16_t UPPER_WORDS[2 * LANES] = {
+    1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+INLINE vec_register from_raw(raw_register v) {
+    __m512i places, words = _mm512_castsi256_si512((__m256i)v);
+    memcpy(&places, UPPER_PLACES, sizeof places);
+    return (vec_register)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, places, words);
+}
+INLINE raw_register to_raw(vec_register v) {
+    __m512i bits = (__m512i)v, half = _mm512_set1_epi32(0x8000), less = _mm512_set1_epi32(0x7fff);
+    __mmask16 number = _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q);
+    __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
+    __m512i sum = _mm512_mask_add_epi32(bits, number, bits, less), upper;
+    sum = _mm512_mask_add_epi32(sum, odd, bits, half);
+    memcpy(&upper, UPPER_WORDS, sizeof upper);
+    return (raw_register)_mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, sum));
+}
+#elif FASTBN_WIDTH == 32
+/* The same by bytes, which stay among sixteen; those of -1 become 0. */
+static const int8_t UPPER_PLACES[32] = {-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,
+    -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15};
+static const int8_t UPPER_BYTES[32] = {2, 3, 6, 7, 10, 11, 14, 15, 0, 0, 0, 0, 0, 0, 0, 0,
+    2, 3, 6, 7, 10, 11, 14, 15};
+INLINE vec_register from_raw(raw_register v) {
+    __m256i places, both = _mm256_broadcastsi128_si256((__m128i)v);
+    memcpy(&places, UPPER_PLACES, sizeof places);
+    return (vec_register)_mm256_shuffle_epi8(both, places);
+}
+INLINE raw_register to_raw(vec_register v) {
+    __m256i upper, sum = (__m256i)rounded(v);
+    memcpy(&upper, UPPER_BYTES, sizeof upper);
+    sum = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(sum, upper), 0x08);
+    return (raw_register)_mm256_castsi256_si128(sum);
+}
+#else
+INLINE vec_register from_raw(raw_register v) {
+    return (vec_register)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_cvtsi64_si128((int64_t)v));
+}
+INLINE raw_register to_raw(vec_register v) {
+    __m128i words = (__m128i)(rounded(v) >> 16); /* with their signs they fit */
+    return (raw_register)_mm_cvtsi128_si64(_mm_packs_epi32(words, words));
+}
+#endif
 #elif FASTBN_WIDTH == 64 && !defined(FASTBN_PORTABLE)
 INLINE vec_register from_raw(raw_register v) { return _mm512_cvtph_ps((__m256i)v); }
 INLINE raw_register to_raw(vec_register v) {
@@ -141,6 +163,9 @@ INLINE raw_register to_raw(vec_register v) {
     return (raw_register)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
 }
 #else
+INLINE i32_register choose_bits(i32_register mask, i32_register then, i32_register other) {
+    return (mask & then) | (~mask & other);
+}
 /* The bits in float32's places are 2**-112 times the number, subnormal or not. */
 INLINE vec_register from_raw(raw_register v) {
     i32_register half = __builtin_convertvector(v, i32_register);
@@ -434,14 +459,17 @@ INLINE f64_register widen(const element *p) {
 #ifdef FASTBN_F16
     return _mm256_cvtps_pd(_mm_cvtph_ps(raw));
 #else
-    return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(raw), 16)));
+    return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), raw)));
 #endif
 #else
     __m128i raw = _mm_loadu_si128((const __m128i *)p);
 #ifdef FASTBN_F16
     return _mm512_cvtps_pd(_mm256_cvtph_ps(raw));
 #else
-    return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16)));
+    __m256i places, words = _mm256_castsi128_si256(raw);
+    memcpy(&places, UPPER_PLACES, sizeof places);
+    words = _mm256_maskz_permutexvar_epi16(0xaaaa, places, words);
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(words));
 #endif
 #endif
 }
