@@ -244,16 +244,16 @@ def statistics(mean: Any) -> Owner:
     return Owner(len(a), f"mean has {len(a)} channels")
 
 
-def frozen_batch(x: Any, channels: int, name: str) -> NDArray[Any]:
-    """An array whose channels are those of frozen statistics, in the layout of that name."""
+def frozen_batch(x: Any, channels: int, layout: str) -> NDArray[Any]:
+    """An array whose channels are those of frozen statistics."""
     a = batch("x", x)
-    axis = channel_axis(name, a.ndim)
+    axis = channel_axis(layout, a.ndim)
     if a.shape[axis] != channels:
-        other = next(known for known in LAYOUTS if known != name)
+        other = next(known for known in LAYOUTS if known != layout)
         fits = a.shape[channel_axis(other, a.ndim)] == channels
         remedy = f"make the FrozenBatchNorm with layout={other!r}" if fits else "pass another array"
         raise ValueError(
-            f"x has {a.shape[axis]} channels (axis {axis} of shape {a.shape}, layout {name!r}), "
+            f"x has {a.shape[axis]} channels (axis {axis} of shape {a.shape}, layout {layout!r}), "
             f"expected {channels}, as the frozen statistics have; {remedy}"
         )
     return a

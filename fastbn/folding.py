@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks
-from fastbn.backends.base import normal_scale, quiet
+from fastbn import checks, fixed
+from fastbn.backends.base import Affine, quiet
 from fastbn.results import Folded
 
 Array = NDArray[Any]
@@ -77,11 +77,13 @@ def fold_into_conv(
     transposed = checks.flag("transposed", transposed)
     groups = checks.groups(groups, weight)
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
-    norm = _Affine.of(mean, var, gamma, beta, eps, checks.outputs(weight, channels, transposed))
-    factors = norm.scale[:, None]
+    norm = _Norm.of(mean, var, gamma, beta, eps, checks.outputs(weight, channels, transposed))
+    factors = norm.affine.scale[:, None]
     if transposed:
         # An input channel reaches the output channels of its group alone.
-        factors = np.repeat(norm.scale.reshape(groups, -1), weight.shape[0] // groups, axis=0)
+        factors = np.repeat(
+            norm.affine.scale.reshape(groups, -1), weight.shape[0] // groups, axis=0
+        )
     return norm.after(weight, factors, bias)
 
 
@@ -136,56 +138,52 @@ def fold_into_linear(
     weight = checks.weight(weight)
     if not checks.flag("before", before):
         owner = checks.outputs(weight, weight.shape[0], transposed=False)
-        norm = _Affine.of(mean, var, gamma, beta, eps, owner)
-        return norm.after(weight, norm.scale[:, None], bias)
+        norm = _Norm.of(mean, var, gamma, beta, eps, owner)
+        return norm.after(weight, norm.affine.scale[:, None], bias)
     owner = checks.inputs(weight)
-    return _Affine.of(mean, var, gamma, beta, eps, owner).before(weight, bias)
+    return _Norm.of(mean, var, gamma, beta, eps, owner).before(weight, bias)
 
 
-class _Affine(NamedTuple):
-    """Normalization by given statistics, as y = (x - mean) * scale + beta, in float64."""
+class _Norm(NamedTuple):
+    """Batch norm as an affine map, and whose channels it normalizes."""
 
-    mean: Array
-    scale: Array
-    beta: Array
+    affine: Affine
     owner: checks.Owner
 
     @staticmethod
-    def of(mean: Any, var: Any, gamma: Any, beta: Any, eps: Any, owner: checks.Owner) -> _Affine:
-        m, v = (checks.owned(n, a, owner) for n, a in (("mean", mean), ("var", var)))
-        checks.variance(v, nan=False)
-        g = np.ones(1) if gamma is None else checks.owned("gamma", gamma, owner)
-        b = np.zeros(1) if beta is None else checks.owned("beta", beta, owner)
-        m, v, g, b = (a.astype(np.float64) for a in (m, v, g, b))
-        scale = normal_scale(g, v, checks.epsilon(eps))
-        return _Affine(m, scale, np.broadcast_to(b, m.shape), owner)
+    def of(mean: Any, var: Any, gamma: Any, beta: Any, eps: Any, owner: checks.Owner) -> _Norm:
+        vectors = fixed.checked(mean, var, gamma, beta, owner)
+        return _Norm(fixed.affine(vectors, checks.epsilon(eps), owner.channels), owner)
 
     @quiet
     def after(self, weight: Array, factors: Array, bias: Any) -> Folded:
         """Of what a layer gives; `factors` stand for the weight's first axes."""
         given = np.zeros(1) if bias is None else checks.owned("bias", bias, self.owner)
         factors = factors.reshape(*factors.shape, *[1] * (weight.ndim - factors.ndim))
-        shifted = (given.astype(np.float64) - self.mean) * self.scale + self.beta
-        return self._rounded(weight, weight * factors, bias, shifted)
+        mean, scale, beta = self.affine
+        shifted = (given.astype(np.float64) - mean) * scale + beta
+        return _rounded(weight, weight * factors, bias, shifted)
 
     @quiet
     def before(self, weight: Array, bias: Any) -> Folded:
         """Of what a linear layer takes."""
         owner = checks.outputs(weight, weight.shape[0], transposed=False)
         given = np.zeros(1) if bias is None else checks.owned("bias", bias, owner)
-        shift = weight.astype(np.float64) @ (self.beta - self.mean * self.scale)
-        return self._rounded(weight, weight * self.scale, bias, given + shift)
+        mean, scale, beta = self.affine
+        shift = weight.astype(np.float64) @ (beta - mean * scale)
+        return _rounded(weight, weight * scale, bias, given + shift)
 
-    def _rounded(self, weight: Array, wide: Array, bias: Any, shifted: Array) -> Folded:
-        """Both in their own types, without subnormal numbers."""
-        rounded = (
-            _flushed(name, values, like.dtype.newbyteorder("="))
-            for name, values, like in (
-                ("weight", wide, weight),
-                ("bias", shifted, weight if bias is None else bias),
-            )
+
+def _rounded(weight: Array, wide: Array, bias: Any, shifted: Array) -> Folded:
+    """Both in their own types, without subnormal numbers."""
+    rounded = (
+        _flushed(name, values, like.dtype.newbyteorder("="))
+        for name, values, like in (
+            ("weight", wide, weight),
+            ("bias", shifted, weight if bias is None else bias),
         )
-        return Folded(*rounded)
+    )
+    return Folded(*rounded)
 
 
 def _flushed(name: str, values: Array, dtype: Any) -> Array:

@@ -9,9 +9,9 @@ from typing import Any, Literal, NoReturn, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks
+from fastbn import checks, fixed
 from fastbn.activations import Activation
-from fastbn.backends.base import Affine, Backend, normal_scale, quiet
+from fastbn.backends.base import Affine, Backend, quiet
 from fastbn.config import current
 from fastbn.functional import ActivationName, apply_affine, normalize_backward
 from fastbn.results import Gradients, ResidualGradients
@@ -60,7 +60,7 @@ class FrozenBatchNorm:
     __slots__ = (
         "_activation",
         "_affine",
-        "_prepared",
+        "_plain",
         "activation",
         "beta",
         "eps",
@@ -82,7 +82,7 @@ class FrozenBatchNorm:
     shift: NDArray[np.float64]
     _affine: Affine
     _activation: Activation
-    _prepared: dict[Backend, Any]
+    _plain: dict[Backend, Callable[..., Array | None]]
 
     def __init__(
         self,
@@ -96,14 +96,11 @@ class FrozenBatchNorm:
         activation: ActivationName = None,
     ) -> None:
         owner = checks.statistics(mean)
-        vectors = {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
-        own: dict[str, Any] = {name: _frozen(name, v, owner) for name, v in vectors.items()}
-        checks.mean(own["mean"])
-        checks.variance(own["var"], nan=False)
+        given = fixed.checked(mean, var, gamma, beta, owner)
         eps = checks.epsilon(eps)
-        affine = _affine(own, eps)
+        affine = Affine(*map(_read_only, fixed.affine(given, eps, owner.channels)))
         mine: dict[str, Any] = {
-            **own,
+            **{name: None if v is None else _kept(v) for name, v in given.items()},
             "eps": eps,
             "layout": checks.layout(layout),
             "activation": activation,
@@ -111,7 +108,7 @@ class FrozenBatchNorm:
             "_affine": affine,
             "scale": affine.scale,
             "shift": _read_only(_shift(affine)),
-            "_prepared": {},
+            "_plain": {},
         }
         for name, value in mine.items():
             object.__setattr__(self, name, value)
@@ -137,10 +134,11 @@ class FrozenBatchNorm:
             An argument has a wrong type, shape or value; nothing has been written.
         """
         backend, threads = current()
-        prepared = self._prepared.get(backend)
-        if prepared is None:
-            prepared = self._prepared.setdefault(backend, backend.prepare(self._affine))
-        y = backend.plain_frozen(prepared, x, self.layout, self._activation, residual, out, threads)
+        plain = self._plain.get(backend)
+        if plain is None:
+            made = backend.plain_frozen(self._affine, self.layout, self._activation)
+            plain = self._plain.setdefault(backend, made)
+        y = plain(x, residual, out, threads)
         if y is not None:
             return y
         return apply_affine(x, self._affine, self.layout, self.activation, residual, out)
@@ -238,24 +236,9 @@ def _read_only(a: Array) -> Array:
     return a
 
 
-def _frozen(name: str, value: Any, owner: checks.Owner) -> Array | None:
-    """A native copy that cannot be written; None for a parameter that is not given."""
-    if value is None and name in ("gamma", "beta"):
-        return None
-    given = checks.owned(name, value, owner)
+def _kept(given: Array) -> Array:
+    """A native copy that cannot be written."""
     return _read_only(np.array(given, given.dtype.newbyteorder("="), subok=False))
-
-
-def _affine(vectors: dict[str, Any], eps: float) -> Affine:
-    """The affine map, as vectors of float64."""
-    defaults = {"mean": 0.0, "var": 1.0, "gamma": 1.0, "beta": 0.0}
-    mean, var, gamma, beta = (
-        np.full(len(vectors["mean"]), default)
-        if vectors[name] is None
-        else vectors[name].astype(np.float64)
-        for name, default in defaults.items()
-    )
-    return Affine(*(_read_only(v) for v in (mean, normal_scale(gamma, var, eps), beta)))
 
 
 @quiet

@@ -471,37 +471,10 @@ def _gradients(
     dresidual = None if gate is None else gate.dresidual
     dx = call.output("out", out, {"dy": dy, "x": x}, {"y": y, "dresidual": dresidual})
     dtype = (arithmetic(call.array.dtype) if gamma is None else gamma.dtype).newbyteorder("=")
-    dgamma, dbeta = (call.zeros(dtype), call.zeros(dtype)) if params else (None, None)
-    if call.is_empty:
-        return _named(dx, dgamma, dbeta, dresidual)
-    written = [(call.arrangement.target(dx), dx)]
-    dy_view, x_view = call.view(dy), None if frozen and not params else call.view(call.array)
-    if gate is not None:
-        if dresidual is not None:
-            written.append((call.arrangement.target(dresidual), dresidual))
-        gate = Gate(gate.activation, call.view(gate.y), written[-1][0] if written[1:] else None)
-    for part in call.parts(backend):
-        mean, var, gamma = (
-            call.table(name, default, part)
-            for name, default in (("mean", 0.0), ("var", 1.0), ("gamma", 1.0))
-        )
-        sums = _run_backward(
-            backend,
-            channels(dy_view, part),
-            channels(x_view, part),
-            channels(written[0][0], part),
-            mean,
-            var,
-            gamma,
-            eps,
-            frozen,
-            threads,
-            gate and gate.part(part),
-        )
-        if dgamma is not None and dbeta is not None:
-            dgamma[part], dbeta[part] = (_rounded(s, dtype) for s in sums)
-    for target, result in written:
-        call.arrangement.deliver(target, result)
+    parameters = [call.zeros(dtype), call.zeros(dtype)] if params else []
+    if not call.is_empty:
+        _run_backward(call, dy, eps, frozen, gate, dx, parameters)
+    dgamma, dbeta = parameters or (None, None)
     return _named(dx, dgamma, dbeta, dresidual)
 
 
@@ -521,6 +494,38 @@ def _rounded(sums: Table, dtype: Any) -> Array:
 
 
 def _run_backward(
+    call: _Call,
+    dy: Array,
+    eps: float,
+    frozen: bool,
+    gate: Gate | None,
+    dx: Array,
+    parameters: list[Array],
+) -> None:
+    """Write dx, the gate's dresidual and, where they are listed, dgamma and dbeta."""
+    backend, threads = current()
+    arrangement, target = call.arrangement, call.arrangement.target(dx)
+    dy_view, x_view = call.view(dy), None if frozen and not parameters else call.view(call.array)
+    written = [(target, dx)]
+    if gate is not None:
+        wanted = None
+        if gate.dresidual is not None:
+            wanted = arrangement.target(gate.dresidual)
+            written.append((wanted, gate.dresidual))
+        gate = Gate(gate.activation, call.view(gate.y), wanted)
+    for part in call.parts(backend):
+        of_part = channels(dy_view, part), channels(x_view, part), channels(target, part)
+        mean, var = call.table("mean", 0.0, part), call.table("var", 1.0, part)
+        tables = mean, var, call.table("gamma", 1.0, part)
+        of_gate = gate and gate.part(part)
+        sums = _run_part(backend, *of_part, *tables, eps, frozen, threads, of_gate)
+        for parameter, total in zip(parameters, sums, strict=False):
+            parameter[part] = _rounded(total, parameter.dtype)
+    for place, result in written:
+        arrangement.deliver(place, result)
+
+
+def _run_part(
     backend: Backend,
     dy: Array,
     x: Array | None,

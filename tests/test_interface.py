@@ -15,10 +15,9 @@ PLAIN = (
     "plain_moments",
     "plain_batch_norm",
     "plain_normalize",
-    "plain_frozen",
     "plain_backward",
 )
-BESIDE = ("channel_bytes", "prepare")
+BESIDE = ("channel_bytes", "plain_frozen")
 EXTRAS = {"cython": {"isa", "calls"}}
 """What a backend may have beyond the interface: how Cython tells its instruction sets apart."""
 

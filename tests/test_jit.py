@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from machines import ALWAYS_STREAM, NEVER_STREAM, pretend
@@ -113,9 +114,7 @@ _copy_all = numba.njit(_copied)
 
 
 def _halves(name: str) -> Any:
-    if name == "float16":
-        return np.dtype(np.float16)
-    return np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    return np.dtype(np.float16 if name == "float16" else ml_dtypes.bfloat16)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -78,8 +78,9 @@ def trips_as_passes(active: Variant, point: Point) -> Results:
         for trip in TRIPS:
             passes = partial(getattr(base.Backend, trip), active.backend)
             patch.setattr(active.backend, trip, passes)
-        for plain in ("plain_batch_norm", "plain_frozen", "plain_backward"):
+        for plain in ("plain_batch_norm", "plain_backward"):
             patch.setattr(active.backend, plain, base._never_plain)
+        patch.setattr(active.backend, "plain_frozen", lambda *fixed: base._never_plain)
         return way(threads=3)(active, point)
 
 

@@ -4,7 +4,8 @@
    says; its plain entries do a whole public call for contiguous arrays that fit, reading arrays by
    NumPy's C interface (a few nanoseconds each), and answer None, having touched nothing, for
    everything else: only then Python checks and explains.
-2. `set_chunks` cuts the samples into chunks. It sees shape alone, for it decides roundings.
+2. `set_chunks` cuts the samples into chunks. It sees shape and element type alone, for it decides
+   roundings.
 3. `schedule` decides what no bit depends on: blocks, streaming stores, threads. Its thresholds are
    the module's `tuning`, which experiments may change by `tune`.
 4. Tables between the passes stay small beside the array: `run_parts` takes wide arrays with few
@@ -136,7 +137,12 @@ cdef void set_shape(Task* t, Py_ssize_t G, Py_ssize_t N, Py_ssize_t C, Py_ssize_
 
 
 cdef void set_pitch(Task* t) noexcept nogil:
-    t.pitch = ceil_div(t.C, LANES) * LANES + LANES
+    t.pitch = pitch_of(t.C)
+
+
+cdef Py_ssize_t pitch_of(Py_ssize_t channels) noexcept nogil:
+    """Coefficients in a row of packed ones."""
+    return ceil_div(channels, LANES) * LANES + LANES
 
 
 cdef void set_chunks(Task* t) noexcept nogil:
@@ -189,7 +195,7 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
     t.stream = t.map != NO_MAP and total >= streams_from(t)
     t.joined = t.stream and not t.inside and t.pieces == 1 and t.out.c == t.S
     t.stream = t.stream and (t.joined or row % LINE == 0 or row >= 1024)
-    t.stream_dresidual = t.stream and streams_alike(t, row)
+    t.stream_dresidual = t.stream and t.dresidual.data != NULL and streams_alike(t, row)
     t.planes_ahead = 0 if t.inside or plane > 4 * AHEAD else AHEAD // plane + 1
     t.threads = min(<Py_ssize_t> threads, max(1, 2 * total // tuning.serial_below - 1))
     if t.reduce == NO_REDUCE or t.inside:
@@ -554,15 +560,6 @@ cdef bint set_gate(Task* t, object activation, object y, object dy):
 
 # ---- Running ----
 
-cdef class Prepared:
-    """The packed coefficients of an affine map, in both types of arithmetic."""
-
-    cdef readonly Py_ssize_t channels
-    cdef object memory
-    cdef char* single
-    cdef char* double
-
-
 cdef class Engine:
     """The kernels of one instruction set, for every element type."""
 
@@ -718,51 +715,23 @@ cdef class Engine:
         self.go(&t, x, threads)
         return out
 
-    def prepare(self, affine):
-        """An affine map's vectors as packed coefficients, for `plain_frozen`.
-
-        They are what a call without samples leaves in its scratch.
-        """
+    def frozen(self, affine, str layout, activation):
+        """The plain entry of a frozen batch norm."""
+        cdef Frozen made = Frozen(self, len(affine.mean), layout, activation)
         cdef Task t
-        cdef Prepared prepared = Prepared()
-        cdef Py_ssize_t C = len(affine.mean), bytes_of_reals
         cdef Run run
-        cdef char* free
         memset(&t, 0, sizeof(Task))
-        t.G, t.C, t.channels, t.fold, t.S, t.inside = 1, C, C, 1, 1, True
+        t.G, t.C, t.channels, t.fold, t.S, t.inside = 1, made.channels, made.channels, 1, 1, True
         t.reduce, t.map, t.slope = NO_REDUCE, AFFINE, 1
-        t.split, t.threads, t.block, t.map_block = True, 1, C, C
+        t.split, t.threads, t.block, t.map_block = True, 1, t.C, t.C
         t.mean, t.gamma, t.beta = table(affine.mean), table(affine.scale), table(affine.beta)
         set_pitch(&t)
-        bytes_of_reals = 4 * t.pitch * sizeof(double)
-        prepared.channels, prepared.memory = C, bytearray(2 * bytes_of_reals + LINE)
-        free = prepared.memory
-        free += -<size_t> free & (LINE - 1)
-        prepared.single, prepared.double = free, free + bytes_of_reals
-        t.packed, run = prepared.single, self.runs[<int> F32]
+        # The packed coefficients are what a call without samples leaves in its scratch.
+        t.packed, run = made.single, self.runs[<int> F32]
         run(&t)
-        t.packed, run = prepared.double, self.runs[<int> F64]
+        t.packed, run = made.double, self.runs[<int> F64]
         run(&t)
-        return prepared
-
-    def plain_frozen(self, Prepared prepared, x, layout, activation, residual, out, int threads):
-        cdef Task t
-        memset(&t, 0, sizeof(Task))
-        if not set_plain_shape(&t, x, layout) or t.channels != prepared.channels:
-            return None
-        if not set_residual(&t, residual, x):
-            return None
-        if out is None:
-            out = empty_like(x)
-        elif not (is_plain_out(out, x) and in_place_or_apart(out, x)
-                  and in_place_or_apart(out, residual)):
-            return None
-        t.slope, t.top = activation
-        t.reduce, t.map = NO_REDUCE, AFFINE
-        t.x, t.out = dense(&t, x), dense(&t, out)
-        t.prepared = prepared.double if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64 else prepared.single
-        self.go(&t, x, threads)
-        return out
+        return made.normalize
 
     def plain_backward(self, dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual,
                        bint frozen, out, int threads):
@@ -875,3 +844,45 @@ def walks(cnp.ndarray a):
               cnp.PyArray_DIM(a, 3), cnp.PyArray_DIM(a, 3) == 1)
     return t.fold == 1 or cnp.PyArray_DIM(a, 1) == 1 \
         or cnp.PyArray_STRIDE(a, 1) == t.channels * cnp.PyArray_ITEMSIZE(a)
+
+
+cdef class Frozen:
+    """A frozen batch norm's packed coefficients, in both types of arithmetic, and all else that its
+    calls have in common."""
+
+    cdef Engine engine
+    cdef Py_ssize_t channels
+    cdef str layout
+    cdef double slope, top
+    cdef object memory
+    cdef char* single
+    cdef char* double
+
+    def __init__(self, Engine engine, Py_ssize_t channels, str layout, activation):
+        cdef Py_ssize_t bytes_of_reals = 4 * pitch_of(channels) * sizeof(double)
+        cdef char* free
+        self.engine, self.channels, self.layout = engine, channels, layout
+        self.slope, self.top = activation
+        self.memory = bytearray(2 * bytes_of_reals + LINE)
+        free = self.memory
+        self.single = free + (-<size_t> free & (LINE - 1))
+        self.double = self.single + bytes_of_reals
+
+    def normalize(self, x, residual, out, int threads):
+        cdef Task t
+        memset(&t, 0, sizeof(Task))
+        if not set_plain_shape(&t, x, self.layout) or t.channels != self.channels:
+            return None
+        if not set_residual(&t, residual, x):
+            return None
+        if out is None:
+            out = empty_like(x)
+        elif not (is_plain_out(out, x) and in_place_or_apart(out, x)
+                  and in_place_or_apart(out, residual)):
+            return None
+        t.slope, t.top = self.slope, self.top
+        t.reduce, t.map = NO_REDUCE, AFFINE
+        t.x, t.out = dense(&t, x), dense(&t, out)
+        t.prepared = self.double if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64 else self.single
+        self.engine.go(&t, x, threads)
+        return out

@@ -128,12 +128,12 @@ class Backend(ABC):
         staticmethod(_never_plain)
     )
 
-    plain_frozen: Callable[..., Array | None] = staticmethod(_never_plain)
-
-    def prepare(self, affine: Affine) -> Any:
-        """What `plain_frozen` takes for the fixed vectors of an affine map: made once, for calls
-        with (prepared, x, layout, activation, residual, out, threads)."""
-        return affine
+    def plain_frozen(
+        self, affine: Affine, layout: str, activation: Activation
+    ) -> Callable[..., Array | None]:
+        """The plain entry of a frozen batch norm, of (x, residual, out, threads): made once, with
+        all that its calls have in common."""
+        return _never_plain
 
     def channel_bytes(self, shape: tuple[int, int, int, int]) -> int:
         """Bytes of tables that a call takes for each channel of a (G, N, C, S) view, where it does

@@ -2055,7 +2055,6 @@ class NumbaBackend(Backend):
         self.plain_batch_norm = self._plain_batch_norm
         self.plain_normalize = self._plain_normalize
         self.plain_backward = self._plain_backward
-        self.plain_frozen = self._plain_frozen
 
     def channel_bytes(self, shape: tuple[int, int, int, int]) -> int:
         return _channel_bytes(shape[1], shape[3])
@@ -2130,11 +2129,26 @@ class NumbaBackend(Backend):
         _call(GRADIENTS, written, x, dy, out, table, threads, eps, _after(gate))
         return table[DGAMMA], table[DBETA]
 
-    def prepare(self, affine: Affine) -> Table:
+    def plain_frozen(
+        self, affine: Affine, layout: str, activation: Activation
+    ) -> Callable[..., Array | None]:
         mean, scale, beta = affine
         table = np.ones((TABLE, 1, len(mean)))
         table[GAMMA], table[BETA], table[MEAN] = scale, beta, mean
-        return table
+
+        def normalize(x: Any, residual: Any, out: Any, threads: int) -> Array | None:
+            view, tail = _plain_view(x, layout), None
+            if view is None or view.shape[2] != len(mean):
+                return None
+            if activation != LINEAR or residual is not None:
+                tail = _plain_tail(activation, residual, x, view)
+            y = None if tail is False else _plain_output(out, x, residual)
+            if y is None:
+                return None
+            self._map(view, table, y.reshape(view.shape), threads, tail)
+            return y
+
+        return normalize
 
     def _plain_moments(self, x: Any, layout: Any, threads: int) -> tuple[Table, Table] | None:
         view = _plain_view(x, layout)
@@ -2173,28 +2187,6 @@ class NumbaBackend(Backend):
             return None
         affine = Affine(mean, table[0], _or(beta, 0.0))
         self.normalize(view, affine, y.reshape(view.shape), threads, tail)
-        return y
-
-    def _plain_frozen(
-        self,
-        prepared: Table,
-        x: Any,
-        layout: Any,
-        activation: Activation,
-        residual: Any,
-        out: Any,
-        threads: int,
-    ) -> Array | None:
-        view = _plain_view(x, layout)
-        if view is None or view.shape[2] != prepared.shape[2]:
-            return None
-        tail = None
-        if activation != LINEAR or residual is not None:
-            tail = _plain_tail(activation, residual, x, view)
-        y = None if tail is False else _plain_output(out, x, residual)
-        if y is None:
-            return None
-        self._map(view, prepared, y.reshape(view.shape), threads, tail)
         return y
 
     def _plain_backward(

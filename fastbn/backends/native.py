@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
 from fastbn._ext import cpu, entry
+from fastbn.activations import Activation
 from fastbn.backends import ASKED_ISA, NativeFacts
 from fastbn.backends.base import (
     Affine,
@@ -34,14 +35,15 @@ class NativeBackend(Backend):
         self.plain_batch_norm = self._engine.plain_batch_norm
         self.plain_normalize = self._engine.plain_normalize
         self.plain_backward = self._engine.plain_backward
-        self.plain_frozen = self._engine.plain_frozen
 
     def calls(self) -> int:
         """How often kernels of this instruction set have run in this process."""
         return int(self._engine.calls())
 
-    def prepare(self, affine: Affine) -> Any:
-        return self._engine.prepare(affine)
+    def plain_frozen(
+        self, affine: Affine, layout: str, activation: Activation
+    ) -> Callable[..., Array | None]:
+        return self._engine.frozen(affine, layout, activation)
 
     def moments(self, x: Array, threads: int) -> tuple[Table, Table]:
         return self._engine.moments(_walkable(x), threads)
@@ -72,7 +74,8 @@ class NativeBackend(Backend):
         arrays = _walkable(dy), None if x is None else _walkable(x)
         self._engine.input_gradient(*arrays, coefficients, target, threads, gated)
         _deliver(target, out)
-        _deliver_gated(gated, gate)
+        if gated is not None and gate is not None:
+            _deliver(gated.dresidual, gate.dresidual)
 
     def forward(
         self,
@@ -109,7 +112,8 @@ class NativeBackend(Backend):
             _walkable(dy), _walkable(x), mean, var, gamma, eps, frozen, target, threads, gated
         )
         _deliver(target, out)
-        _deliver_gated(gated, gate)
+        if gated is not None and gate is not None:
+            _deliver(gated.dresidual, gate.dresidual)
         return result
 
 
@@ -156,8 +160,8 @@ def _target(out: Array) -> Array:
     return out if entry.walks(out) else np.empty(out.shape, out.dtype)
 
 
-def _deliver(target: Array | None, out: Array) -> None:
-    if target is not out:
+def _deliver(target: Array | None, out: Array | None) -> None:
+    if out is not None and target is not out:
         out[...] = target
 
 
@@ -172,8 +176,3 @@ def _walkable_gate(gate: Gate | None) -> Gate | None:
         return None
     dresidual = None if gate.dresidual is None else _target(gate.dresidual)
     return Gate(gate.activation, _walkable(gate.y), dresidual)
-
-
-def _deliver_gated(gated: Gate | None, gate: Gate | None) -> None:
-    if gated is not None and gate is not None and gate.dresidual is not None:
-        _deliver(gated.dresidual, gate.dresidual)
