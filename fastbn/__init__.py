@@ -16,18 +16,34 @@ from fastbn.frozen import FrozenBatchNorm
 from fastbn.functional import (
     batch_norm,
     batch_norm_backward,
+    gradient_sums,
     moments,
     normalize,
     normalize_backward,
 )
-from fastbn.results import BatchNormResult, Folded, Gradients, ResidualGradients, Statistics
+from fastbn.layer import BatchNorm
+from fastbn.reestimation import reestimate
+from fastbn.results import (
+    BatchNormResult,
+    Folded,
+    Gradients,
+    GradientSums,
+    PopulationStatistics,
+    ResidualGradients,
+    Statistics,
+)
+from fastbn.statistics import Moments, population_statistics
 
 __all__ = [
     "BackendError",
+    "BatchNorm",
     "BatchNormResult",
     "Folded",
     "FrozenBatchNorm",
+    "GradientSums",
     "Gradients",
+    "Moments",
+    "PopulationStatistics",
     "ResidualGradients",
     "Statistics",
     "batch_norm",
@@ -37,9 +53,12 @@ __all__ = [
     "get_backend",
     "get_config",
     "get_num_threads",
+    "gradient_sums",
     "moments",
     "normalize",
     "normalize_backward",
+    "population_statistics",
+    "reestimate",
     "set_backend",
     "set_num_threads",
     "show_config",

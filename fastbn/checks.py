@@ -8,6 +8,7 @@ what to do.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from fastbn import activations
 from fastbn.activations import Activation
 from fastbn.elements import ELEMENTS, FLOATS, is_element, is_float
 from fastbn.layouts import LAYOUTS, channel_axis
+from fastbn.results import GradientSums
 
 MAX_THREADS = 1024
 
@@ -182,19 +184,19 @@ def statistic(
     return a
 
 
-def mean(value: NDArray[Any]) -> NDArray[Any]:
+def mean(value: NDArray[Any], name: str = "mean") -> NDArray[Any]:
     """A mean of each channel that will be used again and again: not NaN."""
     bad = np.isnan(value)
     if bad.any():
         channel = int(bad.argmax())
         raise ValueError(
-            f"mean[{channel}] is nan: not a number; expected a number; "
+            f"{name}[{channel}] is nan: not a number; expected a number; "
             f"look at how channel {channel}'s statistics were made"
         )
     return value
 
 
-def variance(value: NDArray[Any], *, nan: bool) -> NDArray[Any]:
+def variance(value: NDArray[Any], *, nan: bool, name: str = "var") -> NDArray[Any]:
     """A variance of each channel: not negative, and NaN only where `nan` allows it."""
     bad = value < 0 if nan else ~(value >= 0)
     if bad.any():
@@ -202,10 +204,42 @@ def variance(value: NDArray[Any], *, nan: bool) -> NDArray[Any]:
         expected = "zero or more" if nan else "zero or more, and no NaN"
         kind = "not a number" if math.isnan(value[channel]) else "a variance cannot be negative"
         raise ValueError(
-            f"var[{channel}] is {value[channel]}: {kind}; expected {expected}; "
+            f"{name}[{channel}] is {value[channel]}: {kind}; expected {expected}; "
             f"look at how channel {channel}'s statistics were made"
         )
     return value
+
+
+def gradient_sums(value: Any, x_name: str, x: NDArray[Any], layout: str) -> GradientSums:
+    """dgamma, dbeta and count of a whole batch: vectors of float64, and at least x's own count."""
+    if not isinstance(value, tuple) or len(value) != 3:
+        raise TypeError(
+            f"sums is {_described(value)}, expected the tuple (dgamma, dbeta, count) that "
+            "gradient_sums gives, added up over all parts of the batch"
+        )
+    dgamma, dbeta = (
+        statistic(f"sums.{name}", a, x_name, x, layout, single=False)
+        for name, a in zip(("dgamma", "dbeta"), value, strict=False)
+    )
+    own, n = x.size // max(dgamma.size, 1), count("sums.count", value[2])
+    if n < own:
+        raise ValueError(
+            f"sums.count is {n}, expected the values of a channel in all parts of the batch, at "
+            f"least the {own} of {x_name}; add up the counts that gradient_sums gives"
+        )
+    return GradientSums(dgamma.astype(np.float64), dbeta.astype(np.float64), n)
+
+
+def count(name: str, value: Any) -> float:
+    """How many values there are, or the sum of their weights: finite, zero or more."""
+    if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} is {_described(value)}, expected a number of values; pass an int")
+    n = int(value) if isinstance(value, Integral) else float(value)
+    if not 0 <= n < math.inf:
+        raise ValueError(
+            f"{name} is {n}, expected a finite number, zero or more: how many values a channel has"
+        )
+    return n
 
 
 def epsilon(value: Any) -> float:
@@ -244,19 +278,284 @@ def statistics(mean: Any) -> Owner:
     return Owner(len(a), f"mean has {len(a)} channels")
 
 
-def frozen_batch(x: Any, channels: int, layout: str) -> NDArray[Any]:
-    """An array whose channels are those of frozen statistics."""
+def batch_of(made: str, x: Any, channels: int, layout: str) -> NDArray[Any]:
+    """An array with the channels of something that was made for them: a layer, say."""
     a = batch("x", x)
     axis = channel_axis(layout, a.ndim)
     if a.shape[axis] != channels:
         other = next(known for known in LAYOUTS if known != layout)
         fits = a.shape[channel_axis(other, a.ndim)] == channels
-        remedy = f"make the FrozenBatchNorm with layout={other!r}" if fits else "pass another array"
+        remedy = f"make the {made} with layout={other!r}" if fits else "pass another array"
         raise ValueError(
             f"x has {a.shape[axis]} channels (axis {axis} of shape {a.shape}, layout {layout!r}), "
-            f"expected {channels}, as the frozen statistics have; {remedy}"
+            f"expected {channels}, as the {made} has; {remedy}"
         )
     return a
+
+
+# ---- Moments and populations ----
+
+
+def flat_moments(name: str, value: Any) -> tuple[float, NDArray[Any], NDArray[Any]]:
+    """A count and two vectors of a value a channel, from one flat array."""
+    a = array(name, value)
+    if a.ndim != 1 or a.size % 2 == 0:
+        raise ValueError(
+            f"{name} has shape {a.shape}, expected (1 + 2 * channels,): a count and two vectors, "
+            "as Moments gives them"
+        )
+    first, second = a[1:].astype(np.float64).reshape(2, -1)
+    n = float(a[0])
+    return count(f"{name}[0]", int(n) if n.is_integer() else n), first, second
+
+
+def same_channels(mean: NDArray[Any], other: Any, kind: type) -> None:
+    """Moments that can be merged."""
+    if not isinstance(other, kind):
+        raise TypeError(
+            f"other is {_described(other)}, expected {kind.__name__}; make them with "
+            f"fastbn.{kind.__name__}.of(x)"
+        )
+    channels = len(other.mean)  # type: ignore[attr-defined]  # Moments, which import this module
+    if channels != len(mean):
+        raise ValueError(
+            f"other has {channels} channels, expected {len(mean)}; merge moments of the same layer"
+        )
+
+
+def population(name: str, batches: int) -> None:
+    """At least one batch with values."""
+    if not batches:
+        raise ValueError(
+            f"{name} had no batch with values, expected one or more; an iterator is used up by one "
+            "walk over it (pass a list), and a layer counts what forward calls it on"
+        )
+
+
+def layers(value: Any, kind: type[Any]) -> None:
+    """Layers whose running statistics can be estimated: each once."""
+    if isinstance(value, kind) or not isinstance(value, Sequence) or not value:
+        raise TypeError(
+            f"layers is {_described(value)}, expected a list of {kind.__name__}, in the order in "
+            "which forward calls them; pass [layer] for one"
+        )
+    for i, layer in enumerate(value):
+        if not isinstance(layer, kind):
+            raise TypeError(f"layers[{i}] is {_described(layer)}, expected a {kind.__name__}")
+        if any(layer is other for other in value[:i]):
+            raise ValueError(f"layers[{i}] is there twice, expected each layer once; leave it out")
+        running(layer.running_mean, layer.running_var, layer.channels, writes=True, nan=True)
+
+
+def walks(batches: Any, number: int) -> None:
+    """Batches that can be walked over so many times."""
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches is {_described(batches)}, expected an iterable of batches")
+    if number > 1 and iter(batches) is batches:
+        raise TypeError(
+            f"batches is {_described(batches)}, which can be walked over once, expected something "
+            f"for {number} walks, one a layer; pass a list, or sequential=False"
+        )
+
+
+def unbiased_factor(n: float) -> float:
+    """n / (n - 1), for more than one value."""
+    if not n > 1:
+        raise ValueError(
+            f"count is {n}, expected more than 1: one value has no unbiased variance; "
+            "give more values, or use the biased var"
+        )
+    return n / (n - 1)
+
+
+METHODS = ("exact", "average")
+ONE_VALUE = ("raise", "running", "skip")
+NONFINITE = ("update", "raise", "skip")
+
+
+def option(name: str, value: Any, known: tuple[str, ...]) -> str:
+    """One of a few words."""
+    if isinstance(value, str) and value in known:
+        return value
+    words = ", ".join(repr(word) for word in known)
+    raise _wrong_type_or_value(
+        value, str, f"{name} is {value!r}, expected one of {words}; pass one of them"
+    )
+
+
+# ---- The layer ----
+
+
+def channels(value: Any) -> int:
+    """How many channels a layer has: one or more."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"channels is {_described(value)}, expected a whole number; pass an int")
+    n = int(value)
+    if n < 1:
+        raise ValueError(f"channels is {n}, expected one or more; pass those of the arrays to come")
+    return n
+
+
+def momentum(momentum: Any, decay: Any, default: float) -> tuple[float | None, float | None]:
+    """The weight of the new batch or that of the old; one of them, or the default."""
+    if decay is not None and momentum is not default:
+        raise ValueError(
+            f"momentum is {momentum!r} and decay is {decay!r}, expected one of them: momentum is "
+            "the weight of the new batch, decay the weight of the old; leave one out"
+        )
+    if decay is not None:
+        return None, _weight("decay", decay, "of the old statistics")
+    if momentum is None:
+        return None, None
+    return _weight("momentum", momentum, "of the new batch"), None
+
+
+def _weight(name: str, value: Any, whose: str) -> float:
+    """A number from 0 to 1."""
+    if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} is {_described(value)}, expected a number from 0 to 1")
+    if not 0 <= float(value) <= 1:
+        raise ValueError(
+            f"{name} is {value}, expected a number from 0 to 1: it is the weight {whose}, and the "
+            f"other gets 1 - {name}"
+        )
+    return float(value)
+
+
+def one_value(value: Any, tracks: bool) -> str:
+    """What a layer does with one value a channel."""
+    known = option("one_value", value, ONE_VALUE)
+    if known == "running" and not tracks:
+        raise ValueError(
+            "one_value is 'running', expected 'raise' or 'skip' where track_running_stats is "
+            "False: there are no running statistics to use"
+        )
+    return known
+
+
+def parameter_type(value: Any) -> np.dtype[Any]:
+    """The type of a layer's arrays."""
+    try:
+        found: np.dtype[Any] = np.dtype(value)
+    except TypeError:
+        found = np.dtype(object)
+    if not is_float(found):
+        raise TypeError(
+            f"dtype is {value!r}, expected 'float32' or 'float64': the type of parameters and "
+            "running statistics, whatever the arrays are"
+        )
+    return found.newbyteorder("=")
+
+
+def several_values(policy: str) -> None:
+    """More than one value a channel, where the layer's policy asks for it."""
+    if policy == "raise":
+        raise ValueError(
+            "x has one value a channel, expected two or more: one value has no variance to "
+            "normalize by; give a larger batch, or make the layer with one_value='running' (use "
+            "the running statistics) or 'skip' (y = beta)"
+        )
+
+
+def finite(mean: NDArray[Any], var: NDArray[Any]) -> None:
+    """Statistics of a batch without NaN and infinity."""
+    for name, a in (("mean", mean), ("variance", var)):
+        bad = ~np.isfinite(a)
+        if bad.any():
+            channel = int(bad.argmax())
+            raise ValueError(
+                f"x has a {name} of {a[channel]} in channel {channel}, expected finite statistics; "
+                "look for them in x, or make the layer with nonfinite='skip' or 'update'"
+            )
+
+
+def running(
+    running_mean: Any, running_var: Any, channels: int, *, writes: bool, nan: bool
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A layer's running statistics: of its channels, to be written where `writes` says so."""
+    if running_mean is None or running_var is None:
+        raise ValueError(
+            "running_mean and running_var are None, expected arrays: the layer keeps no running "
+            "statistics; make it with track_running_stats=True"
+        )
+    owner = Owner(channels, f"the layer has {channels} channels")
+    for name, a in (("running_mean", running_mean), ("running_var", running_var)):
+        owned(name, a, owner)
+        if writes and not a.flags.writeable:
+            raise ValueError(
+                f"{name} is read-only, expected a writeable array: training renews it; assign a "
+                "copy, or set frozen_statistics"
+            )
+    if not nan:
+        mean(running_mean, "running_mean")
+    return running_mean, variance(running_var, nan=nan, name="running_var")
+
+
+def forward(last: Any, dy: Any, params: bool) -> Any:
+    """What a layer's last call left, for a dy that belongs to it."""
+    if last is None:
+        raise ValueError(
+            "backward was called before forward; call the layer on x first, and then backward"
+        )
+    shape = array("dy", dy, halves=True).shape
+    if shape != last.shape:
+        raise ValueError(
+            f"dy has shape {shape}, expected {last.shape}, the shape of the x that the layer was "
+            "last called on; call backward after its own forward"
+        )
+    if last.x is None and (params or not last.is_frozen):
+        raise ValueError(
+            "the layer's last call wrote y over x (out=x), and the gradient needs x; call it "
+            "with another out"
+        )
+    return last
+
+
+def state(value: Any, own: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """A layer's arrays, by name: as many, of the shapes and kinds that it has."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"state is {_described(value)}, expected a mapping, as state_dict gives it")
+    missing, unknown = own.keys() - value.keys(), value.keys() - own.keys()
+    if missing or unknown:
+        odd = "; ".join(
+            f"{what} {', '.join(sorted(map(repr, names)))}"
+            for what, names in (("missing are", missing), ("not known are", unknown))
+            if names
+        )
+        raise ValueError(
+            f"state has not the layer's names, expected {', '.join(map(repr, own))}; {odd}; make "
+            "the layer with the scale, shift and track_running_stats of the one that was saved"
+        )
+    return {name: _state_array(name, value[name], a) for name, a in own.items()}
+
+
+def _state_array(name: str, value: Any, own: NDArray[Any]) -> NDArray[Any]:
+    """One of them, in the layer's type."""
+    given = np.asarray(value)
+    if given.shape != own.shape:
+        raise ValueError(
+            f"state[{name!r}] has shape {given.shape}, expected {own.shape}, as the layer has; "
+            "pass the state of a layer with as many channels"
+        )
+    if own.dtype.kind == "i":
+        if given.dtype.kind not in "iu" or given < 0:
+            raise ValueError(
+                f"state[{name!r}] is {given}, expected a whole number, zero or more: how many "
+                "batches the running statistics are of"
+            )
+        return given
+    if given.dtype.kind not in "fiu":
+        raise TypeError(
+            f"state[{name!r}] has dtype {given.dtype}, expected {own.dtype} or what rounds to it"
+        )
+    if name == "running_var":
+        variance(given, nan=False, name=name)
+    elif name == "running_mean":
+        mean(given, name)
+    return given
+
+
+# ---- Folding ----
 
 
 def weight(value: Any) -> NDArray[Any]:

@@ -25,6 +25,7 @@ from fastbn.backends.base import (
     Table,
     Tail,
     channels,
+    gradient_coefficients,
     inverse_deviation,
     normal_scale,
     quiet,
@@ -32,10 +33,17 @@ from fastbn.backends.base import (
 from fastbn.config import current
 from fastbn.elements import arithmetic
 from fastbn.layouts import Arrangement, channel_axis
-from fastbn.results import BatchNormResult, Gradients, ResidualGradients, Statistics
+from fastbn.results import (
+    BatchNormResult,
+    Gradients,
+    GradientSums,
+    ResidualGradients,
+    Statistics,
+)
 
 Array = NDArray[Any]
 ActivationName = str | tuple[str, float] | None
+Sums = GradientSums | tuple[Array, Array, float]
 
 CHANNEL_BYTES = 160
 """Of the tables that a call makes here, for a channel: up to twenty float64 vectors at a time."""
@@ -186,7 +194,7 @@ def apply_affine(
     x: Any, affine: Affine, layout: str, activation: Any, residual: Any, out: Any
 ) -> Array:
     """What `normalize` does, by vectors of a frozen batch norm, which need no checks."""
-    checks.frozen_batch(x, len(affine.mean), layout)
+    checks.batch_of("FrozenBatchNorm", x, len(affine.mean), layout)
     call = _Call(x, "x", layout, mean=affine.mean, scale=affine.scale, beta=affine.beta)
     return _normalized(call, lambda part: call.table("scale", 1.0, part), activation, residual, out)
 
@@ -223,6 +231,7 @@ def batch_norm_backward(
     activation: ActivationName = ...,
     y: Array | None = ...,
     dresidual: Literal[False] = ...,
+    sums: Sums | None = ...,
     out: Array | None = ...,
 ) -> Gradients: ...
 @overload
@@ -239,6 +248,7 @@ def batch_norm_backward(
     activation: ActivationName = ...,
     y: Array | None = ...,
     dresidual: Literal[True] | Array,
+    sums: Sums | None = ...,
     out: Array | None = ...,
 ) -> ResidualGradients: ...
 def batch_norm_backward(
@@ -254,6 +264,7 @@ def batch_norm_backward(
     activation: ActivationName = None,
     y: Array | None = None,
     dresidual: bool | Array = False,
+    sums: Sums | None = None,
     out: Array | None = None,
 ) -> Gradients | ResidualGradients:
     """Gradient of `batch_norm`, through the batch's own statistics.
@@ -281,6 +292,9 @@ def batch_norm_backward(
     dresidual : bool or ndarray
         Whether the residual's gradient is wanted or, like `out`, where it goes; `dy` works in
         place.
+    sums : (dgamma, dbeta, count), optional
+        What `gradient_sums` gave, added up over all parts of a batch of which x is one: used in
+        place of this part's own. mean and var must then be those of the whole batch, too.
     out : ndarray, optional
         Where dx goes: native, of x's shape and dtype, any strides; `dy` or `x` works in place.
 
@@ -308,9 +322,8 @@ def batch_norm_backward(
     >>> bool(np.allclose(dbeta, dy.sum((0, 2, 3)))), bool(abs(dx.sum()) < 1e-9)
     (True, True)
     """
-    return _gradients(
-        dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual, False, out
-    )
+    arguments = dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual
+    return _gradients(arguments, out, frozen=False, sums=sums)
 
 
 @overload
@@ -394,9 +407,8 @@ def normalize_backward(
     array([[0.5, 0.5],
            [1.5, 1. ]], dtype=float32)
     """
-    return _gradients(
-        dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual, True, out
-    )
+    arguments = dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual
+    return _gradients(arguments, out, frozen=True)
 
 
 def moments(x: Array, *, layout: str = "NCHW") -> Statistics:
@@ -438,28 +450,81 @@ def moments(x: Array, *, layout: str = "NCHW") -> Statistics:
     return Statistics(mean, var)
 
 
+def gradient_sums(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    var: Array,
+    *,
+    eps: float = 1e-5,
+    layout: str = "NCHW",
+    activation: ActivationName = None,
+    y: Array | None = None,
+) -> GradientSums:
+    """The sums of `batch_norm_backward` alone, for a batch whose parts are elsewhere.
+
+    ``dbeta = sum(dy)`` and ``dgamma = sum(dy * xhat)``, ``xhat = (x - mean) / sqrt(var + eps)``:
+    Ioffe & Szegedy (2015), section 3. Those of all parts, added up, are the `sums` that
+    `batch_norm_backward` takes for each part.
+
+    Parameters
+    ----------
+    dy, x, eps, layout, activation, y
+        As given to `batch_norm_backward`, of this part.
+    mean, var : ndarray of float64, shape (C,)
+        Of the whole batch, as `fastbn.Moments` merges them.
+
+    Returns
+    -------
+    dgamma, dbeta : ndarray of float64, shape (C,)
+    count : int
+        Values of a channel in this part.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has a wrong type, shape or value.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> x, dy = np.random.default_rng(0).normal(size=(2, 16, 3, 5))
+    >>> mean, var = fastbn.moments(x)
+    >>> parts = [fastbn.gradient_sums(dy[i : i + 8], x[i : i + 8], mean, var) for i in (0, 8)]
+    >>> sums = tuple(sum(fields) for fields in zip(*parts))
+    >>> dx = fastbn.batch_norm_backward(dy[:8], x[:8], mean, var, sums=sums).dx
+    >>> bool(np.allclose(dx, fastbn.batch_norm_backward(dy, x, mean, var).dx[:8]))
+    True
+    """
+    backend, threads = current()
+    call = _Call(x, "x", layout, single=False, mean=mean, var=var)
+    dy = checks.companion("dy", dy, "x", call.array)
+    checks.variance(var, nan=True)
+    eps = checks.epsilon(eps)
+    gate = call.gate(activation, y, False, dy, x)
+    dgamma, dbeta = call.zeros(np.float64), call.zeros(np.float64)
+    if call.is_empty:
+        return GradientSums(dgamma, dbeta, 0)
+    dy_view, x_view = call.view(dy), call.view(x)
+    gate = None if gate is None else Gate(gate.activation, call.view(gate.y), None)
+    for part in call.parts(backend):
+        arrays = channels(dy_view, part), channels(x_view, part), call.table("mean", 0.0, part)
+        sum_dy, centred = backend.gradient_moments(*arrays, threads, gate and gate.part(part))
+        rstd = inverse_deviation(call.table("var", 1.0, part), eps)
+        _round_into([dgamma, dbeta], part, (_product(centred, rstd), sum_dy))
+    return GradientSums(dgamma, dbeta, call.count)
+
+
 def _gradients(
-    dy: Any,
-    x: Any,
-    mean: Any,
-    var: Any,
-    gamma: Any,
-    eps: Any,
-    layout: Any,
-    params: Any,
-    activation: Any,
-    y: Any,
-    dresidual: Any,
-    frozen: bool,
-    out: Any,
+    arguments: tuple[Any, ...], out: Any, *, frozen: bool, sums: Any = None
 ) -> Gradients | ResidualGradients:
     """Both backward functions; `frozen` is what tells them apart."""
     backend, threads = current()
-    plain = backend.plain_backward(
-        dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual, frozen, out, threads
-    )
-    if plain is not None:
-        return _named(*plain)
+    if sums is None:
+        plain = backend.plain_backward(*arguments, frozen, out, threads)
+        if plain is not None:
+            return _named(*plain)
+    dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual = arguments
     params = checks.flag("params", params)
     lone = checks.may_lack_x(x, frozen=frozen, params=params)
     array, name = (dy, "dy") if lone else (x, "x")
@@ -467,13 +532,16 @@ def _gradients(
     dy = checks.companion("dy", dy, name, call.array)
     checks.variance(var, nan=not frozen)
     eps = checks.epsilon(eps)
+    total = None if sums is None else checks.gradient_sums(sums, name, x, layout)
     gate = call.gate(activation, y, dresidual, dy, x)
     dresidual = None if gate is None else gate.dresidual
     dx = call.output("out", out, {"dy": dy, "x": x}, {"y": y, "dresidual": dresidual})
     dtype = (arithmetic(call.array.dtype) if gamma is None else gamma.dtype).newbyteorder("=")
     parameters = [call.zeros(dtype), call.zeros(dtype)] if params else []
     if not call.is_empty:
-        _run_backward(call, dy, eps, frozen, gate, dx, parameters)
+        _run_backward(call, dy, eps, frozen, gate, dx, parameters, total)
+    elif total is not None:
+        _round_into(parameters, slice(None), (total.dgamma, total.dbeta))
     dgamma, dbeta = parameters or (None, None)
     return _named(dx, dgamma, dbeta, dresidual)
 
@@ -487,12 +555,6 @@ def _named(
     return ResidualGradients(dx, dgamma, dbeta, dresidual)
 
 
-@quiet
-def _rounded(sums: Table, dtype: Any) -> Array:
-    """A gradient's sums in the parameter's type."""
-    return sums.astype(dtype)
-
-
 def _run_backward(
     call: _Call,
     dy: Array,
@@ -501,6 +563,7 @@ def _run_backward(
     gate: Gate | None,
     dx: Array,
     parameters: list[Array],
+    total: GradientSums | None,
 ) -> None:
     """Write dx, the gate's dresidual and, where they are listed, dgamma and dbeta."""
     backend, threads = current()
@@ -514,38 +577,53 @@ def _run_backward(
             written.append((wanted, gate.dresidual))
         gate = Gate(gate.activation, call.view(gate.y), wanted)
     for part in call.parts(backend):
-        of_part = channels(dy_view, part), channels(x_view, part), channels(target, part)
+        arrays = channels(dy_view, part), channels(x_view, part)
+        result, through = channels(target, part), gate and gate.part(part)
         mean, var = call.table("mean", 0.0, part), call.table("var", 1.0, part)
-        tables = mean, var, call.table("gamma", 1.0, part)
-        of_gate = gate and gate.part(part)
-        sums = _run_part(backend, *of_part, *tables, eps, frozen, threads, of_gate)
-        for parameter, total in zip(parameters, sums, strict=False):
-            parameter[part] = _rounded(total, parameter.dtype)
+        gamma, sums = call.table("gamma", 1.0, part), _part_of(total, part)
+        found: tuple[Table, ...] = ()
+        if x_view is not None and sums is None:
+            found = backend.backward(
+                *arrays, mean, var, gamma, eps, frozen, result, threads, through
+            )
+        else:
+            coefficients = _coefficients(mean, var, gamma, eps, sums)
+            backend.input_gradient(*arrays, coefficients, result, threads, through)
+            found = found if sums is None else (sums.dgamma, sums.dbeta)
+        _round_into(parameters, part, found)
     for place, result in written:
         arrangement.deliver(place, result)
 
 
-def _run_part(
-    backend: Backend,
-    dy: Array,
-    x: Array | None,
-    target: Array,
-    mean: Table,
-    var: Table,
-    gamma: Table,
-    eps: float,
-    frozen: bool,
-    threads: int,
-    gate: Gate | None,
-) -> tuple[Table, ...]:
-    """The backward trip or, without x, the one pass that frozen statistics need for dx alone."""
-    if x is not None:
-        return backend.backward(dy, x, mean, var, gamma, eps, frozen, target, threads, gate)
-    zero = np.zeros_like(var)
-    scale, rstd = normal_scale(gamma, var, eps), inverse_deviation(var, eps)
-    coefficients = GradientCoefficients(scale, zero, zero, mean, rstd)
-    backend.input_gradient(dy, None, coefficients, target, threads, gate)
-    return ()
+def _part_of(total: GradientSums | None, part: slice) -> GradientSums | None:
+    """Some channels' sums, as tables."""
+    if total is None:
+        return None
+    return GradientSums(total.dgamma[None, part], total.dbeta[None, part], total.count)
+
+
+@quiet
+def _coefficients(
+    mean: Table, var: Table, gamma: Table, eps: float, sums: GradientSums | None
+) -> GradientCoefficients:
+    """Of the input's gradient by known sums or, without, through fixed statistics."""
+    rstd = inverse_deviation(var, eps)
+    if sums is None:
+        zero = np.zeros_like(var)
+        return GradientCoefficients(normal_scale(gamma, var, eps), zero, zero, mean, rstd)
+    return gradient_coefficients(sums.dbeta, sums.dgamma, sums.count, mean, rstd, gamma)
+
+
+@quiet
+def _product(a: Table, b: Table) -> Table:
+    return np.asarray(a * b)
+
+
+@quiet
+def _round_into(parameters: list[Array], part: slice, sums: tuple[Array, ...]) -> None:
+    """Sums as the gradients of parameters, in their type."""
+    for parameter, total in zip(parameters, sums, strict=False):
+        parameter[part] = total
 
 
 class _Call:
@@ -623,6 +701,11 @@ class _Call:
         if vector is None:
             return np.full((1, part.stop - part.start), default)
         return vector[part].astype(np.float64)[None]
+
+    @property
+    def count(self) -> int:
+        """Values of a channel."""
+        return int(self.array.size // self.channels)
 
     def zeros(self, dtype: Any) -> Array:
         """A vector of zeros, one a channel."""

@@ -40,6 +40,23 @@ class ResidualGradients(NamedTuple):
     dresidual: NDArray[Any]
 
 
+class GradientSums(NamedTuple):
+    """What `fastbn.gradient_sums` returns; those of parts add up to those of the whole."""
+
+    dgamma: NDArray[np.float64]
+    dbeta: NDArray[np.float64]
+    count: float  # type: ignore[assignment]  # in place of tuple.count, which nobody misses
+
+
+class PopulationStatistics(NamedTuple):
+    """What `fastbn.population_statistics` returns: float64 mean and unbiased variance of each
+    channel, and how many values they are of."""
+
+    mean: NDArray[np.float64]
+    var: NDArray[np.float64]
+    count: float  # type: ignore[assignment]  # in place of tuple.count, which nobody misses
+
+
 class Folded(NamedTuple):
     """What the folding functions return: a layer's new weight and bias."""
 

@@ -31,7 +31,7 @@ SIGNATURES = {
     ),
     "batch_norm_backward": (
         "dy x mean var gamma=None * eps=1e-05 layout='NCHW' params=True activation=None y=None "
-        "dresidual=False out=None"
+        "dresidual=False sums=None out=None"
     ),
     "normalize_backward": (
         "dy x mean var gamma=None * eps=1e-05 layout='NCHW' params=True activation=None y=None "
@@ -39,6 +39,15 @@ SIGNATURES = {
     ),
     "FrozenBatchNorm": ("mean var gamma=None beta=None * eps=1e-05 layout='NCHW' activation=None"),
     "moments": "x * layout='NCHW'",
+    "gradient_sums": "dy x mean var * eps=1e-05 layout='NCHW' activation=None y=None",
+    "BatchNorm": (
+        "channels * eps=1e-05 momentum=0.1 decay=None unbiased=True scale=True shift=True "
+        "track_running_stats=True one_value='raise' nonfinite='update' layout='NCHW' "
+        "activation=None dtype='float32'"
+    ),
+    "Moments": "count mean var",
+    "population_statistics": "batches * layout='NCHW' method='exact'",
+    "reestimate": "layers forward batches * method='exact' sequential=True",
     "fold_into_conv": (
         "weight bias mean var gamma=None beta=None * eps=1e-05 transposed=False groups=1"
     ),
@@ -101,11 +110,13 @@ def test_signature(name: str) -> None:
 def test_public_names() -> None:
     """The package exports these functions, the results' types and the error, and nothing else."""
     types = {"BackendError", "BatchNormResult", "Folded", "Gradients", "Statistics"}
-    types |= {"ResidualGradients"}
+    types |= {"GradientSums", "PopulationStatistics", "ResidualGradients"}
     assert set(fastbn.__all__) == set(SIGNATURES) | types
     assert issubclass(fastbn.BackendError, RuntimeError)
     assert fastbn.BatchNormResult._fields == ("y", "mean", "var")
     assert fastbn.Folded._fields == ("weight", "bias")
     assert fastbn.Gradients._fields == ("dx", "dgamma", "dbeta")
     assert fastbn.ResidualGradients._fields == ("dx", "dgamma", "dbeta", "dresidual")
+    assert fastbn.GradientSums._fields == ("dgamma", "dbeta", "count")
+    assert fastbn.PopulationStatistics._fields == ("mean", "var", "count")
     assert fastbn.Statistics._fields == ("mean", "var")

@@ -96,7 +96,7 @@ def normal_scale(gamma: Table, var: Table, eps: float) -> Table:
 
 @quiet
 def gradient_coefficients(
-    sum_dy: Table, sum_dy_xhat: Table, count: int, mean: Table, rstd: Table, gamma: Table
+    sum_dy: Table, sum_dy_xhat: Table, count: float, mean: Table, rstd: Table, gamma: Table
 ) -> GradientCoefficients:
     """dx = gamma * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)).
 

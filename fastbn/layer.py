@@ -1,0 +1,449 @@
+"""Batch normalization as a layer: the verbs, with the state that training keeps.
+
+1. Parameters and running statistics are plain arrays, written in place, so that an optimizer may
+   hold them. Everything is checked, and computed, before the first of them is written: a call that
+   fails leaves all as it was.
+2. What a forward goes by is decided in one place, `_by_running`: the batch's own statistics, or the
+   running ones (evaluation, `frozen_statistics`, `one_value="running"`). The backward follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from fastbn import checks
+from fastbn.backends.base import quiet
+from fastbn.frozen import FrozenBatchNorm
+from fastbn.functional import (
+    ActivationName,
+    batch_norm,
+    batch_norm_backward,
+    moments,
+    normalize,
+    normalize_backward,
+)
+from fastbn.statistics import Moments
+
+Array = NDArray[Any]
+
+MOMENTUM = 0.1
+"""The default, told from an explicit 0.1 by its identity."""
+
+CONVENTIONS: dict[str, dict[str, Any]] = {
+    "pytorch": {"eps": 1e-5, "momentum": 0.1, "unbiased": True, "layout": "NCHW"},
+    "keras": {"eps": 1e-3, "decay": 0.99, "unbiased": False, "layout": "NHWC"},
+    "flax": {"eps": 1e-5, "decay": 0.99, "unbiased": False, "layout": "NHWC"},
+    "onnx": {"eps": 1e-5, "decay": 0.9, "unbiased": False, "layout": "NCHW"},
+}
+"""What those libraries do where they are told nothing."""
+
+STATE = {
+    "weight": "gamma",
+    "bias": "beta",
+    "running_mean": "running_mean",
+    "running_var": "running_var",
+    "num_batches_tracked": "num_batches_tracked",
+}
+"""PyTorch's names of a layer's arrays, and ours."""
+
+
+class _Forward(NamedTuple):
+    """What the backward of a forward needs."""
+
+    shape: tuple[int, ...]
+    x: Array | None
+    """None where y was written over it."""
+    mean: Array
+    var: Array
+    y: Array | None
+    is_frozen: bool
+    """Whether the statistics were fixed, and let no gradient through."""
+
+
+class BatchNorm:
+    """A batch normalization layer: parameters, running statistics, and the last call's gradients.
+
+    In training ``y = activation(gamma * (x - mean) / sqrt(var + eps) + beta + residual)`` with the
+    batch's own statistics (Ioffe & Szegedy 2015, Algorithm 1), and then, with momentum p,
+    ``running = (1 - p) * running + p * statistic``. In evaluation the running statistics stand in
+    place of the batch's (Algorithm 2).
+
+    Parameters
+    ----------
+    channels : int
+        Of the arrays to come, one or more.
+    eps : float
+        Added to the variance, zero or more.
+    momentum : float from 0 to 1, or None
+        The weight of the new batch; None: the average of all batches so far, each with the same
+        weight.
+    decay : float from 0 to 1, optional
+        The weight of the old, in place of `momentum`.
+    unbiased : bool
+        Whether the variance that runs is the unbiased one, n / (n - 1) times the batch's.
+    scale, shift : bool
+        Whether there is a gamma, a beta.
+    track_running_stats : bool
+        Whether there are running statistics; without, evaluation too uses the batch's own.
+    one_value : {"raise", "running", "skip"}
+        What happens in training with one value a channel, which has no variance: an error;
+        normalization by the running statistics; or y = beta, and no update.
+    nonfinite : {"update", "raise", "skip"}
+        What happens with NaN or infinity in the batch's statistics: an update as ever; an error;
+        or y, and no update.
+    layout, activation
+        As given to `fastbn.batch_norm`.
+    dtype : {"float32", "float64"}
+        Of parameters and running statistics, whatever the arrays are.
+
+    Attributes
+    ----------
+    gamma, beta : ndarray of `dtype`, shape (C,), or None
+        The parameters, at first 1 and 0.
+    dgamma, dbeta : ndarray, shape (C,), or None
+        Their gradients, of the last `backward`.
+    dresidual : ndarray or None
+        The residual's gradient, where the last `backward` was asked for it.
+    running_mean, running_var : ndarray of `dtype`, shape (C,), or None
+        At first 0 and 1.
+    num_batches_tracked : ndarray of int64, shape ()
+        How many batches they are of; or None.
+    training : bool
+        Set by `train` and `eval`.
+    frozen_statistics : bool
+        Normalize by the running statistics in training, too, and leave them alone; at first False.
+    frozen_affine : bool
+        Compute no dgamma and dbeta; at first False. `train` leaves both of these as they are.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has a wrong type or value, or both momentum and decay are given.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> x = np.random.default_rng(0).normal(5.0, 3.0, (32, 4, 8, 8)).astype(np.float32)
+    >>> bn = fastbn.BatchNorm(4, momentum=None)
+    >>> y = bn(x)
+    >>> dx = bn.backward(np.ones_like(y))
+    >>> bn.dbeta
+    array([2048., 2048., 2048., 2048.], dtype=float32)
+    >>> bool(np.allclose(bn.eval()(x), y, atol=0.01)), int(bn.num_batches_tracked)
+    (True, 1)
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = MOMENTUM,
+        decay: float | None = None,
+        unbiased: bool = True,
+        scale: bool = True,
+        shift: bool = True,
+        track_running_stats: bool = True,
+        one_value: str = "raise",
+        nonfinite: str = "update",
+        layout: str = "NCHW",
+        activation: ActivationName = None,
+        dtype: DTypeLike = "float32",
+    ) -> None:
+        self.channels = checks.channels(channels)
+        self.eps = checks.epsilon(eps)
+        self.momentum, self.decay = checks.momentum(momentum, decay, MOMENTUM)
+        self.unbiased = checks.flag("unbiased", unbiased)
+        tracks = checks.flag("track_running_stats", track_running_stats)
+        self.one_value = checks.one_value(one_value, tracks)
+        self.nonfinite = checks.option("nonfinite", nonfinite, checks.NONFINITE)
+        self.layout = checks.layout(layout)
+        checks.activation(activation)
+        self.activation = activation
+        of_type = checks.parameter_type(dtype)
+        self._dtype_name = of_type.name
+        has_scale, has_shift = checks.flag("scale", scale), checks.flag("shift", shift)
+        self.gamma: Array | None = np.ones(self.channels, of_type) if has_scale else None
+        self.beta: Array | None = np.zeros(self.channels, of_type) if has_shift else None
+        self.running_mean: Array | None = np.zeros(self.channels, of_type) if tracks else None
+        self.running_var: Array | None = np.ones(self.channels, of_type) if tracks else None
+        self.num_batches_tracked: Array | None = np.zeros((), np.int64) if tracks else None
+        self.training, self.frozen_statistics, self.frozen_affine = True, False, False
+        self.dgamma: Array | None = None
+        self.dbeta: Array | None = None
+        self.dresidual: Array | None = None
+        self._forward: _Forward | None = None
+        self._observe: Callable[[Moments], None] | None = None
+        """While statistics are estimated anew: takes a call's moments; there is no update then."""
+
+    @classmethod
+    def like(cls, library: str, channels: int, **options: Any) -> Self:
+        """A layer with the eps, momentum, variance and layout of another library's defaults.
+
+        Parameters
+        ----------
+        library : {"pytorch", "keras", "flax", "onnx"}
+            Whose; Keras as from version 3 on, ONNX's operator in training mode.
+        channels
+            As given to `BatchNorm`.
+        **options
+            Others of `BatchNorm`'s, in place of that library's or beside them.
+
+        Examples
+        --------
+        >>> import fastbn
+        >>> fastbn.BatchNorm.like("keras", 8)
+        BatchNorm(8, eps=0.001, decay=0.99, unbiased=False, layout='NHWC')
+        """
+        given = CONVENTIONS[checks.option("library", library, tuple(CONVENTIONS))]
+        if "momentum" in options or "decay" in options:
+            given = {name: v for name, v in given.items() if name not in ("momentum", "decay")}
+        return cls(channels, **(given | options))
+
+    def train(self, mode: bool = True) -> Self:
+        """Use the batch's own statistics from now on, or the running ones; gives the layer."""
+        self.training = checks.flag("mode", mode)
+        return self
+
+    def eval(self) -> Self:
+        """Use the running statistics from now on; gives the layer."""
+        return self.train(False)
+
+    def __call__(
+        self, x: Array, residual: Array | None = None, *, out: Array | None = None
+    ) -> Array:
+        """Normalize `x`, and in training renew the running statistics.
+
+        Parameters
+        ----------
+        x : ndarray
+            Of C channels, as `fastbn.batch_norm` takes it. It is kept for the backward, not copied.
+        residual, out : ndarray, optional
+            As given to `fastbn.batch_norm`. After ``out=x`` there is no backward.
+
+        Returns
+        -------
+        y : ndarray
+            As `fastbn.batch_norm` returns it; kept for the backward where there is an activation.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has a wrong type, shape or value, the running statistics are no statistics,
+            or a policy says so. Nothing has been written.
+        """
+        count = checks.batch_of("BatchNorm", x, self.channels, self.layout).size // self.channels
+        runs = self._by_running(count)
+        options: dict[str, Any] = {"eps": self.eps, "layout": self.layout}
+        tail = options | {"activation": self.activation, "residual": residual, "out": out}
+        if runs:
+            mean, var = (a.copy() for a in self._running(writes=False))
+            y = normalize(x, mean, var, self.gamma, self.beta, **tail)
+        else:
+            updates = self._updates(count)
+            if self.nonfinite == "raise" and out is not None:
+                checks.finite(*moments(x, layout=self.layout))  # before anything is written
+            y, mean, var = batch_norm(x, self.gamma, self.beta, **tail)
+            if updates and self._is_trusted(mean, var):
+                self._update(mean, var, count)
+            if self._observe is not None:
+                self._observe(Moments(count, mean, var))
+        overwritten = out is not None and np.may_share_memory(out, x)
+        kept = None if self.activation is None else y
+        self._forward = _Forward(x.shape, None if overwritten else x, mean, var, kept, runs)
+        return y
+
+    def backward(
+        self, dy: Array, *, dresidual: bool | Array = False, out: Array | None = None
+    ) -> Array:
+        """The gradient of the last call with respect to x; leaves `dgamma` and `dbeta`.
+
+        Parameters
+        ----------
+        dy : ndarray
+            Gradient with respect to y, of its shape and dtype.
+        dresidual, out
+            As given to `fastbn.batch_norm_backward`; the residual's gradient is left in
+            `dresidual`.
+
+        Returns
+        -------
+        dx : ndarray
+            As `fastbn.batch_norm_backward` returns it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has a wrong type, shape or value, or there was no forward to go back
+            through. Nothing has been written.
+        """
+        params = not self.frozen_affine and (self.gamma is not None or self.beta is not None)
+        last = checks.forward(self._forward, dy, params)
+        verb: Callable[..., Any] = normalize_backward if last.is_frozen else batch_norm_backward
+        found = verb(
+            dy,
+            last.x,
+            last.mean,
+            last.var,
+            self.gamma,
+            eps=self.eps,
+            layout=self.layout,
+            params=params,
+            activation=self.activation,
+            y=last.y,
+            dresidual=dresidual,
+            out=out,
+        )
+        self.dgamma = _gradient(found.dgamma, self.gamma)
+        self.dbeta = _gradient(found.dbeta, self.beta)
+        self.dresidual = getattr(found, "dresidual", None)
+        return np.asarray(found.dx)
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of the layer's arrays, by PyTorch's names; what the layer has not is left out.
+
+        "weight" is gamma, "bias" is beta; then "running_mean", "running_var" and
+        "num_batches_tracked".
+
+        Examples
+        --------
+        >>> import fastbn
+        >>> list(fastbn.BatchNorm(3, shift=False, track_running_stats=False).state_dict())
+        ['weight']
+        """
+        return {name: array.copy() for name, array in self._arrays().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over all arrays of a layer with the same channels, and no others.
+
+        Parameters
+        ----------
+        state : mapping of str to array-like
+            As `state_dict` gives it, or PyTorch's `BatchNorm1d`, `2d` or `3d`. Values are copied
+            into the layer's arrays, and rounded to its dtype.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A name is missing or too many, or an array is of another shape, or is no mean, variance
+            or count. Nothing has been changed.
+        """
+        self._restore(checks.state(state, self._arrays()))
+
+    def to_frozen(self) -> FrozenBatchNorm:
+        """A `FrozenBatchNorm` that does what the layer does in evaluation; it has copies of all.
+
+        Raises
+        ------
+        ValueError
+            There are no running statistics, or they are no statistics.
+        """
+        mean, var = self._running(writes=False)
+        options: dict[str, Any] = {"eps": self.eps, "layout": self.layout}
+        return FrozenBatchNorm(
+            mean, var, self.gamma, self.beta, activation=self.activation, **options
+        )
+
+    def _arrays(self) -> dict[str, Array]:
+        arrays = {name: getattr(self, ours) for name, ours in STATE.items()}
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    def _restore(self, arrays: Mapping[str, Array]) -> None:
+        """Write arrays, known to fit, into the layer's own."""
+        for name, own in self._arrays().items():
+            own[...] = arrays[name]
+
+    def _renew(self, mean: Array, var: Array, batches: int) -> None:
+        """Put estimated statistics in place of the running ones."""
+        state = {"running_mean": mean, "running_var": var, "num_batches_tracked": batches}
+        self._running(writes=True)
+        self._restore(self._arrays() | {name: np.asarray(a) for name, a in state.items()})
+
+    def _by_running(self, count: int) -> bool:
+        """Whether this call normalizes by the running statistics."""
+        if self._observe is not None:
+            return False
+        if self.frozen_statistics:
+            return True
+        tracks = self.running_mean is not None
+        return tracks and (not self.training or (count == 1 and self.one_value == "running"))
+
+    def _updates(self, count: int) -> bool:
+        """Whether this call, by the batch's own statistics, may renew the running ones."""
+        if self._observe is not None or count == 0:
+            return False
+        if count == 1:
+            checks.several_values(self.one_value)
+            return False
+        if self.running_mean is None:
+            return False
+        self._running(writes=True)
+        return True
+
+    def _is_trusted(self, mean: Array, var: Array) -> bool:
+        """Whether the policy lets a batch with these statistics into the running ones."""
+        if self.nonfinite == "raise":
+            checks.finite(mean, var)
+        return self.nonfinite == "update" or bool(
+            np.isfinite(mean).all() and np.isfinite(var).all()
+        )
+
+    def _running(self, *, writes: bool) -> tuple[Array, Array]:
+        """The running statistics, checked; NaN is let in where an update may have brought it."""
+        return checks.running(
+            self.running_mean,
+            self.running_var,
+            self.channels,
+            writes=writes,
+            nan=writes and self.nonfinite == "update",
+        )
+
+    @quiet
+    def _update(self, mean: Array, var: Array, count: int) -> None:
+        """running = old * running + new * statistic, rounded once."""
+        if self.running_mean is None or self.running_var is None:
+            return
+        tracked = self.num_batches_tracked
+        batches = 1 if tracked is None else int(tracked) + 1
+        if self.decay is not None:
+            new, old = 1 - self.decay, self.decay
+        else:
+            new = 1 / batches if self.momentum is None else self.momentum
+            old = 1 - new
+        if self.unbiased:
+            var = var * checks.unbiased_factor(count)
+        self.running_mean[...], self.running_var[...] = (
+            old * self.running_mean.astype(np.float64) + new * mean,
+            old * self.running_var.astype(np.float64) + new * var,
+        )
+        if tracked is not None:
+            tracked[...] = batches
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is of the layer, not of the arrays of its last call.
+        return self.__dict__ | {"_forward": None, "_observe": None}
+
+    def __repr__(self) -> str:
+        defaults: dict[str, Any] = BatchNorm.__init__.__kwdefaults__ or {}
+        told = {name: getattr(self, name) for name in defaults if hasattr(self, name)}
+        told |= {
+            "scale": self.gamma is not None,
+            "shift": self.beta is not None,
+            "track_running_stats": self.running_mean is not None,
+            "dtype": self._dtype_name,
+        }
+        if self.decay is not None:
+            del told["momentum"]
+        others = [f"{n}={told[n]!r}" for n in defaults if n in told and told[n] != defaults[n]]
+        return f"BatchNorm({', '.join([str(self.channels), *others])})"
+
+
+def _gradient(gradient: Array | None, parameter: Array | None) -> Array | None:
+    """A parameter's gradient in its type; None where there is no parameter."""
+    if gradient is None or parameter is None:
+        return None
+    return gradient.astype(parameter.dtype, copy=False)

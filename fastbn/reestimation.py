@@ -1,0 +1,98 @@
+"""The running statistics of a trained network, estimated anew.
+
+Running averages lag behind the weights, and small batches make them noisy. Here every layer gets
+the statistics of a whole data set under the network as it is: Ioffe & Szegedy (2015), Algorithm 2,
+for one layer after the other, since each one's input depends on those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fastbn import checks
+from fastbn.layer import BatchNorm
+from fastbn.statistics import Moments, Population
+
+
+def reestimate(
+    layers: Sequence[BatchNorm],
+    forward: Callable[[Any], object],
+    batches: Iterable[Any],
+    *,
+    method: str = "exact",
+    sequential: bool = True,
+) -> None:
+    """Give the layers of a network the statistics of all batches as running statistics.
+
+    Parameters
+    ----------
+    layers : sequence of BatchNorm
+        Those to renew, in the order in which `forward` calls them.
+    forward : callable
+        Takes a batch through the network: it calls the layers.
+    batches : iterable
+        What `forward` takes. With `sequential` it is walked once a layer: a list, or something
+        that starts anew, in the same order or another.
+    method : {"exact", "average"}
+        As of `fastbn.population_statistics`. The variance is the unbiased one.
+    sequential : bool
+        Whether each layer is renewed by a walk of its own, in which those before it are already
+        renewed. False: one walk for all, in which all of them normalize by the batches' own
+        statistics, as in training.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is of a wrong type or value, or a layer was not called, or has no running
+        statistics. Whatever is raised, by `forward` too: all layers are as they were.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> batches = np.random.default_rng(0).normal(3.0, 2.0, (10, 32, 4)).astype(np.float32)
+    >>> first, second = fastbn.BatchNorm(4), fastbn.BatchNorm(4)
+    >>> fastbn.reestimate([first, second], lambda x: second(2 * first(x)), batches)
+    >>> bool(np.allclose(first.running_mean, 3, atol=0.3)), second.running_var.round(2)
+    (True, array([4., 4., 4., 4.], dtype=float32))
+    """
+    checks.option("method", method, checks.METHODS)
+    sequential = checks.flag("sequential", sequential)
+    checks.layers(layers, BatchNorm)
+    walks = [[layer] for layer in layers] if sequential else [list(layers)]
+    checks.walks(batches, len(walks))
+    with _restored(layers) as succeeded:
+        for layer in layers:
+            layer._observe = _ignore
+        for walk in walks:
+            populations = [Population(method) for _ in walk]
+            for layer, population in zip(walk, populations, strict=True):
+                layer._observe = population.add
+            for batch in batches:
+                forward(batch)
+            for layer, population in zip(walk, populations, strict=True):
+                found = population.statistics(f"layers[{layers.index(layer)}]")
+                layer._renew(found.mean, found.var, population.batches)
+                layer._observe = None
+                layer.eval()
+        succeeded()
+
+
+def _ignore(batch: Moments) -> None:
+    """For layers whose turn has not come."""
+
+
+@contextmanager
+def _restored(layers: Sequence[BatchNorm]) -> Iterator[Callable[[], None]]:
+    """The layers with their modes and, if what this gives is not called, their arrays restored."""
+    before = [(layer, layer.training, layer.state_dict()) for layer in layers]
+    is_done = []
+    try:
+        yield lambda: is_done.append(True)
+    finally:
+        for layer, training, arrays in before:
+            layer._observe = None
+            layer.train(training)
+            if not is_done:
+                layer._restore(arrays)

@@ -1,0 +1,279 @@
+"""Statistics of more than one batch: merged, summed elsewhere, of a whole population.
+
+1. `Moments` are a count, a mean and a biased variance for each channel, in float64. Two of them
+   merge into those of all their values by Chan, Golub & LeVeque (1983), equation 2.1, written in
+   variances: no two large squares are subtracted.
+2. What is reduced elsewhere (by MPI, Dask, a socket) goes there as one flat array, to be gathered
+   and merged, or summed. Sums are taken about a vector that everyone knows; near the mean it keeps
+   their digits.
+3. Statistics of a population are those of its batches, merged; or averaged, as in Ioffe & Szegedy
+   (2015), Algorithm 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn import checks
+from fastbn.backends.base import quiet
+from fastbn.functional import moments
+from fastbn.layouts import channel_axis
+from fastbn.results import PopulationStatistics
+
+Array = NDArray[Any]
+Vector = NDArray[np.float64]
+
+
+class Moments:
+    """Count, mean and biased variance of each channel, which merge with those of other values.
+
+    Parameters
+    ----------
+    count : int or float
+        Values of a channel; zero or more.
+    mean, var : ndarray of float32 or float64, shape (C,)
+        Mean and biased variance; they are copied. No variance may be negative.
+
+    Attributes
+    ----------
+    count, mean, var
+        As given; the arrays are float64 and read-only.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has a wrong type, shape or value.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> x = np.random.default_rng(0).normal(3.0, 2.0, (100, 4, 5, 5)).astype(np.float32)
+    >>> whole = fastbn.Moments.of(x)
+    >>> parts = fastbn.Moments.of(x[:70]).merge(fastbn.Moments.of(x[70:]))
+    >>> parts.count, bool(np.allclose(parts.var, whole.var, rtol=1e-12))
+    (2500, True)
+    """
+
+    __slots__ = ("count", "mean", "var")
+    count: float
+    mean: Vector
+    var: Vector
+
+    def __init__(self, count: float, mean: Array, var: Array) -> None:
+        owner = checks.statistics(mean)
+        checks.variance(checks.owned("var", var, owner), nan=True)
+        self._set(checks.count("count", count), mean, var)
+
+    @classmethod
+    def of(cls, x: Array, *, layout: str = "NCHW") -> Moments:
+        """The moments of an array, which is given as to `fastbn.moments`.
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> fastbn.Moments.of(np.float32([[1, 7], [3, 7]]))
+        Moments(count=2, mean=array([2., 7.]), var=array([1., 0.]))
+        """
+        mean, var = moments(x, layout=layout)
+        channels = x.shape[channel_axis(layout, x.ndim)]
+        return cls._made(x.size // channels if channels else 0, mean, var)
+
+    @property
+    def unbiased_var(self) -> Vector:
+        """``var * count / (count - 1)``; a ValueError where count is not above 1."""
+        return np.asarray(self.var * checks.unbiased_factor(self.count))
+
+    @quiet
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both's values together; of a fixed order the bits are fixed.
+
+        With ``d = other.mean - mean`` and counts n and m: ``mean + d * m / (n + m)`` and
+        ``(n * var + m * other.var) / (n + m) + d**2 * n * m / (n + m)**2``.
+
+        Parameters
+        ----------
+        other : Moments
+            Of as many channels; without values it changes nothing.
+
+        Returns
+        -------
+        Moments
+
+        Raises
+        ------
+        TypeError, ValueError
+            `other` is no Moments, or has another number of channels.
+        """
+        checks.same_channels(self.mean, other, Moments)
+        if not self.count or not other.count:
+            return self if not other.count else other
+        count = self.count + other.count
+        here, there = self.count / count, other.count / count
+        apart = other.mean - self.mean
+        var = here * self.var + there * other.var + here * apart * there * apart
+        return self._made(count, self.mean + apart * there, var)
+
+    def to_array(self) -> Vector:
+        """``[count, *mean, *var]``: to be gathered, made Moments again and merged."""
+        return np.concatenate([[self.count], self.mean, self.var])
+
+    @classmethod
+    def from_array(cls, array: Array) -> Moments:
+        """What `to_array` was made of.
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> one = fastbn.Moments.of(np.float32([[1, 7], [3, 7]]))
+        >>> fastbn.Moments.from_array(one.to_array())
+        Moments(count=2, mean=array([2., 7.]), var=array([1., 0.]))
+        """
+        count, mean, var = checks.flat_moments("array", array)
+        return cls(count, mean, var)
+
+    @quiet
+    def to_sums(self, about: Array | None = None) -> Vector:
+        """``[count, *sum(x - about), *sum((x - about)**2)]``: those of parts, added up, are those
+        of the whole.
+
+        Parameters
+        ----------
+        about : ndarray of float32 or float64, shape (C,), optional
+            The same for all parts; 0 where not given. The variance loses
+            ``log2(1 + ((mean - about) / s)**2)`` of its 52 bits, s the standard deviation: a
+            running mean, or the mean of any one part, keeps them all.
+        """
+        apart = self.mean - _about(about, self.mean)
+        squares = self.var + apart * apart
+        return np.concatenate([[self.count], self.count * apart, self.count * squares])
+
+    @classmethod
+    @quiet
+    def from_sums(cls, sums: Array, about: Array | None = None) -> Moments:
+        """The moments of all whose `to_sums`, about the same vector, were added up.
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> parts = (fastbn.Moments.of(np.float32([row])) for row in ([1, 7], [3, 7]))
+        >>> fastbn.Moments.from_sums(sum(part.to_sums() for part in parts))
+        Moments(count=2, mean=array([2., 7.]), var=array([1., 0.]))
+        """
+        count, first, second = checks.flat_moments("sums", sums)
+        shift = _about(about, first)
+        if not count:
+            return cls._made(count, np.zeros_like(first), np.zeros_like(first))
+        apart = first / count
+        # Rounding may leave less than nothing.
+        var = np.maximum(second / count - apart * apart, 0)
+        return cls._made(count, shift + apart, var)
+
+    @classmethod
+    def _made(cls, count: float, mean: Array, var: Array) -> Moments:
+        """Without checks."""
+        moments = object.__new__(cls)
+        moments._set(count, mean, var)
+        return moments
+
+    def _set(self, count: float, mean: Array, var: Array) -> None:
+        object.__setattr__(self, "count", count)
+        for name, vector in (("mean", mean), ("var", var)):
+            own = np.array(vector, np.float64, subok=False)
+            own.flags.writeable = False
+            object.__setattr__(self, name, own)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(f"Moments cannot be changed: {name!r} cannot be set; make others")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"Moments cannot be changed: {name!r} cannot be deleted")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Moments, (self.count, self.mean, self.var)
+
+    def __repr__(self) -> str:
+        return f"Moments(count={self.count}, mean={self.mean!r}, var={self.var!r})"
+
+
+def _about(about: Array | None, like: Vector) -> Vector:
+    """The vector that sums are taken about."""
+    if about is None:
+        return np.zeros_like(like)
+    owner = checks.Owner(len(like), f"the moments have {len(like)} channels")
+    return checks.owned("about", about, owner).astype(np.float64)
+
+
+def population_statistics(
+    batches: Iterable[Array], *, layout: str = "NCHW", method: str = "exact"
+) -> PopulationStatistics:
+    """Mean and unbiased variance of each channel over many batches.
+
+    Parameters
+    ----------
+    batches : iterable of ndarray
+        Arrays as `fastbn.moments` takes them, of as many channels each; a generator will do.
+    layout : {"NCHW", "NHWC"}
+        As in `fastbn.batch_norm`.
+    method : {"exact", "average"}
+        "exact": the statistics of all values together, as `Moments.merge` gives them. "average":
+        ``E[x] = E[mean_B]``, ``Var[x] = m / (m - 1) * E[var_B]`` over batches of m values a
+        channel: Ioffe & Szegedy (2015), Algorithm 2, step 10. Where sizes differ each batch has
+        its own m, and all batches weigh the same.
+
+    Returns
+    -------
+    mean, var : ndarray of float64, shape (C,)
+        var is unbiased: of all values n / (n - 1) times the biased one.
+    count : int
+        Values of a channel.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has a wrong type, shape or value; there are fewer than two values a channel or,
+        with "average", in any batch that is not empty.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> batches = np.random.default_rng(0).normal(3.0, 2.0, (10, 32, 4)).astype(np.float32)
+    >>> mean, var, count = fastbn.population_statistics(batches)
+    >>> bool(np.allclose(var, batches.reshape(320, 4).var(0, ddof=1))), count
+    (True, 320)
+    """
+    population = Population(checks.option("method", method, checks.METHODS))
+    for x in batches:
+        population.add(Moments.of(x, layout=layout))
+    return population.statistics("batches")
+
+
+class Population:
+    """What is known of the batches so far: their moments, merged, and the sums of averages."""
+
+    def __init__(self, method: str) -> None:
+        self.averages = method == "average"
+        self.merged: Moments | None = None
+        self.batches = 0
+        self.mean: Any = 0.0
+        self.var: Any = 0.0
+
+    def add(self, batch: Moments) -> None:
+        """One more batch; an empty one adds nothing."""
+        self.merged = batch if self.merged is None else self.merged.merge(batch)
+        if batch.count and self.averages:
+            self.mean, self.var = self.mean + batch.mean, self.var + batch.unbiased_var
+        self.batches += batch.count > 0
+
+    def statistics(self, name: str) -> PopulationStatistics:
+        """The population's; `name` is what an error calls the batches."""
+        checks.population(name, self.batches)
+        merged = self.merged
+        assert merged is not None
+        if self.averages:
+            n = self.batches
+            return PopulationStatistics(self.mean / n, self.var / n, merged.count)
+        return PopulationStatistics(merged.mean.copy(), merged.unbiased_var, merged.count)
