@@ -95,6 +95,52 @@ def companion(name: str, value: Any, x_name: str, x: NDArray[Any]) -> NDArray[An
     return a
 
 
+def where(value: Any, x_name: str, x: NDArray[Any], layout: str) -> NDArray[np.bool_]:
+    """Which places count: of x's shape, but for a single channel."""
+    axis = channel_axis(layout, x.ndim)
+    single = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
+    if not isinstance(value, np.ndarray) or value.dtype != np.bool_:
+        came = f"dtype {value.dtype}" if isinstance(value, np.ndarray) else _described(value)
+        raise TypeError(
+            f"where is {came}, expected a numpy.ndarray of bool that broadcasts to {single}; "
+            "convert it with where.astype(bool), if what is not 0 counts"
+        )
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            "where is a numpy.ma.MaskedArray, expected a plain numpy.ndarray of bool; pass "
+            "where.filled(False)"
+        )
+    try:
+        return np.broadcast_to(value, single)
+    except ValueError:
+        pass
+    remedy = "it is the same for all channels: its axis of channels has length 1"
+    if value.shape == single[:axis] + single[axis + 1 :]:
+        remedy = f"add the axis of channels with numpy.expand_dims(where, {axis})"
+    raise ValueError(
+        f"where has shape {value.shape}, expected {single} or what broadcasts to it, for {x_name} "
+        f"of shape {x.shape} and layout {layout!r}; {remedy}"
+    )
+
+
+def weights(value: Any, x_name: str, x: NDArray[Any]) -> NDArray[Any]:
+    """How much each sample counts: finite, zero or more."""
+    a = array("weights", value)
+    if a.shape != x.shape[:1]:
+        raise ValueError(
+            f"weights has shape {a.shape}, expected {x.shape[:1]}, one value a sample of {x_name}; "
+            "for places use where"
+        )
+    bad = ~((a >= 0) & np.isfinite(a))
+    if bad.any():
+        sample = int(bad.argmax())
+        raise ValueError(
+            f"weights[{sample}] is {a[sample]}, expected a finite number, zero or more; it is how "
+            "much a sample counts in the statistics"
+        )
+    return a
+
+
 def activation(value: Any) -> Activation:
     """What is done to y last; `activations.of` knows them."""
     known = activations.of(value)
@@ -210,7 +256,9 @@ def variance(value: NDArray[Any], *, nan: bool, name: str = "var") -> NDArray[An
     return value
 
 
-def gradient_sums(value: Any, x_name: str, x: NDArray[Any], layout: str) -> GradientSums:
+def gradient_sums(
+    value: Any, own: float, x_name: str, x: NDArray[Any], layout: str
+) -> GradientSums:
     """dgamma, dbeta and count of a whole batch: vectors of float64, and at least x's own count."""
     if not isinstance(value, tuple) or len(value) != 3:
         raise TypeError(
@@ -221,7 +269,7 @@ def gradient_sums(value: Any, x_name: str, x: NDArray[Any], layout: str) -> Grad
         statistic(f"sums.{name}", a, x_name, x, layout, single=False)
         for name, a in zip(("dgamma", "dbeta"), value, strict=False)
     )
-    own, n = x.size // max(dgamma.size, 1), count("sums.count", value[2])
+    n = count("sums.count", value[2])
     if n < own:
         raise ValueError(
             f"sums.count is {n}, expected the values of a channel in all parts of the batch, at "

@@ -22,6 +22,7 @@ from fastbn.backends.base import (
     Backend,
     Gate,
     GradientCoefficients,
+    Selection,
     Table,
     Tail,
     channels,
@@ -58,6 +59,8 @@ def batch_norm(
     layout: str = "NCHW",
     activation: ActivationName = None,
     residual: Array | None = None,
+    where: Array | None = None,
+    weights: Array | None = None,
     out: Array | None = None,
 ) -> BatchNormResult:
     """Normalize each channel of a batch by the batch's own statistics: the training transform.
@@ -82,6 +85,12 @@ def batch_norm(
         What is done last; 0 < slope < 1.
     residual : ndarray, optional
         Of x's shape and dtype: what is added before the activation.
+    where : ndarray of bool, optional
+        Which places count, the same for all channels: broadcast against x, with a single channel,
+        as of shape (N, 1, H, W) or (N, H, W, 1). What stands elsewhere, NaN included, changes
+        nothing, and y is 0 there.
+    weights : ndarray of float32 or float64, shape (N,), optional
+        How much each sample counts in the statistics, zero or more; y is computed for all.
     out : ndarray, optional
         Where y goes: native, of x's shape and dtype, any strides; `x` or `residual` itself works
         in place. A fresh large array costs more than the normalization: pass `out` in a loop.
@@ -91,7 +100,8 @@ def batch_norm(
     y : ndarray
         x's shape and dtype, in native byte order and, where fresh, x's memory order.
     mean, var : ndarray of float64, shape (C,)
-        The statistics used; var is divided by the count. An empty batch gives zeros.
+        The statistics used; var is divided by the count, or the sum of the weights. A batch
+        without values, or in which nothing counts, gives zeros.
 
     Raises
     ------
@@ -109,23 +119,26 @@ def batch_norm(
     (True, dtype('float32'), dtype('float64'))
     """
     backend, threads = current()
-    plain = backend.plain_batch_norm(
-        x, gamma, beta, eps, layout, activation, residual, out, threads
-    )
-    if plain is not None:
-        return BatchNormResult(*plain)
-    call = _Call(x, "x", layout, gamma=gamma, beta=beta)
+    if where is None and weights is None:
+        plain = backend.plain_batch_norm(
+            x, gamma, beta, eps, layout, activation, residual, out, threads
+        )
+        if plain is not None:
+            return BatchNormResult(*plain)
+    call = _Call(x, "x", layout, where, weights, gamma=gamma, beta=beta)
     eps = checks.epsilon(eps)
     tail = call.tail(activation, residual)
     y = call.output("out", out, {"x": call.array, "residual": residual})
     if call.is_empty:
+        y.fill(0)
         return BatchNormResult(y, call.zeros(np.float64), call.zeros(np.float64))
     target, tail = call.arrangement.target(y), call.arranged(tail)
     view, mean, var = call.view(x), call.zeros(np.float64), call.zeros(np.float64)
     for part in call.parts(backend):
         scale, shift = call.table("gamma", 1.0, part), call.table("beta", 0.0, part)
         arrays = channels(view, part), scale, shift, eps, channels(target, part)
-        mean[part], var[part] = backend.forward(*arrays, threads, tail and tail.part(part))
+        of_tail = tail and tail.part(part)
+        mean[part], var[part] = backend.forward(*arrays, threads, of_tail, call.selection)
     call.arrangement.deliver(target, y)
     return BatchNormResult(y, mean, var)
 
@@ -141,6 +154,7 @@ def normalize(
     layout: str = "NCHW",
     activation: ActivationName = None,
     residual: Array | None = None,
+    where: Array | None = None,
     out: Array | None = None,
 ) -> Array:
     """Normalize each channel by given statistics: the inference transform, "frozen" batch norm.
@@ -151,7 +165,7 @@ def normalize(
 
     Parameters
     ----------
-    x, gamma, beta, eps, layout, activation, residual, out
+    x, gamma, beta, eps, layout, activation, residual, where, out
         As in `batch_norm`.
     mean, var : ndarray of float32 or float64, shape (C,)
         Statistics of each channel; no variance may be negative or NaN.
@@ -175,12 +189,13 @@ def normalize(
            [ 1.,  1.]], dtype=float32)
     """
     backend, threads = current()
-    plain = backend.plain_normalize(
-        x, mean, var, gamma, beta, eps, layout, activation, residual, out, threads
-    )
-    if plain is not None:
-        return plain
-    call = _Call(x, "x", layout, gamma=gamma, beta=beta, mean=mean, var=var)
+    if where is None:
+        plain = backend.plain_normalize(
+            x, mean, var, gamma, beta, eps, layout, activation, residual, out, threads
+        )
+        if plain is not None:
+            return plain
+    call = _Call(x, "x", layout, where, gamma=gamma, beta=beta, mean=mean, var=var)
     checks.variance(var, nan=False)
     eps = checks.epsilon(eps)
 
@@ -207,12 +222,13 @@ def _normalized(
     tail = call.tail(activation, residual)
     y = call.output("out", out, {"x": call.array, "residual": residual})
     if call.is_empty:
+        y.fill(0)
         return y
     view, target, tail = call.view(call.array), call.arrangement.target(y), call.arranged(tail)
     for part in call.parts(backend):
         affine = Affine(call.table("mean", 0.0, part), scale(part), call.table("beta", 0.0, part))
         arrays = channels(view, part), affine, channels(target, part)
-        backend.normalize(*arrays, threads, tail and tail.part(part))
+        backend.normalize(*arrays, threads, tail and tail.part(part), call.selection)
     call.arrangement.deliver(target, y)
     return y
 
@@ -231,6 +247,8 @@ def batch_norm_backward(
     activation: ActivationName = ...,
     y: Array | None = ...,
     dresidual: Literal[False] = ...,
+    where: Array | None = ...,
+    weights: Array | None = ...,
     sums: Sums | None = ...,
     out: Array | None = ...,
 ) -> Gradients: ...
@@ -248,6 +266,8 @@ def batch_norm_backward(
     activation: ActivationName = ...,
     y: Array | None = ...,
     dresidual: Literal[True] | Array,
+    where: Array | None = ...,
+    weights: Array | None = ...,
     sums: Sums | None = ...,
     out: Array | None = ...,
 ) -> ResidualGradients: ...
@@ -264,6 +284,8 @@ def batch_norm_backward(
     activation: ActivationName = None,
     y: Array | None = None,
     dresidual: bool | Array = False,
+    where: Array | None = None,
+    weights: Array | None = None,
     sums: Sums | None = None,
     out: Array | None = None,
 ) -> Gradients | ResidualGradients:
@@ -292,6 +314,9 @@ def batch_norm_backward(
     dresidual : bool or ndarray
         Whether the residual's gradient is wanted or, like `out`, where it goes; `dy` works in
         place.
+    where, weights
+        As given to `batch_norm`. dx is 0 where nothing counts; with weights w of sum W its means
+        are ``w * sum(dy) / W`` and ``w * sum(dy * xhat) / W``.
     sums : (dgamma, dbeta, count), optional
         What `gradient_sums` gave, added up over all parts of a batch of which x is one: used in
         place of this part's own. mean and var must then be those of the whole batch, too.
@@ -323,7 +348,7 @@ def batch_norm_backward(
     (True, True)
     """
     arguments = dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual
-    return _gradients(arguments, out, frozen=False, sums=sums)
+    return _gradients(arguments, out, where, weights, frozen=False, sums=sums)
 
 
 @overload
@@ -340,6 +365,7 @@ def normalize_backward(
     activation: ActivationName = ...,
     y: Array | None = ...,
     dresidual: Literal[False] = ...,
+    where: Array | None = ...,
     out: Array | None = ...,
 ) -> Gradients: ...
 @overload
@@ -356,6 +382,7 @@ def normalize_backward(
     activation: ActivationName = ...,
     y: Array | None = ...,
     dresidual: Literal[True] | Array,
+    where: Array | None = ...,
     out: Array | None = ...,
 ) -> ResidualGradients: ...
 def normalize_backward(
@@ -371,6 +398,7 @@ def normalize_backward(
     activation: ActivationName = None,
     y: Array | None = None,
     dresidual: bool | Array = False,
+    where: Array | None = None,
     out: Array | None = None,
 ) -> Gradients | ResidualGradients:
     """Gradient of `normalize`: the statistics are constants and let none through.
@@ -379,7 +407,7 @@ def normalize_backward(
 
     Parameters
     ----------
-    dy, gamma, eps, layout, activation, y, dresidual, out
+    dy, gamma, eps, layout, activation, y, dresidual, where, out
         As in `batch_norm_backward`.
     x : ndarray or None
         As given to `normalize`; with ``params=False`` it is not read and may be None.
@@ -408,23 +436,30 @@ def normalize_backward(
            [1.5, 1. ]], dtype=float32)
     """
     arguments = dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual
-    return _gradients(arguments, out, frozen=True)
+    return _gradients(arguments, out, where, frozen=True)
 
 
-def moments(x: Array, *, layout: str = "NCHW") -> Statistics:
+def moments(
+    x: Array,
+    *,
+    layout: str = "NCHW",
+    where: Array | None = None,
+    weights: Array | None = None,
+) -> Statistics:
     """Mean and biased variance of each channel, in float64.
 
-    ``mean = sum(x) / n`` and ``var = sum((x - mean)**2) / n`` over the n values of a channel.
+    ``mean = sum(x) / n`` and ``var = sum((x - mean)**2) / n`` over the n values of a channel; with
+    weights w ``mean = sum(w * x) / sum(w)`` and ``var = sum(w * (x - mean)**2) / sum(w)``.
 
     Parameters
     ----------
-    x, layout
+    x, layout, where, weights
         As in `batch_norm`.
 
     Returns
     -------
     mean, var : ndarray of float64, shape (C,)
-        Zeros for an empty batch; var is exactly 0 on a constant channel.
+        Zeros where no value counts; var is exactly 0 on a constant channel.
 
     Raises
     ------
@@ -438,15 +473,16 @@ def moments(x: Array, *, layout: str = "NCHW") -> Statistics:
     Statistics(mean=array([2., 7.]), var=array([1., 0.]))
     """
     backend, threads = current()
-    plain = backend.plain_moments(x, layout, threads)
-    if plain is not None:
-        return Statistics(*plain)
-    call = _Call(x, "x", layout)
+    if where is None and weights is None:
+        plain = backend.plain_moments(x, layout, threads)
+        if plain is not None:
+            return Statistics(*plain)
+    call = _Call(x, "x", layout, where, weights)
     if call.is_empty:
         return Statistics(call.zeros(np.float64), call.zeros(np.float64))
     view, mean, var = call.view(x), call.zeros(np.float64), call.zeros(np.float64)
     for part in call.parts(backend):
-        mean[part], var[part] = backend.moments(channels(view, part), threads)
+        mean[part], var[part] = backend.moments(channels(view, part), threads, call.selection)
     return Statistics(mean, var)
 
 
@@ -460,6 +496,8 @@ def gradient_sums(
     layout: str = "NCHW",
     activation: ActivationName = None,
     y: Array | None = None,
+    where: Array | None = None,
+    weights: Array | None = None,
 ) -> GradientSums:
     """The sums of `batch_norm_backward` alone, for a batch whose parts are elsewhere.
 
@@ -469,7 +507,7 @@ def gradient_sums(
 
     Parameters
     ----------
-    dy, x, eps, layout, activation, y
+    dy, x, eps, layout, activation, y, where, weights
         As given to `batch_norm_backward`, of this part.
     mean, var : ndarray of float64, shape (C,)
         Of the whole batch, as `fastbn.Moments` merges them.
@@ -477,8 +515,8 @@ def gradient_sums(
     Returns
     -------
     dgamma, dbeta : ndarray of float64, shape (C,)
-    count : int
-        Values of a channel in this part.
+    count : int or float
+        Values of a channel in this part, or the sum of their weights.
 
     Raises
     ------
@@ -497,7 +535,7 @@ def gradient_sums(
     True
     """
     backend, threads = current()
-    call = _Call(x, "x", layout, single=False, mean=mean, var=var)
+    call = _Call(x, "x", layout, where, weights, single=False, mean=mean, var=var)
     dy = checks.companion("dy", dy, "x", call.array)
     checks.variance(var, nan=True)
     eps = checks.epsilon(eps)
@@ -509,18 +547,25 @@ def gradient_sums(
     gate = None if gate is None else Gate(gate.activation, call.view(gate.y), None)
     for part in call.parts(backend):
         arrays = channels(dy_view, part), channels(x_view, part), call.table("mean", 0.0, part)
-        sum_dy, centred = backend.gradient_moments(*arrays, threads, gate and gate.part(part))
+        through = gate and gate.part(part)
+        sum_dy, centred = backend.gradient_moments(*arrays, threads, through, call.selection)
         rstd = inverse_deviation(call.table("var", 1.0, part), eps)
         _round_into([dgamma, dbeta], part, (_product(centred, rstd), sum_dy))
     return GradientSums(dgamma, dbeta, call.count)
 
 
 def _gradients(
-    arguments: tuple[Any, ...], out: Any, *, frozen: bool, sums: Any = None
+    arguments: tuple[Any, ...],
+    out: Any,
+    where: Any,
+    weights: Any = None,
+    *,
+    frozen: bool,
+    sums: Any = None,
 ) -> Gradients | ResidualGradients:
     """Both backward functions; `frozen` is what tells them apart."""
     backend, threads = current()
-    if sums is None:
+    if where is None and weights is None and sums is None:
         plain = backend.plain_backward(*arguments, frozen, out, threads)
         if plain is not None:
             return _named(*plain)
@@ -528,11 +573,12 @@ def _gradients(
     params = checks.flag("params", params)
     lone = checks.may_lack_x(x, frozen=frozen, params=params)
     array, name = (dy, "dy") if lone else (x, "x")
-    call = _Call(array, name, layout, single=frozen, gamma=gamma, mean=mean, var=var)
+    vectors = {"gamma": gamma, "mean": mean, "var": var}
+    call = _Call(array, name, layout, where, weights, single=frozen, **vectors)
     dy = checks.companion("dy", dy, name, call.array)
     checks.variance(var, nan=not frozen)
     eps = checks.epsilon(eps)
-    total = None if sums is None else checks.gradient_sums(sums, name, x, layout)
+    total = None if sums is None else checks.gradient_sums(sums, call.count, name, x, layout)
     gate = call.gate(activation, y, dresidual, dy, x)
     dresidual = None if gate is None else gate.dresidual
     dx = call.output("out", out, {"dy": dy, "x": x}, {"y": y, "dresidual": dresidual})
@@ -540,8 +586,12 @@ def _gradients(
     parameters = [call.zeros(dtype), call.zeros(dtype)] if params else []
     if not call.is_empty:
         _run_backward(call, dy, eps, frozen, gate, dx, parameters, total)
-    elif total is not None:
-        _round_into(parameters, slice(None), (total.dgamma, total.dbeta))
+    else:
+        for array in (dx, dresidual):
+            if array is not None:
+                array.fill(0)
+        if total is not None:
+            _round_into(parameters, slice(None), (total.dgamma, total.dbeta))
     dgamma, dbeta = parameters or (None, None)
     return _named(dx, dgamma, dbeta, dresidual)
 
@@ -583,12 +633,13 @@ def _run_backward(
         gamma, sums = call.table("gamma", 1.0, part), _part_of(total, part)
         found: tuple[Table, ...] = ()
         if x_view is not None and sums is None:
+            tables = mean, var, gamma, eps
             found = backend.backward(
-                *arrays, mean, var, gamma, eps, frozen, result, threads, through
+                *arrays, *tables, frozen, result, threads, through, call.selection
             )
         else:
             coefficients = _coefficients(mean, var, gamma, eps, sums)
-            backend.input_gradient(*arrays, coefficients, result, threads, through)
+            backend.input_gradient(*arrays, coefficients, result, threads, through, call.selection)
             found = found if sums is None else (sums.dgamma, sums.dbeta)
         _round_into(parameters, part, found)
     for place, result in written:
@@ -626,11 +677,33 @@ def _round_into(parameters: list[Array], part: slice, sums: tuple[Array, ...]) -
         parameter[part] = total
 
 
+def count(x: Array, channels: int, where: Array | None, weights: Array | None) -> float:
+    """Values of a channel that count, or the sum of their weights."""
+    places = int(x.size // channels) if channels else 0
+    if weights is None:
+        return places if where is None else int(np.count_nonzero(where))
+    if where is None or not places:
+        each: Any = places / max(len(x), 1)
+    else:
+        # Counted as bits: a sum of bytes over one axis takes ten times as long.
+        bits = np.packbits(where.reshape(len(x), -1), axis=1)
+        each = np.bitwise_count(bits).sum(1, dtype=np.int64)
+    return float((each * weights.astype(np.float64)).sum())
+
+
 class _Call:
     """One call's checked array and per-channel vectors, and how its memory is arranged."""
 
     def __init__(
-        self, x: Any, name: str, layout: Any, *, single: bool = True, **vectors: Any
+        self,
+        x: Any,
+        name: str,
+        layout: Any,
+        where: Any = None,
+        weights: Any = None,
+        *,
+        single: bool = True,
+        **vectors: Any,
     ) -> None:
         self.array, self.name = checks.batch(name, x), name
         self.layout = checks.layout(layout)
@@ -641,9 +714,14 @@ class _Call:
                 self.vectors[key] = checks.statistic(key, value, name, x, layout, single=single)
             else:
                 self.vectors[key] = checks.parameter(key, value, name, x, layout)
-        self.is_empty = prod(x.shape) == 0
+        selected = None if where is None else checks.where(where, name, x, layout)
+        weights = None if weights is None else checks.weights(weights, name, x)
+        self.apart = {"where": selected, "weights": weights}
+        self.count = count(x, self.channels, selected, weights)
+        self.is_empty = prod(x.shape) == 0 or self.count == 0
         if not self.is_empty:
-            self.arrangement = Arrangement.of(x, layout)
+            self.arrangement = Arrangement.of(x, layout, by_sample=weights is not None)
+            self.selection = self._selected(selected, weights)
 
     def output(
         self,
@@ -655,10 +733,23 @@ class _Call:
         """The checked `out`, or a fresh array in x's memory order."""
         x = self.array
         if out is not None:
-            apart = self.vectors | (apart or {})
+            apart = self.vectors | self.apart | (apart or {})
             return checks.output(name, out, self.name, x, in_place=in_place, apart=apart)
         dtype = x.dtype.newbyteorder("=")
-        return np.empty(x.shape, dtype) if self.is_empty else self.arrangement.fresh(x.shape, dtype)
+        if self.is_empty:
+            return np.empty_like(x, dtype, subok=False)
+        return self.arrangement.fresh(x.shape, dtype)
+
+    def _selected(self, where: Array | None, weights: Array | None) -> Selection | None:
+        """What counts, as a backend takes it."""
+        if where is None and weights is None:
+            return None
+        if where is None:
+            shape = list(self.array.shape)
+            shape[channel_axis(self.layout, self.array.ndim)] = 1
+            where = np.broadcast_to(np.True_, shape)
+        of_runs = None if weights is None else weights.astype(np.float64)[None]
+        return Selection(self.arrangement.mask(where), of_runs, self.count)
 
     def tail(self, activation: Any, residual: Any) -> Tail | None:
         """What follows normalization, on arrays; None for nothing."""
@@ -701,11 +792,6 @@ class _Call:
         if vector is None:
             return np.full((1, part.stop - part.start), default)
         return vector[part].astype(np.float64)[None]
-
-    @property
-    def count(self) -> int:
-        """Values of a channel."""
-        return int(self.array.size // self.channels)
 
     def zeros(self, dtype: Any) -> Array:
         """A vector of zeros, one a channel."""

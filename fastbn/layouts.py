@@ -38,14 +38,19 @@ class Arrangement:
     view_shape: tuple[int, int, int, int]
 
     @staticmethod
-    def of(x: NDArray[Any], layout: str) -> Arrangement:
-        """Arrange by the memory order of `x`, which is not empty."""
+    def of(x: NDArray[Any], layout: str, *, by_sample: bool = False) -> Arrangement:
+        """Arrange by the memory order of `x`, which is not empty.
+
+        `by_sample` wants the samples outermost, each some whole rows of N: other memory is copied.
+        """
         channel = channel_axis(layout, x.ndim)
         axes = _memory_order(x, channel)
+        if by_sample and axes[0] != 0:
+            axes = tuple(range(x.ndim))
         at = axes.index(channel)
         n = prod(x.shape[axis] for axis in axes[:at])
         s = prod(x.shape[axis] for axis in axes[at + 1 :])
-        if x.shape[channel] == 1 and s == 1:
+        if x.shape[channel] == 1 and s == 1 and not by_sample:
             # A single column: its samples are the contiguous values of one channel.
             n, s = 1, n
         return Arrangement(axes, (1, n, x.shape[channel], s))
@@ -55,6 +60,11 @@ class Arrangement:
         a = np.asarray(a, dtype=a.dtype.newbyteorder("="))
         v = a.transpose(self.axes).reshape(self.view_shape)
         return v if _is_walkable(v) else np.ascontiguousarray(v)
+
+    def mask(self, where: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """An array like x but for a single channel, as contiguous (G, N, S)."""
+        g, n, _, s = self.view_shape
+        return np.ascontiguousarray(where.transpose(self.axes)).reshape(g, n, s)
 
     def target(self, out: NDArray[Any]) -> NDArray[Any]:
         """A (G, N, C, S) array to write: `out` itself if it can be walked, else a fresh one."""

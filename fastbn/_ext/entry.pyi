@@ -4,7 +4,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from fastbn.activations import Activation
-from fastbn.backends.base import Affine, Gate, GradientCoefficients, Table, Tail
+from fastbn.backends.base import Affine, Gate, GradientCoefficients, Selection, Table, Tail
 
 Array = NDArray[Any]
 
@@ -17,12 +17,26 @@ class Engine:
     isa: str
     def __init__(self, isa: str, modules: tuple[Any, ...]) -> None: ...
     def calls(self) -> int: ...
-    def moments(self, x: Array, threads: int) -> tuple[Table, Table]: ...
+    def moments(
+        self, x: Array, threads: int, selection: Selection | None
+    ) -> tuple[Table, Table]: ...
     def normalize(
-        self, x: Array, affine: Affine, out: Array, threads: int, tail: Tail | None
+        self,
+        x: Array,
+        affine: Affine,
+        out: Array,
+        threads: int,
+        tail: Tail | None,
+        selection: Selection | None,
     ) -> None: ...
     def gradient_moments(
-        self, dy: Array, x: Array, mean: Table, threads: int, gate: Gate | None
+        self,
+        dy: Array,
+        x: Array,
+        mean: Table,
+        threads: int,
+        gate: Gate | None,
+        selection: Selection | None,
     ) -> tuple[Table, Table]: ...
     def input_gradient(
         self,
@@ -32,6 +46,7 @@ class Engine:
         out: Array,
         threads: int,
         gate: Gate | None,
+        selection: Selection | None,
     ) -> None: ...
     def forward(
         self,
@@ -42,6 +57,7 @@ class Engine:
         out: Array,
         threads: int,
         tail: Tail | None,
+        selection: Selection | None,
     ) -> tuple[Table, Table]: ...
     def backward(
         self,
@@ -55,6 +71,7 @@ class Engine:
         out: Array,
         threads: int,
         gate: Gate | None,
+        selection: Selection | None,
     ) -> tuple[Table, Table]: ...
     def frozen(
         self, affine: Affine, layout: str, activation: Activation

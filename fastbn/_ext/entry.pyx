@@ -265,11 +265,12 @@ cdef int set_scratch(Task* t, char** memory) except -1 nogil:
     cdef Py_ssize_t table = t.G * t.pitch * sizeof(double)
     cdef Py_ssize_t packed = t.G * t.pitch * PACKED * t.real_bytes
     cdef Py_ssize_t reducing = 0 if t.reduce == NO_REDUCE else 1
+    cdef Py_ssize_t samples = columns_of_samples(t)
     cdef char* free
     if t.prepared != NULL and t.fold == 1:
         t.packed = t.prepared
         return 0
-    memory[0] = <char*> PyMem_RawMalloc(rows_of_sums(t) * table + packed + 8 * LINE)
+    memory[0] = <char*> PyMem_RawMalloc(rows_of_sums(t) * table + packed + 3 * samples + 8 * LINE)
     if memory[0] == NULL:
         raise MemoryError("fastbn: no memory for the tables of sums")
     free = memory[0] + (-<size_t> memory[0] & (LINE - 1))
@@ -278,7 +279,22 @@ cdef int set_scratch(Task* t, char** memory) except -1 nogil:
     t.total = <double*> take(&free, reducing * 2 * table)
     t.partial = <double*> take(&free, reducing * 2 * t.chunks * table)
     t.packed = take(&free, packed)
+    t.samples = <unsigned short*> take(&free, samples * sizeof(short))
+    t.numbers = <unsigned char*> take(&free, samples)
+    set_samples(t)
     return 0
+
+
+cdef Py_ssize_t columns_of_samples(Task* t) noexcept nogil:
+    """Of a row and of what vectors reach of the next one, where a mask asks whose they are."""
+    return t.pitch + LANES if t.mask != NULL and t.inside else 0
+
+
+cdef void set_samples(Task* t) noexcept nogil:
+    cdef Py_ssize_t c
+    for c in range(columns_of_samples(t)):
+        t.samples[c] = <unsigned short> (c // t.channels)
+        t.numbers[c] = <unsigned char> (c // t.channels)
 
 
 # ---- In parts: the tables of a wide array with few values a channel would outgrow it ----
@@ -599,28 +615,30 @@ cdef class Engine:
 
     # The six functions of a backend
 
-    def moments(self, cnp.ndarray x, int threads):
-        cdef Task t = new_task(x, MOMENTS, NO_MAP)
+    def moments(self, cnp.ndarray x, int threads, selection):
+        cdef Task t = new_task(x, MOMENTS, NO_MAP, selection)
         t.x = operand(&t, x)
         return self.with_tables(&t, x, threads)
 
-    def normalize(self, cnp.ndarray x, affine, cnp.ndarray out, int threads, tail):
-        cdef Task t = new_task(x, NO_REDUCE, AFFINE)
+    def normalize(self, cnp.ndarray x, affine, cnp.ndarray out, int threads, tail, selection):
+        cdef Task t = new_task(x, NO_REDUCE, AFFINE, selection)
         t.x, t.out = operand(&t, x), operand(&t, out)
         t.mean, t.gamma, t.beta = table(affine.mean), table(affine.scale), table(affine.beta)
         fuse_tail(&t, tail)
         self.go(&t, x, threads)
 
-    def gradient_moments(self, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mean, int threads, gate):
-        cdef Task t = new_task(x, GRADIENT_MOMENTS, NO_MAP)
+    def gradient_moments(self, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mean, int threads, gate,
+                         selection):
+        cdef Task t = new_task(x, GRADIENT_MOMENTS, NO_MAP, selection)
         t.x, t.dy = operand(&t, x), operand(&t, dy)
         t.mean = table(mean)
         fuse_gate(&t, gate, False)
         sum_dy_centred, sum_dy = self.with_tables(&t, x, threads)
         return sum_dy, sum_dy_centred
 
-    def input_gradient(self, cnp.ndarray dy, x, coefficients, cnp.ndarray out, int threads, gate):
-        cdef Task t = new_task(dy, NO_REDUCE, AFFINE if x is None else INPUT_GRADIENT)
+    def input_gradient(self, cnp.ndarray dy, x, coefficients, cnp.ndarray out, int threads, gate,
+                       selection):
+        cdef Task t = new_task(dy, NO_REDUCE, AFFINE if x is None else INPUT_GRADIENT, selection)
         t.dy, t.out = operand(&t, dy), operand(&t, out)
         if x is None:
             t.gamma = table(coefficients.a)
@@ -633,16 +651,18 @@ cdef class Engine:
         self.go(&t, dy, threads)
 
     def forward(self, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, double eps,
-                cnp.ndarray out, int threads, tail):
-        cdef Task t = new_task(x, MOMENTS, AFFINE)
+                cnp.ndarray out, int threads, tail, selection):
+        cdef Task t = new_task(x, MOMENTS, AFFINE, selection)
         t.x, t.out = operand(&t, x), operand(&t, out)
         t.gamma, t.beta, t.eps = table(gamma), table(beta), eps
         fuse_tail(&t, tail)
         return self.with_tables(&t, x, threads)
 
     def backward(self, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mean, cnp.ndarray var,
-                 cnp.ndarray gamma, double eps, bint frozen, cnp.ndarray out, int threads, gate):
-        cdef Task t = new_task(x, GRADIENT_MOMENTS, AFFINE if frozen else INPUT_GRADIENT)
+                 cnp.ndarray gamma, double eps, bint frozen, cnp.ndarray out, int threads, gate,
+                 selection):
+        cdef Map map = AFFINE if frozen else INPUT_GRADIENT
+        cdef Task t = new_task(x, GRADIENT_MOMENTS, map, selection)
         t.x, t.dy, t.out = operand(&t, x), operand(&t, dy), operand(&t, out)
         t.mean, t.var, t.gamma, t.eps = table(mean), table(var), table(gamma), eps
         fuse_gate(&t, gate, True)
@@ -819,14 +839,33 @@ cdef void fuse_gate(Task* t, object gate, bint maps):
         t.dresidual = operand(t, gate.dresidual)
 
 
-cdef Task new_task(cnp.ndarray x, int reduce, int map):
+cdef Task new_task(cnp.ndarray x, int reduce, int map, object selection):
     """A task on x's (G, N, C, S) shape."""
     cdef Task t
     memset(&t, 0, sizeof(Task))
     set_shape(&t, cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2),
               cnp.PyArray_DIM(x, 3), cnp.PyArray_DIM(x, 3) == 1)
     t.reduce, t.map = <Reduce> reduce, <Map> map
+    if selection is not None:
+        select_places(&t, selection.mask, selection.weights, selection.count)
     return t
+
+
+cdef int select_places(Task* t, cnp.ndarray mask, object weights, double count) except -1:
+    """Which places count, and how much; samples that weigh are not folded."""
+    cdef Py_ssize_t samples = t.N * t.fold + t.tail // t.channels, each = 0
+    t.mask, t.mask_g = <unsigned char*> cnp.PyArray_DATA(mask), cnp.PyArray_STRIDE(mask, 0)
+    t.count = count
+    if weights is not None:
+        t.N, t.C, t.fold, t.tail = samples, t.channels, 1, 0
+        set_pitch(t)
+        t.weights = <double*> cnp.PyArray_DATA(weights)
+        t.weights_g = cnp.PyArray_DIM(weights, 1)
+        t.weight_rows = samples // t.weights_g
+        each = t.weight_rows * t.S
+    while t.mask[t.start] == 0 or (each > 0 and t.weights[t.start // each] == 0):
+        t.start += 1    # there is one, for count is more than 0
+    return 0
 
 
 cdef void set_parameters(Task* t, object gamma, object beta):

@@ -20,6 +20,8 @@
 # 5. What precedes or follows normalization in a network is fused: a residual and an activation on
 #    the way out, on the way back the activation's slope where it gave y. Loops take what they do
 #    as a constant, `kind`; each is compiled once for each kind, without a branch in it.
+#    Places that do not count are masked: of what was loaded, and of what is stored, only their
+#    bits are cleared, so that nothing that stands there gets anywhere. All channels share a mask.
 # 6. A trip over planes runs both passes on one block of channels, the second walk in reverse, so
 #    that it starts on what the cache still holds. Rows are walked in the order of memory, by all
 #    threads together, which meet between the passes; so are planes where single blocks would leave
@@ -33,7 +35,7 @@ from libc.string cimport memcpy, memset
 
 from fastbn._ext.task cimport (
     ACTIVE, AFFINE, AHEAD, GATED, GRADIENT_MOMENTS, INPUT_GRADIENT, KEEPS, MOMENTS, NO_MAP,
-    NO_REDUCE, PACKED, RESIDUAL, WITH_X, Operand, Table, Task,
+    NO_REDUCE, PACKED, RESIDUAL, SELECTED, WITH_X, Operand, Table, Task,
 )
 
 cdef extern from "simd.h" nogil:
@@ -55,7 +57,17 @@ cdef extern from "simd.h" nogil:
     const int BOUND         # bytes; streaming starts at a multiple
     void vsplat_each(vec* v, const real* p, long pitch, int count)
     void vload_each(vec* v, const real* p, long pitch, int count)
+    ctypedef struct picks:  # which of sixteen places count
+        pass
+    ctypedef struct lanes:  # the same, as a mask
+        pass
+    picks picks_of(const unsigned char* p)
+    picks picks_by(const unsigned char* p, picks numbers)
+    picks numbers_of(const unsigned char* p)
+    lanes lanes_of(picks some)
+    vec vand(vec v, lanes mask)
     vec affine(vec x, const vec* k)
+    vec gradient_weighed(vec dy, vec x, real w, const vec* k)
     vec gradient(vec dy, vec x, const vec* k)
     vec vadd(vec a, vec b)
     vec activate(vec v, const bends* b)
@@ -71,6 +83,10 @@ cdef extern from "simd.h" nogil:
     void add_moments(const element* x, long n, wide shift, wide unit, wide* first, wide* second)
     void add_gradients(const element* dy, const element* x, const element* y, long n, wide mean,
                        const bends* b, wide* first, wide* second)
+    void add_picked_moments(const element* x, picks some, double weight, long n, wide shift,
+                            wide unit, wide* first, wide* second)
+    void add_picked_gradients(const element* dy, const element* x, const element* y, picks some,
+                              long n, wide mean, const bends* b, wide* first, wide* second)
     const double FARTHEST   # the mean times `near` stays below
     double inverse_root(double a)
     double power_of_two(double a)
@@ -131,6 +147,48 @@ cdef inline Chunk chunk(const Task* t, Py_ssize_t j) noexcept nogil:
     return k
 
 
+cdef struct Selected:
+    # Which places count: the mask where the work is, how a row is read, and what weighs there:
+    # `left` more samples weigh what this one does, and then `each` what the next weight says.
+    const unsigned char* mask
+    Py_ssize_t mask_row
+    picks numbers
+    const double* weight
+    Py_ssize_t left, each
+
+cdef double unweighed = 1
+
+
+cdef inline Selected selected_at(const Task* t, Py_ssize_t g, Py_ssize_t n,
+                                 Py_ssize_t s) noexcept nogil:
+    """At value s of plane n, or at row n."""
+    cdef Selected p
+    p.mask_row = t.fold if t.inside else t.S
+    p.mask = t.mask + g * t.mask_g + n * p.mask_row + s
+    if t.weights == NULL:
+        p.weight, p.each, p.left = &unweighed, t.N + 1, t.N + 1
+    else:
+        p.weight, p.each = t.weights + g * t.weights_g + n // t.weight_rows, t.weight_rows
+        p.left = p.each - n % p.each
+    return p
+
+
+cdef inline Selected at_columns(const Task* t, const Selected* row, Py_ssize_t c) noexcept nogil:
+    """At sixteen columns of a row: each is of the sample that it belongs to."""
+    cdef Selected p = row[0]
+    p.mask += t.samples[c]
+    p.numbers = numbers_of(t.numbers + c)
+    return p
+
+
+cdef inline void next_row(Selected* p) noexcept nogil:
+    p.mask += p.mask_row
+    p.left -= 1
+    if p.left == 0:
+        p.weight += 1
+        p.left = p.each
+
+
 # ---- Reductions ----
 
 cdef inline Py_ssize_t ahead_values() noexcept nogil:
@@ -156,6 +214,8 @@ cdef struct Summed:
     Py_ssize_t x_ahead, dy_ahead, y_ahead
     bint fetch
     bends activation
+    picks some      # of the next sixteen
+    double weight   # of moments
 
 
 cdef inline void fetch_summed(int kind, const Summed* p, Py_ssize_t s) noexcept nogil:
@@ -169,7 +229,12 @@ cdef inline void fetch_summed(int kind, const Summed* p, Py_ssize_t s) noexcept 
 cdef inline void add(int kind, const Summed* p, Py_ssize_t s, Py_ssize_t n, wide shift, wide unit,
                      wide* first, wide* second) noexcept nogil:
     """Add n values to the moments or, with dy beside x, to the sums of gradients."""
-    if not kind & WITH_X:
+    if kind & SELECTED and kind & WITH_X:
+        add_picked_gradients(p.dy + s, p.x + s, p.y + s, p.some, n, shift,
+                             &p.activation if kind & GATED else NULL, first, second)
+    elif kind & SELECTED:
+        add_picked_moments(p.x + s, p.some, p.weight, n, shift, unit, first, second)
+    elif not kind & WITH_X:
         add_moments(p.x + s, n, shift, unit, first, second)
     elif kind & GATED:
         add_gradients(p.dy + s, p.x + s, p.y + s, n, shift, &p.activation, first, second)
@@ -196,6 +261,7 @@ cdef inline void sum_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0
     cdef double* sum = sums(t, g, j)
     cdef wide shifts, units, first, second
     cdef Summed p
+    cdef Selected selected
     for c in range(c0, c1):
         shifts, units = wsplat(shift[c]), wsplat(unit[c])
         first, second = wsplat(0), wsplat(0)
@@ -203,15 +269,24 @@ cdef inline void sum_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0
             p = summed_at(t, g, n, c, k.s0)
             p.x_ahead, p.dy_ahead = later(t, &t.x, n), later(t, &t.source, n)
             p.y_ahead = later(t, &t.other, n)
+            if kind & SELECTED:
+                selected = selected_at(t, g, n, k.s0)
+                p.weight = selected.weight[0]
+                if not kind & WITH_X and p.weight == 0:
+                    continue
             for s in range(0, whole, 16):
                 fetch_summed(kind, &p, s)
+                if kind & SELECTED:
+                    p.some = picks_of(selected.mask + s)
                 add(kind, &p, s, 16, shifts, units, &first, &second)
             if whole < size:
+                if kind & SELECTED:
+                    p.some = picks_of(selected.mask + whole)
                 add(kind, &p, whole, size - whole, shifts, units, &first, &second)
         sum[c], sum[t.pitch + c] = wsum(first), wsum(second)
 
 
-cdef inline void sum_columns(int kind, Summed p, Py_ssize_t rows, Py_ssize_t width,
+cdef inline void sum_columns(int kind, Summed p, Selected selected, Py_ssize_t rows, Py_ssize_t width,
                              const double* shift, const double* unit, double* first,
                              double* second) noexcept nogil:
     """Up to 16 columns of a few rows, whose tables start here."""
@@ -220,7 +295,11 @@ cdef inline void sum_columns(int kind, Summed p, Py_ssize_t rows, Py_ssize_t wid
     cdef Py_ssize_t r
     for r in range(rows):
         fetch_summed(kind, &p, 0)
-        add(kind, &p, 0, width, k, u, &sum, &other)
+        if kind & SELECTED:
+            p.some, p.weight = picks_by(selected.mask, selected.numbers), selected.weight[0]
+            next_row(&selected)
+        if kind & WITH_X or not kind & SELECTED or p.weight != 0:
+            add(kind, &p, 0, width, k, u, &sum, &other)
         p.x += p.x_row
         p.dy += p.dy_row
         p.y += p.y_row
@@ -236,16 +315,23 @@ cdef inline void sum_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t n, P
     cdef const double* shift = t.shift + g * t.pitch
     cdef const double* unit = t.unit + g * t.pitch
     cdef Summed p = summed_at(t, g, n, c0, 0)
+    cdef Selected row, selected
     cdef Py_ssize_t c, end = c0 + width, whole = end - width % 16
     cdef double* second = sum + t.pitch
     p.x_ahead, p.dy_ahead, p.y_ahead = ahead * p.x_row, ahead * p.dy_row, ahead * p.y_row
+    if kind & SELECTED:
+        row = selected_at(t, g, n, 0)
     for c in range(c0, whole, 16):
-        sum_columns(kind, p, rows, 16, shift + c, unit + c, sum + c, second + c)
+        if kind & SELECTED:
+            selected = at_columns(t, &row, c)
+        sum_columns(kind, p, selected, rows, 16, shift + c, unit + c, sum + c, second + c)
         p.x += 16
         p.dy += 16
         p.y += 16
     if whole < end:
-        sum_columns(kind, p, rows, end - whole, shift + whole, unit + whole, sum + whole,
+        if kind & SELECTED:
+            selected = at_columns(t, &row, whole)
+        sum_columns(kind, p, selected, rows, end - whole, shift + whole, unit + whole, sum + whole,
                     second + whole)
 
 
@@ -276,7 +362,13 @@ cdef inline void sum_chunk(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0,
 
 cdef void reduce_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
                        Py_ssize_t j) noexcept nogil:
-    if t.reduce == MOMENTS:
+    if t.mask != NULL and t.reduce == MOMENTS:
+        sum_chunk(SELECTED, t, g, c0, c1, j)
+    elif t.mask != NULL and t.kind & GATED:
+        sum_chunk(WITH_X | GATED | SELECTED, t, g, c0, c1, j)
+    elif t.mask != NULL:
+        sum_chunk(WITH_X | SELECTED, t, g, c0, c1, j)
+    elif t.reduce == MOMENTS:
         sum_chunk(0, t, g, c0, c1, j)
     elif t.kind & GATED:
         sum_chunk(WITH_X | GATED, t, g, c0, c1, j)
@@ -375,6 +467,15 @@ cdef inline void first_values(const element* x, Py_ssize_t stride, Py_ssize_t co
             values[i] = value_of(x + i * stride)
 
 
+cdef inline const element* first_place(const Task* t, Py_ssize_t g, Py_ssize_t c) noexcept nogil:
+    """Channel c's first value that weighs anything."""
+    cdef Py_ssize_t step = t.fold if t.inside else t.S
+    cdef Py_ssize_t n = t.start // step, rest = t.start % step
+    if t.inside:
+        return at(&t.x, g, n, c + rest * t.channels)
+    return at(&t.x, g, n, c) + rest
+
+
 cdef void set_shift(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
     """What is subtracted before summing: each channel's first value, or its given mean."""
     cdef Py_ssize_t c, count, end = channels_of_run(t, c1)
@@ -386,7 +487,7 @@ cdef void set_shift(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) n
     for c in range(c0, end, 16):
         count = min(16, end - c)
         if t.reduce == MOMENTS:
-            first_values(at(&t.x, g, 0, c), t.x.c, count, values)
+            first_values(first_place(t, g, c), t.x.c, count, values)
         else:
             gather(&t.mean, g, c, count, 0, values)
         store_doubles(shift + c, values, count)
@@ -703,6 +804,8 @@ cdef struct Place:
     Py_ssize_t source_ahead, x_ahead, other_ahead
     bint fetch, stream_dresidual
     bends activation
+    lanes kept      # of the next sixteen
+    real weight
 
 
 cdef inline Place place(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t c,
@@ -739,12 +842,16 @@ cdef inline vec result(int kind, const Place* p, Py_ssize_t s, Py_ssize_t n, con
                        bint whole) noexcept nogil:
     """n values of y, or of dx; the residual's gradient is stored on the way."""
     cdef vec v = vload_some(p.source + s, n)
+    if kind & SELECTED:
+        v = vand(v, p.kept)
     if kind & GATED:
         v = gate(v, vload_some(p.other + s, n), &p.activation)
     if kind & KEEPS and whole and p.stream_dresidual:
         vstream(p.dresidual + s, v)
     elif kind & KEEPS:
         vstore_some(p.dresidual + s, v, n)
+    if kind & WITH_X and kind & SELECTED:
+        return vand(gradient_weighed(v, vload_some(p.x + s, n), p.weight, k), p.kept)
     if kind & WITH_X:
         return gradient(v, vload_some(p.x + s, n), k)
     v = affine(v, k)
@@ -752,6 +859,8 @@ cdef inline vec result(int kind, const Place* p, Py_ssize_t s, Py_ssize_t n, con
         v = vadd(v, vload_some(p.other + s, n))
     if kind & ACTIVE:
         v = activate(v, &p.activation)
+    if kind & SELECTED:
+        v = vand(v, p.kept)
     return v
 
 
@@ -759,8 +868,15 @@ cdef inline int coefficients(int kind) noexcept nogil:
     return PACKED if kind & WITH_X else 4
 
 
-cdef inline void map_plane(int kind, const Task* t, const Place* p, Py_ssize_t n, const real* row,
-                           Line* line) noexcept nogil:
+cdef inline vec of_plane(int kind, Place* p, const Selected* selected, Py_ssize_t s, Py_ssize_t n,
+                         const vec* k, bint whole) noexcept nogil:
+    if kind & SELECTED:
+        p.kept = lanes_of(picks_of(selected.mask + s))
+    return result(kind, p, s, n, k, whole)
+
+
+cdef inline void map_plane(int kind, const Task* t, Place* p, const Selected* selected,
+                           Py_ssize_t n, const real* row, Line* line) noexcept nogil:
     """n contiguous values of one channel, whose coefficients stand `pitch` apart."""
     cdef bint stream = t.stream
     cdef vec[PACKED] k
@@ -768,17 +884,17 @@ cdef inline void map_plane(int kind, const Task* t, const Place* p, Py_ssize_t n
     vsplat_each(k, row, t.pitch, coefficients(kind))
     if stream and line.waiting > 0:
         s = min(16 - line.waiting, n)
-        fill_line(line, p.out, result(kind, p, 0, s, k, False), s)
+        fill_line(line, p.out, of_plane(kind, p, selected, 0, s, k, False), s)
     while s + 16 <= n:
         fetch_place(kind, p, s)
-        put(p.out + s, result(kind, p, s, 16, k, True), stream)
+        put(p.out + s, of_plane(kind, p, selected, s, 16, k, True), stream)
         s += 16
     if s == n:
         return
     if stream:
-        fill_line(line, p.out + s, result(kind, p, s, n - s, k, False), n - s)
+        fill_line(line, p.out + s, of_plane(kind, p, selected, s, n - s, k, False), n - s)
     else:
-        vstore_part(p.out + s, result(kind, p, s, n - s, k, False), n - s)
+        vstore_part(p.out + s, of_plane(kind, p, selected, s, n - s, k, False), n - s)
 
 
 cdef inline void map_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
@@ -792,26 +908,36 @@ cdef inline void map_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0
     cdef Py_ssize_t n, c, size = k.s1 - k.s0
     cdef Line line
     cdef Place p
+    cdef Selected selected
     for n in range(k.n0, k.n1):
+        if kind & SELECTED:
+            selected = selected_at(t, g, n, k.s0)
         for c in range(c0, c1):
             p = place(t, g, n, c, k.s0)
+            if kind & SELECTED:
+                p.weight = <real> selected.weight[0]
             p.source_ahead, p.x_ahead = ahead * t.source.c, ahead * t.x.c
             p.other_ahead = ahead * t.other.c
             if t.stream and (c == c0 or not t.joined):
                 begin_run(&line, p.out)
-            map_plane(kind, t, &p, size, packed(t, g) + c, &line)
+            map_plane(kind, t, &p, &selected, size, packed(t, g) + c, &line)
             if t.stream and (c + 1 == c1 or not t.joined):
                 end_run(&line, p.out + size)
 
 
-cdef inline void map_columns(int kind, Place p, Py_ssize_t rows, Py_ssize_t width,
-                             const real* row, Py_ssize_t pitch, bint stream) noexcept nogil:
+cdef inline void map_columns(int kind, Place p, Selected selected, Py_ssize_t rows,
+                             Py_ssize_t width, const real* row, Py_ssize_t pitch,
+                             bint stream) noexcept nogil:
     """Up to 16 columns of a few rows; the columns' coefficients stand in rows `pitch` apart."""
     cdef vec[PACKED] k
     cdef Py_ssize_t r
     vload_each(k, row, pitch, coefficients(kind))
     for r in range(rows):
         fetch_place(kind, &p, 0)
+        if kind & SELECTED:
+            p.kept = lanes_of(picks_by(selected.mask, selected.numbers))
+            p.weight = <real> selected.weight[0]
+            next_row(&selected)
         if stream:
             vstream(p.out, result(kind, &p, 0, 16, k, True))
         else:
@@ -829,17 +955,25 @@ cdef inline void map_few(int kind, const Task* t, Py_ssize_t g, Py_ssize_t n, Py
     cdef const real* row = packed(t, g) + c
     cdef bint stream = t.stream
     cdef Place p = place(t, g, n, c, 0)
+    cdef Selected first, here
     cdef Py_ssize_t pitch = t.pitch, s = unaligned(p.out, width) if stream else 0
     p.source_ahead = p.x_ahead = p.other_ahead = 2 * ahead_values()
+    if kind & SELECTED:
+        first = selected_at(t, g, n, 0)
+        here = at_columns(t, &first, c)
     if s > 0:
-        map_columns(kind, p, rows, s, row, pitch, False)
+        map_columns(kind, p, here, rows, s, row, pitch, False)
         forward(&p, s)
     while s + 16 <= width:
-        map_columns(kind, p, rows, 16, row + s, pitch, stream)
+        if kind & SELECTED:
+            here = at_columns(t, &first, c + s)
+        map_columns(kind, p, here, rows, 16, row + s, pitch, stream)
         forward(&p, 16)
         s += 16
     if s < width:
-        map_columns(kind, p, rows, width - s, row + s, pitch, False)
+        if kind & SELECTED:
+            here = at_columns(t, &first, c + s)
+        map_columns(kind, p, here, rows, width - s, row + s, pitch, False)
 
 
 cdef inline bint is_dense(const Task* t) noexcept nogil:
@@ -899,8 +1033,31 @@ cdef void map_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1, P
         map_chunk_of(WITH_X | GATED | KEEPS, t, g, c0, c1, j, ahead)
     elif t.kind == GATED:
         map_chunk_of(GATED, t, g, c0, c1, j, ahead)
-    else:
+    elif t.kind == (GATED | KEEPS):
         map_chunk_of(GATED | KEEPS, t, g, c0, c1, j, ahead)
+    else:
+        map_selected(t, g, c0, c1, j, ahead)
+
+
+cdef void map_selected(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t j,
+                       Py_ssize_t ahead) noexcept nogil:
+    """The kinds of maps with a mask."""
+    if t.kind == SELECTED:
+        map_chunk_of(SELECTED, t, g, c0, c1, j, ahead)
+    elif t.kind == (SELECTED | ACTIVE):
+        map_chunk_of(SELECTED | ACTIVE, t, g, c0, c1, j, ahead)
+    elif t.kind == (SELECTED | ACTIVE | RESIDUAL):
+        map_chunk_of(SELECTED | ACTIVE | RESIDUAL, t, g, c0, c1, j, ahead)
+    elif t.kind == (SELECTED | WITH_X):
+        map_chunk_of(SELECTED | WITH_X, t, g, c0, c1, j, ahead)
+    elif t.kind == (SELECTED | WITH_X | GATED):
+        map_chunk_of(SELECTED | WITH_X | GATED, t, g, c0, c1, j, ahead)
+    elif t.kind == (SELECTED | WITH_X | GATED | KEEPS):
+        map_chunk_of(SELECTED | WITH_X | GATED | KEEPS, t, g, c0, c1, j, ahead)
+    elif t.kind == (SELECTED | GATED):
+        map_chunk_of(SELECTED | GATED, t, g, c0, c1, j, ahead)
+    else:
+        map_chunk_of(SELECTED | GATED | KEEPS, t, g, c0, c1, j, ahead)
 
 
 # ---- Order of work ----
@@ -991,10 +1148,12 @@ cdef void work(Task* t, int thread, int team) noexcept nogil:
 cdef int kind_of(const Task* t) noexcept nogil:
     """What a map does beside (or, with x, instead of) an affine map of its source."""
     cdef int kind = WITH_X if t.map == INPUT_GRADIENT else 0
+    if t.mask != NULL:
+        kind |= SELECTED
     if t.y.data != NULL:
         return kind | GATED | (KEEPS if t.dresidual.data != NULL else 0)
     if t.residual.data != NULL:
-        return ACTIVE | RESIDUAL
+        return kind | ACTIVE | RESIDUAL
     return kind | (ACTIVE if t.slope != 1 else 0)
 
 

@@ -261,6 +261,78 @@ INLINE void store_part(element *p, raw_register v, long n, int i) {
 }
 #endif
 
+/* ---- Picks: of sixteen places those that count, a byte each, not 0 ---- */
+
+typedef uint8_t picks __attribute__((vector_size(LANES)));
+
+/* Sixteen bytes in a row. */
+INLINE picks picks_of(const uint8_t *p) {
+    picks some;
+    memcpy(&some, p, sizeof some);
+    return some;
+}
+/* For each lane the byte of its number, from 0 to 15. */
+INLINE picks picks_by(const uint8_t *p, picks numbers) {
+#if FASTBN_WIDTH > 16 && !defined(FASTBN_PORTABLE)
+    return (picks)_mm_shuffle_epi8((__m128i)picks_of(p), (__m128i)numbers);
+#else
+    picks some;
+    for (int i = 0; i < LANES; i++)
+        some[i] = p[numbers[i]];
+    return some;
+#endif
+}
+/* The first sixteen numbers (of which bytes are enough), counted from the first of them. */
+INLINE picks numbers_of(const uint8_t *p) { return picks_of(p) - p[0]; }
+
+#if FASTBN_WIDTH == 64 && !defined(FASTBN_PORTABLE)
+/* A bit a lane. */
+typedef struct { __mmask16 bits; } lanes;
+INLINE lanes lanes_of(picks some) {
+    return (lanes){_mm_test_epi8_mask((__m128i)some, (__m128i)some)};
+}
+INLINE vec vand(vec v, lanes mask) {
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++)
+#ifdef FASTBN_F64
+        v.r[i] = _mm512_maskz_mov_pd((__mmask8)(mask.bits >> i * DOUBLES), v.r[i]);
+#else
+        v.r[i] = _mm512_maskz_mov_ps(mask.bits, v.r[i]);
+#endif
+    return v;
+}
+/* Register i of float64. */
+INLINE f64_register picked(f64_register a, lanes mask, picks some, int i) {
+    (void)some;
+    return _mm512_maskz_mov_pd((__mmask8)(mask.bits >> i * DOUBLES), a);
+}
+#else
+/* All bits of a lane, or none. */
+typedef struct { mask_register r[VEC_REGISTERS]; } lanes;
+typedef uint8_t element_bytes __attribute__((vector_size(ELEMENTS)));
+typedef uint8_t double_bytes __attribute__((vector_size(DOUBLES)));
+INLINE lanes lanes_of(picks some) {
+    lanes mask;
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++) {
+        element_bytes part;
+        memcpy(&part, (const uint8_t *)&some + i * ELEMENTS, sizeof part);
+        mask.r[i] = __builtin_convertvector(part, mask_register) != 0;
+    }
+    return mask;
+}
+INLINE vec vand(vec v, lanes mask) {
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++)
+        v.r[i] = (vec_register)((mask_register)v.r[i] & mask.r[i]);
+    return v;
+}
+/* Register i of float64. */
+INLINE f64_register picked(f64_register a, lanes mask, picks some, int i) {
+    double_bytes part;
+    (void)mask;
+    memcpy(&part, (const uint8_t *)&some + i * DOUBLES, sizeof part);
+    return (f64_register)((i64_register)a & (__builtin_convertvector(part, i64_register) != 0));
+}
+#endif
+
 /* ---- Scalars: without branches, so that loops over channels become vectors ---- */
 
 INLINE double choose(int condition, double a, double b) { return condition ? a : b; }
@@ -357,6 +429,15 @@ INLINE vec gradient(vec dy, vec x, const vec *k) {
     UNROLLED (int i = 0; i < VEC_REGISTERS; i++) {
         vec_register d = x.r[i] * k[3].r[i] - k[4].r[i] - k[5].r[i];
         dy.r[i] = (dy.r[i] * k[0].r[i] - k[1].r[i]) * k[2].r[i] + (d * k[6].r[i] + k[7].r[i]);
+    }
+    return dy;
+}
+/* The same where a sample weighs w, of the means alone. */
+INLINE vec gradient_weighed(vec dy, vec x, real w, const vec *k) {
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++) {
+        vec_register d = x.r[i] * k[3].r[i] - k[4].r[i] - k[5].r[i];
+        vec_register own = (dy.r[i] * k[0].r[i] - k[1].r[i] * w) * k[2].r[i];
+        dy.r[i] = own + (d * k[6].r[i] + k[7].r[i]) * w;
     }
     return dy;
 }
@@ -599,6 +680,26 @@ INLINE void add_moments(const element *x, long n, wide shift, wide unit, wide *f
         second->r[i] += d * d;
     }
 }
+/* The same of those picked, times a weight. */
+INLINE void add_picked_moments(const element *x, picks some, double weight, long n, wide shift,
+                               wide unit, wide *first, wide *second) {
+    lanes mask = lanes_of(some);
+    f64_register w = weight - (f64_register){0};
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) {
+        const element *p = x + i * DOUBLES;
+        f64_register d = (IS_WHOLE(n) ? widen(p) : widen_part(p, n, i)) - shift.r[i];
+        d = picked(d, mask, some, i);
+        if (!IS_WHOLE(n))
+            d = first_lanes(d, n, i);
+#ifdef FASTBN_F64
+        d *= unit.r[i];
+#else
+        (void)unit;
+#endif
+        first->r[i] += d * w;
+        second->r[i] += d * w * d;
+    }
+}
 INLINE f64_register where_wide(i64_register mask, f64_register then, f64_register other) {
     return (f64_register)((mask & (i64_register)then) | (~mask & (i64_register)other));
 }
@@ -622,6 +723,25 @@ INLINE void add_gradients(const element *dy, const element *x, const element *y,
             slope = gate_wide(slope, IS_WHOLE(n) ? widen(r) : widen_part(r, n, i), b);
         first->r[i] = add_beside(first->r[i], slope * d);
         second->r[i] = add_beside(second->r[i], slope);
+    }
+}
+
+/* The same of those picked. */
+INLINE void add_picked_gradients(const element *dy, const element *x, const element *y, picks some,
+                                 long n, wide mean, const bends *b, wide *first, wide *second) {
+    lanes mask = lanes_of(some);
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) {
+        const element *p = x + i * DOUBLES, *q = dy + i * DOUBLES, *r = y + i * DOUBLES;
+        f64_register d = (IS_WHOLE(n) ? widen(p) : widen_part(p, n, i)) - mean.r[i];
+        f64_register slope = IS_WHOLE(n) ? widen(q) : widen_part(q, n, i);
+        if (b)
+            slope = gate_wide(slope, IS_WHOLE(n) ? widen(r) : widen_part(r, n, i), b);
+        d = picked(d, mask, some, i);
+        slope = picked(slope, mask, some, i);
+        if (!IS_WHOLE(n))
+            d = first_lanes(d, n, i);
+        first->r[i] += slope * d;
+        second->r[i] += slope;
     }
 }
 

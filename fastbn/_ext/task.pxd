@@ -30,6 +30,7 @@ cdef enum:
     ACTIVE = 4          # then comes an activation
     GATED = 8           # dy is multiplied by the slope of the activation where it gave y
     KEEPS = 16          # that product is stored, as the residual's gradient
+    SELECTED = 32       # places are masked and, in moments and their gradient, samples weighed
 
 cdef struct Task:
     Reduce reduce
@@ -42,6 +43,13 @@ cdef struct Task:
     double count, eps
     # NULL data where there is none: y gates dy, and dresidual is what it lets through.
     Operand x, dy, out, residual, y, dresidual
+    # Which places count, a byte each; NULL: all. Channels outside: byte s of sample n at n*S + s.
+    # Inside: one a sample. Padded, to be read in whole vectors. Of each `weight_rows` samples a
+    # weight; NULL: 1. The first place that weighs anything is `start`.
+    const unsigned char* mask
+    Py_ssize_t mask_g, start
+    const double* weights
+    Py_ssize_t weights_g, weight_rows
     # The activation, 1 and infinity for none.
     double slope, top
     # The kernels' own: what a map takes its main values from (dy, else x), and beside them (y, or
@@ -76,6 +84,9 @@ cdef struct Task:
     double* unit        # (G, pitch): a power of two that keeps float64 squares in range
     double* partial     # (G, chunks, 2, pitch): each chunk's two sums
     double* total       # (G, 2, pitch): the merged sums
+    # (pitch + 16): which of a folded row's samples a column is of, and the same modulo 256.
+    unsigned short* samples
+    unsigned char* numbers
     char* packed        # (G, PACKED, pitch) reals: the coefficients of the map
     # Coefficients that were packed before, for unfolded rows: then there is no small step.
     char* prepared

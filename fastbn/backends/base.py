@@ -11,6 +11,8 @@
    is `normal_scale` and `gradient_coefficients` below.
 5. What follows normalization in a network is fused: a `Tail` adds a residual to y and applies an
    activation; on the way back a `Gate` lets dy through where the activation did.
+6. A `Selection` tells which places count, and how much in statistics. What stands at another place
+   is not looked at; the result there is 0.
 """
 
 from __future__ import annotations
@@ -73,6 +75,25 @@ class Gate(NamedTuple):
     def part(self, part: slice) -> Gate:
         """The same on some channels."""
         return Gate(self.activation, *(channels(a, part) for a in (self.y, self.dresidual)))
+
+
+class Selection(NamedTuple):
+    """The places that count, the same for all channels, and their samples' weight."""
+
+    mask: NDArray[np.bool_]
+    """(G, N, S), contiguous."""
+    weights: Table | None
+    """(G, M), contiguous, of each N / M consecutive samples; they weigh in statistics alone. What
+    weighs 0 is not looked at for them."""
+    count: float
+    """Of a channel: the sum of the weights of its places; more than 0."""
+
+    def rows(self, run: int) -> Table | None:
+        """A run's weights, (N, 1)."""
+        if self.weights is None:
+            return None
+        each = self.mask.shape[1] // self.weights.shape[1]
+        return np.repeat(self.weights[run], each)[:, None]
 
 
 quiet = np.errstate(all="ignore")
@@ -141,20 +162,34 @@ class Backend(ABC):
         return 0
 
     @abstractmethod
-    def moments(self, x: Array, threads: int) -> tuple[Table, Table]:
+    def moments(
+        self, x: Array, threads: int, selection: Selection | None = None
+    ) -> tuple[Table, Table]:
         """Mean and biased variance over N and S."""
 
     @abstractmethod
     def normalize(
-        self, x: Array, affine: Affine, out: Array, threads: int, tail: Tail | None = None
+        self,
+        x: Array,
+        affine: Affine,
+        out: Array,
+        threads: int,
+        tail: Tail | None = None,
+        selection: Selection | None = None,
     ) -> None:
         """out = (x - mean) * scale + beta, and what a tail adds."""
 
     @abstractmethod
     def gradient_moments(
-        self, dy: Array, x: Array, mean: Table, threads: int, gate: Gate | None = None
+        self,
+        dy: Array,
+        x: Array,
+        mean: Table,
+        threads: int,
+        gate: Gate | None = None,
+        selection: Selection | None = None,
     ) -> tuple[Table, Table]:
-        """Sums over N and S of dy, gated, and of dy * (x - mean)."""
+        """Sums over N and S of dy, gated, and of dy * (x - mean); nothing weighs."""
 
     @abstractmethod
     def input_gradient(
@@ -165,8 +200,10 @@ class Backend(ABC):
         out: Array,
         threads: int,
         gate: Gate | None = None,
+        selection: Selection | None = None,
     ) -> None:
-        """out = a * (dy - dy_mean) + b * xhat, of a gated dy; without x, out = a * dy."""
+        """out = a * (dy - w * dy_mean) + w * b * xhat, of a gated dy and, where a selection has
+        weights, a sample's w, else 1; without x, out = a * dy."""
 
     def forward(
         self,
@@ -177,10 +214,12 @@ class Backend(ABC):
         out: Array,
         threads: int,
         tail: Tail | None = None,
+        selection: Selection | None = None,
     ) -> tuple[Table, Table]:
         """The forward trip: moments, then normalize; gives mean and variance."""
-        mean, var = self.moments(x, threads)
-        self.normalize(x, Affine(mean, normal_scale(gamma, var, eps), beta), out, threads, tail)
+        mean, var = self.moments(x, threads, selection)
+        affine = Affine(mean, normal_scale(gamma, var, eps), beta)
+        self.normalize(x, affine, out, threads, tail, selection)
         return mean, var
 
     @quiet
@@ -196,15 +235,17 @@ class Backend(ABC):
         out: Array,
         threads: int,
         gate: Gate | None = None,
+        selection: Selection | None = None,
     ) -> tuple[Table, Table]:
         """The backward trip: gradient moments, then the gradient of the input.
 
         `frozen` statistics let no gradient through: dx = gamma * rstd * dy. Gives dgamma, dbeta.
         """
         rstd = inverse_deviation(var, eps)
-        sum_dy, sum_dy_centred = self.gradient_moments(dy, x, mean, threads, gate)
+        sum_dy, sum_dy_centred = self.gradient_moments(dy, x, mean, threads, gate, selection)
         dgamma = sum_dy_centred * rstd
-        count = x.shape[1] * x.shape[3]
+        count = x.shape[1] * x.shape[3] if selection is None else selection.count
         coefficients = gradient_coefficients(sum_dy, dgamma, count, mean, rstd, gamma)
-        self.input_gradient(dy, None if frozen else x, coefficients, out, threads, gate)
+        of_x = None if frozen else x
+        self.input_gradient(dy, of_x, coefficients, out, threads, gate, selection)
         return dgamma, sum_dy

@@ -16,6 +16,7 @@ from fastbn.backends.base import (
     Backend,
     Gate,
     GradientCoefficients,
+    Selection,
     Table,
     Tail,
 )
@@ -45,21 +46,35 @@ class NativeBackend(Backend):
     ) -> Callable[..., Array | None]:
         return self._engine.frozen(affine, layout, activation)
 
-    def moments(self, x: Array, threads: int) -> tuple[Table, Table]:
-        return self._engine.moments(_walkable(x), threads)
+    def moments(
+        self, x: Array, threads: int, selection: Selection | None = None
+    ) -> tuple[Table, Table]:
+        return self._engine.moments(_walkable(x), threads, _padded(selection))
 
     def normalize(
-        self, x: Array, affine: Affine, out: Array, threads: int, tail: Tail | None = None
+        self,
+        x: Array,
+        affine: Affine,
+        out: Array,
+        threads: int,
+        tail: Tail | None = None,
+        selection: Selection | None = None,
     ) -> None:
-        target = _target(out)
-        self._engine.normalize(_walkable(x), affine, target, threads, _walkable_tail(tail))
+        target, fused = _target(out), (_walkable_tail(tail), _padded(selection))
+        self._engine.normalize(_walkable(x), affine, target, threads, *fused)
         _deliver(target, out)
 
     def gradient_moments(
-        self, dy: Array, x: Array, mean: Table, threads: int, gate: Gate | None = None
+        self,
+        dy: Array,
+        x: Array,
+        mean: Table,
+        threads: int,
+        gate: Gate | None = None,
+        selection: Selection | None = None,
     ) -> tuple[Table, Table]:
-        arrays = _walkable(dy), _walkable(x)
-        return self._engine.gradient_moments(*arrays, mean, threads, _walkable_gate(gate))
+        arrays, fused = (_walkable(dy), _walkable(x)), (_walkable_gate(gate), _padded(selection))
+        return self._engine.gradient_moments(*arrays, mean, threads, *fused)
 
     def input_gradient(
         self,
@@ -69,10 +84,14 @@ class NativeBackend(Backend):
         out: Array,
         threads: int,
         gate: Gate | None = None,
+        selection: Selection | None = None,
     ) -> None:
         target, gated = _target(out), _walkable_gate(gate)
-        arrays = _walkable(dy), None if x is None else _walkable(x)
-        self._engine.input_gradient(*arrays, coefficients, target, threads, gated)
+        arrays, fused = (
+            (_walkable(dy), None if x is None else _walkable(x)),
+            (gated, _padded(selection)),
+        )
+        self._engine.input_gradient(*arrays, coefficients, target, threads, *fused)
         _deliver(target, out)
         if gated is not None and gate is not None:
             _deliver(gated.dresidual, gate.dresidual)
@@ -86,11 +105,10 @@ class NativeBackend(Backend):
         out: Array,
         threads: int,
         tail: Tail | None = None,
+        selection: Selection | None = None,
     ) -> tuple[Table, Table]:
-        target = _target(out)
-        result = self._engine.forward(
-            _walkable(x), gamma, beta, eps, target, threads, _walkable_tail(tail)
-        )
+        target, fused = _target(out), (_walkable_tail(tail), _padded(selection))
+        result = self._engine.forward(_walkable(x), gamma, beta, eps, target, threads, *fused)
         _deliver(target, out)
         return result
 
@@ -106,16 +124,21 @@ class NativeBackend(Backend):
         out: Array,
         threads: int,
         gate: Gate | None = None,
+        selection: Selection | None = None,
     ) -> tuple[Table, Table]:
         target, gated = _target(out), _walkable_gate(gate)
+        tables, fused = (mean, var, gamma), (gated, _padded(selection))
         result = self._engine.backward(
-            _walkable(dy), _walkable(x), mean, var, gamma, eps, frozen, target, threads, gated
+            _walkable(dy), _walkable(x), *tables, eps, frozen, target, threads, *fused
         )
         _deliver(target, out)
         if gated is not None and gate is not None:
             _deliver(gated.dresidual, gate.dresidual)
         return result
 
+
+MASK_PADDING = 64
+"""Bytes behind a run's mask."""
 
 _variants: dict[str, NativeBackend] = {}
 
@@ -176,3 +199,13 @@ def _walkable_gate(gate: Gate | None) -> Gate | None:
         return None
     dresidual = None if gate.dresidual is None else _target(gate.dresidual)
     return Gate(gate.activation, _walkable(gate.y), dresidual)
+
+
+def _padded(selection: Selection | None) -> Selection | None:
+    """A selection whose mask the kernels may read in whole vectors, past its end too."""
+    if selection is None:
+        return None
+    g, n, s = selection.mask.shape
+    padded = np.zeros((g, n * s + MASK_PADDING), np.bool_)
+    padded[:, : n * s] = selection.mask.reshape(g, n * s)
+    return selection._replace(mask=padded)

@@ -22,6 +22,7 @@ from fastbn.backends.base import (
     Backend,
     Gate,
     GradientCoefficients,
+    Selection,
     Table,
     Tail,
     quiet,
@@ -34,37 +35,53 @@ class ReferenceBackend(Backend):
     name = "numpy"
 
     @quiet
-    def moments(self, x: Array, threads: int) -> tuple[Table, Table]:
+    def moments(
+        self, x: Array, threads: int, selection: Selection | None = None
+    ) -> tuple[Table, Table]:
         mean, var = _table(x), _table(x)
         for channel in _channels(x):
-            values = _doubles(x, channel)
+            values, weights = _weighed(x, channel, selection)
             shift = values.flat[0]
             centred = values - shift
-            offset = centred.mean()
+            offset = _mean(centred, weights)
             centred -= offset
-            mean[channel] = shift + (offset + centred.mean())
-            var[channel] = _variance(centred)
+            mean[channel] = shift + (offset + _mean(centred, weights))
+            var[channel] = _variance(centred, weights)
         return mean, var
 
     @quiet
     def normalize(
-        self, x: Array, affine: Affine, out: Array, threads: int, tail: Tail | None = None
+        self,
+        x: Array,
+        affine: Affine,
+        out: Array,
+        threads: int,
+        tail: Tail | None = None,
+        selection: Selection | None = None,
     ) -> None:
         mean, scale, beta = affine
         for channel in _channels(x):
             centred = _doubles(x, channel) - mean[channel]
             y = centred * scale[channel] + beta[channel]
-            _plane(out, channel)[...] = y if tail is None else _finished(y, tail, channel)
+            y = y if tail is None else _finished(y, tail, channel)
+            _plane(out, channel)[...] = _kept(y, channel, selection)
 
     @quiet
     def gradient_moments(
-        self, dy: Array, x: Array, mean: Table, threads: int, gate: Gate | None = None
+        self,
+        dy: Array,
+        x: Array,
+        mean: Table,
+        threads: int,
+        gate: Gate | None = None,
+        selection: Selection | None = None,
     ) -> tuple[Table, Table]:
         sum_dy, sum_dy_centred = _table(x), _table(x)
         for channel in _channels(x):
-            dy_values = _gated(dy, gate, channel)
+            dy_values = _kept(_gated(dy, gate, channel), channel, selection)
+            centred = _kept(_doubles(x, channel) - mean[channel], channel, selection)
             sum_dy[channel] = dy_values.sum()
-            sum_dy_centred[channel] = (dy_values * (_doubles(x, channel) - mean[channel])).sum()
+            sum_dy_centred[channel] = (dy_values * centred).sum()
         return sum_dy, sum_dy_centred
 
     @quiet
@@ -76,18 +93,21 @@ class ReferenceBackend(Backend):
         out: Array,
         threads: int,
         gate: Gate | None = None,
+        selection: Selection | None = None,
     ) -> None:
         a, b, dy_mean, mean, rstd = coefficients
         for channel in _channels(dy):
-            dx = _gated(dy, gate, channel)
+            dx = _kept(_gated(dy, gate, channel), channel, selection)
             if gate is not None and gate.dresidual is not None:
                 _plane(gate.dresidual, channel)[...] = dx
+            weights = None if selection is None else selection.rows(channel[0])
+            w = 1.0 if weights is None else weights
             if x is not None:
-                dx -= dy_mean[channel]
-            dx *= a[channel]
+                dx = dx - w * dy_mean[channel]
+            dx = dx * a[channel]
             if x is not None:
-                dx += b[channel] * ((_doubles(x, channel) - mean[channel]) * rstd[channel])
-            _plane(out, channel)[...] = dx
+                dx += w * (b[channel] * ((_doubles(x, channel) - mean[channel]) * rstd[channel]))
+            _plane(out, channel)[...] = _kept(dx, channel, selection)
 
 
 def load() -> Backend:
@@ -95,15 +115,39 @@ def load() -> Backend:
     return ReferenceBackend()
 
 
-def _variance(centred: Table) -> Any:
+def _variance(centred: Table, weights: Table | None) -> Any:
     """The variance of values whose mean is 0 but for rounding.
 
     Taken at a scale of 1: a power of two is exact, and no sum of squares overflows.
     """
     exponent = np.frexp(np.abs(centred).max())[1]
     scaled = np.ldexp(centred, -exponent)
-    residue = scaled.mean()
-    return np.ldexp(max(np.square(scaled).mean() - residue * residue, 0.0), 2 * exponent)
+    residue = _mean(scaled, weights)
+    variance = _mean(np.square(scaled), weights) - residue * residue
+    return np.ldexp(max(variance, 0.0), 2 * exponent)
+
+
+def _mean(values: Table, weights: Table | None) -> Any:
+    return values.mean() if weights is None else (weights * values).sum() / weights.sum()
+
+
+def _weighed(
+    x: Array, channel: tuple[int, int], selection: Selection | None
+) -> tuple[Table, Table | None]:
+    """The values of a channel that weigh in its statistics, and their weights, if not all 1."""
+    values = _doubles(x, channel)
+    if selection is None:
+        return values, None
+    mask, rows = selection.mask[channel[0]], selection.rows(channel[0])
+    if rows is None:
+        return values[mask], None
+    mask = mask & (rows > 0)
+    return values[mask], np.broadcast_to(rows, mask.shape)[mask]
+
+
+def _kept(values: Table, channel: tuple[int, int], selection: Selection | None) -> Table:
+    """The values where they count, and 0 elsewhere."""
+    return values if selection is None else np.where(selection.mask[channel[0]], values, 0.0)
 
 
 def _finished(y: Table, tail: Tail, channel: tuple[int, int]) -> Table:
