@@ -499,9 +499,9 @@ def several_values(policy: str) -> None:
     """More than one value a channel, where the layer's policy asks for it."""
     if policy == "raise":
         raise ValueError(
-            "x has one value a channel, expected two or more: one value has no variance to "
-            "normalize by; give a larger batch, or make the layer with one_value='running' (use "
-            "the running statistics) or 'skip' (y = beta)"
+            "x has one value a channel (or weights that add up to no more than 1), expected two "
+            "or more: one value has no variance to normalize by; give a larger batch, or make the "
+            "layer with one_value='running' (use the running statistics) or 'skip' (y = beta)"
         )
 
 

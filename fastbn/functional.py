@@ -633,10 +633,8 @@ def _run_backward(
         gamma, sums = call.table("gamma", 1.0, part), _part_of(total, part)
         found: tuple[Table, ...] = ()
         if x_view is not None and sums is None:
-            tables = mean, var, gamma, eps
-            found = backend.backward(
-                *arrays, *tables, frozen, result, threads, through, call.selection
-            )
+            tables, fused = (mean, var, gamma), (through, call.selection)
+            found = backend.backward(*arrays, *tables, eps, frozen, result, threads, *fused)
         else:
             coefficients = _coefficients(mean, var, gamma, eps, sums)
             backend.input_gradient(*arrays, coefficients, result, threads, through, call.selection)
@@ -689,6 +687,12 @@ def count(x: Array, channels: int, where: Array | None, weights: Array | None) -
         bits = np.packbits(where.reshape(len(x), -1), axis=1)
         each = np.bitwise_count(bits).sum(1, dtype=np.int64)
     return float((each * weights.astype(np.float64)).sum())
+
+
+def count_of(x: Array, layout: str, where: Array | None, weights: Array | None) -> float:
+    """The same of arguments as the verbs take them."""
+    selected = None if where is None else checks.where(where, "x", x, layout)
+    return count(x, x.shape[channel_axis(layout, x.ndim)], selected, weights)
 
 
 class _Call:

@@ -22,10 +22,12 @@ from fastbn.functional import (
     ActivationName,
     batch_norm,
     batch_norm_backward,
+    count_of,
     moments,
     normalize,
     normalize_backward,
 )
+from fastbn.results import BatchNormResult
 from fastbn.statistics import Moments
 
 Array = NDArray[Any]
@@ -62,6 +64,8 @@ class _Forward(NamedTuple):
     y: Array | None
     is_frozen: bool
     """Whether the statistics were fixed, and let no gradient through."""
+    where: Array | None
+    weights: Array | None
 
 
 class BatchNorm:
@@ -214,7 +218,13 @@ class BatchNorm:
         return self.train(False)
 
     def __call__(
-        self, x: Array, residual: Array | None = None, *, out: Array | None = None
+        self,
+        x: Array,
+        residual: Array | None = None,
+        *,
+        where: Array | None = None,
+        weights: Array | None = None,
+        out: Array | None = None,
     ) -> Array:
         """Normalize `x`, and in training renew the running statistics.
 
@@ -222,7 +232,7 @@ class BatchNorm:
         ----------
         x : ndarray
             Of C channels, as `fastbn.batch_norm` takes it. It is kept for the backward, not copied.
-        residual, out : ndarray, optional
+        residual, where, weights, out : ndarray, optional
             As given to `fastbn.batch_norm`. After ``out=x`` there is no backward.
 
         Returns
@@ -236,26 +246,41 @@ class BatchNorm:
             An argument has a wrong type, shape or value, the running statistics are no statistics,
             or a policy says so. Nothing has been written.
         """
-        count = checks.batch_of("BatchNorm", x, self.channels, self.layout).size // self.channels
+        checks.batch_of("BatchNorm", x, self.channels, self.layout)
+        if weights is not None:
+            checks.weights(weights, "x", x)
+        count = count_of(x, self.layout, where, weights)
         runs = self._by_running(count)
-        options: dict[str, Any] = {"eps": self.eps, "layout": self.layout}
-        tail = options | {"activation": self.activation, "residual": residual, "out": out}
+        selected: dict[str, Any] = {"layout": self.layout, "where": where}
+        options: dict[str, Any] = {
+            "activation": self.activation,
+            "residual": residual,
+            "out": out,
+            "eps": self.eps,
+        }
         if runs:
             mean, var = (a.copy() for a in self._running(writes=False))
-            y = normalize(x, mean, var, self.gamma, self.beta, **tail)
+            y = normalize(x, mean, var, self.gamma, self.beta, **selected, **options)
         else:
-            updates = self._updates(count)
-            if self.nonfinite == "raise" and out is not None:
-                checks.finite(*moments(x, layout=self.layout))  # before anything is written
-            y, mean, var = batch_norm(x, self.gamma, self.beta, **tail)
-            if updates and self._is_trusted(mean, var):
-                self._update(mean, var, count)
-            if self._observe is not None:
-                self._observe(Moments(count, mean, var))
-        overwritten = out is not None and np.may_share_memory(out, x)
-        kept = None if self.activation is None else y
-        self._forward = _Forward(x.shape, None if overwritten else x, mean, var, kept, runs)
+            y, mean, var = self._by_batch(x, count, selected | {"weights": weights}, options)
+        x_kept = None if out is not None and np.may_share_memory(out, x) else x
+        y_kept = None if self.activation is None else y
+        self._forward = _Forward(x.shape, x_kept, mean, var, y_kept, runs, where, weights)
         return y
+
+    def _by_batch(
+        self, x: Array, count: float, selected: dict[str, Any], options: dict[str, Any]
+    ) -> BatchNormResult:
+        """Normalize by the batch's own statistics, and see to the running ones."""
+        updates = self._updates(count)
+        if self.nonfinite == "raise" and options["out"] is not None:
+            checks.finite(*moments(x, **selected))  # before anything is written
+        result = batch_norm(x, self.gamma, self.beta, **selected, **options)
+        if updates and self._is_trusted(result.mean, result.var):
+            self._update(result.mean, result.var, count)
+        if self._observe is not None:
+            self._observe(Moments(count, result.mean, result.var))
+        return result
 
     def backward(
         self, dy: Array, *, dresidual: bool | Array = False, out: Array | None = None
@@ -284,6 +309,7 @@ class BatchNorm:
         params = not self.frozen_affine and (self.gamma is not None or self.beta is not None)
         last = checks.forward(self._forward, dy, params)
         verb: Callable[..., Any] = normalize_backward if last.is_frozen else batch_norm_backward
+        options: dict[str, Any] = {} if last.is_frozen else {"weights": last.weights}
         found = verb(
             dy,
             last.x,
@@ -296,7 +322,9 @@ class BatchNorm:
             activation=self.activation,
             y=last.y,
             dresidual=dresidual,
+            where=last.where,
             out=out,
+            **options,
         )
         self.dgamma = _gradient(found.dgamma, self.gamma)
         self.dbeta = _gradient(found.dbeta, self.beta)
@@ -363,20 +391,20 @@ class BatchNorm:
         self._running(writes=True)
         self._restore(self._arrays() | {name: np.asarray(a) for name, a in state.items()})
 
-    def _by_running(self, count: int) -> bool:
+    def _by_running(self, count: float) -> bool:
         """Whether this call normalizes by the running statistics."""
         if self._observe is not None:
             return False
         if self.frozen_statistics:
             return True
         tracks = self.running_mean is not None
-        return tracks and (not self.training or (count == 1 and self.one_value == "running"))
+        return tracks and (not self.training or (0 < count <= 1 and self.one_value == "running"))
 
-    def _updates(self, count: int) -> bool:
+    def _updates(self, count: float) -> bool:
         """Whether this call, by the batch's own statistics, may renew the running ones."""
         if self._observe is not None or count == 0:
             return False
-        if count == 1:
+        if count <= 1:
             checks.several_values(self.one_value)
             return False
         if self.running_mean is None:
@@ -403,7 +431,7 @@ class BatchNorm:
         )
 
     @quiet
-    def _update(self, mean: Array, var: Array, count: int) -> None:
+    def _update(self, mean: Array, var: Array, count: float) -> None:
         """running = old * running + new * statistic, rounded once."""
         if self.running_mean is None or self.running_var is None:
             return

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from fastbn import checks
 from fastbn.backends.base import quiet
-from fastbn.functional import moments
-from fastbn.layouts import channel_axis
+from fastbn.functional import count_of, moments
 from fastbn.results import PopulationStatistics
 
 Array = NDArray[Any]
@@ -69,8 +68,15 @@ class Moments:
         self._set(checks.count("count", count), mean, var)
 
     @classmethod
-    def of(cls, x: Array, *, layout: str = "NCHW") -> Moments:
-        """The moments of an array, which is given as to `fastbn.moments`.
+    def of(
+        cls,
+        x: Array,
+        *,
+        layout: str = "NCHW",
+        where: Array | None = None,
+        weights: Array | None = None,
+    ) -> Moments:
+        """The moments of an array; all is given as to `fastbn.moments`.
 
         Examples
         --------
@@ -78,9 +84,8 @@ class Moments:
         >>> fastbn.Moments.of(np.float32([[1, 7], [3, 7]]))
         Moments(count=2, mean=array([2., 7.]), var=array([1., 0.]))
         """
-        mean, var = moments(x, layout=layout)
-        channels = x.shape[channel_axis(layout, x.ndim)]
-        return cls._made(x.size // channels if channels else 0, mean, var)
+        mean, var = moments(x, layout=layout, where=where, weights=weights)
+        return cls._made(count_of(x, layout, where, weights), mean, var)
 
     @property
     def unbiased_var(self) -> Vector:

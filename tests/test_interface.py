@@ -23,23 +23,26 @@ EXTRAS = {"cython": {"isa", "calls"}}
 
 SIGNATURES = {
     "batch_norm": (
-        "x gamma=None beta=None * eps=1e-05 layout='NCHW' activation=None residual=None out=None"
+        "x gamma=None beta=None * eps=1e-05 layout='NCHW' activation=None residual=None "
+        "where=None weights=None out=None"
     ),
     "normalize": (
         "x mean var gamma=None beta=None * eps=1e-05 layout='NCHW' activation=None residual=None "
-        "out=None"
+        "where=None out=None"
     ),
     "batch_norm_backward": (
         "dy x mean var gamma=None * eps=1e-05 layout='NCHW' params=True activation=None y=None "
-        "dresidual=False sums=None out=None"
+        "dresidual=False where=None weights=None sums=None out=None"
     ),
     "normalize_backward": (
         "dy x mean var gamma=None * eps=1e-05 layout='NCHW' params=True activation=None y=None "
-        "dresidual=False out=None"
+        "dresidual=False where=None out=None"
     ),
     "FrozenBatchNorm": ("mean var gamma=None beta=None * eps=1e-05 layout='NCHW' activation=None"),
-    "moments": "x * layout='NCHW'",
-    "gradient_sums": "dy x mean var * eps=1e-05 layout='NCHW' activation=None y=None",
+    "moments": "x * layout='NCHW' where=None weights=None",
+    "gradient_sums": (
+        "dy x mean var * eps=1e-05 layout='NCHW' activation=None y=None where=None weights=None"
+    ),
     "BatchNorm": (
         "channels * eps=1e-05 momentum=0.1 decay=None unbiased=True scale=True shift=True "
         "track_running_stats=True one_value='raise' nonfinite='update' layout='NCHW' "

@@ -85,7 +85,7 @@ class Selection(NamedTuple):
     weights: Table | None
     """(G, M), contiguous, of each N / M consecutive samples; they weigh in statistics alone. What
     weighs 0 is not looked at for them."""
-    count: float
+    count: float  # type: ignore[assignment]  # in place of tuple.count, which nobody misses
     """Of a channel: the sum of the weights of its places; more than 0."""
 
     def rows(self, run: int) -> Table | None:
