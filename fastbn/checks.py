@@ -100,9 +100,10 @@ def where(value: Any, x_name: str, x: NDArray[Any], layout: str) -> NDArray[np.b
     axis = channel_axis(layout, x.ndim)
     single = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
     if not isinstance(value, np.ndarray) or value.dtype != np.bool_:
-        came = f"dtype {value.dtype}" if isinstance(value, np.ndarray) else _described(value)
+        is_array = isinstance(value, np.ndarray)
+        came = f"has dtype {value.dtype}" if is_array else f"is {_described(value)}"
         raise TypeError(
-            f"where is {came}, expected a numpy.ndarray of bool that broadcasts to {single}; "
+            f"where {came}, expected a numpy.ndarray of bool that broadcasts to {single}; "
             "convert it with where.astype(bool), if what is not 0 counts"
         )
     if isinstance(value, np.ma.MaskedArray):

@@ -1,0 +1,290 @@
+"""Masks and weights: places that do not count change nothing, and samples weigh in statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+from checks import assert_within, judge_backward, judge_forward
+from grid import TYPES
+from variants import Variant
+
+import fastbn
+from benchmarks.oracle import (
+    Array,
+    backward,
+    bound_mean,
+    bound_var,
+    channel_axis,
+    factor,
+    moments,
+    rows,
+    rstd_of,
+    stored,
+    wide,
+)
+
+SHAPES = (
+    (4, 3, 5, 5),
+    (2, 17, 33),
+    (5, 20),
+    (70, 3),
+    (900, 5),
+    (300, 100),
+    (3, 64, 40),
+    (2, 3, 140, 130),
+    (9, 1, 4),
+    (9, 1),
+    (4001, 3, 2, 2),
+    (20, 70, 7, 7),
+    (40, 3000),
+)
+"""As NCHW words: planes, chunks of them, pieces; rows, folded and not, and in parts."""
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+class Masked:
+    """A problem whose masked places hold what must not be looked at."""
+
+    def __init__(self, shape: tuple[int, ...], layout: str, dtype: Any, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        if layout == "NHWC":
+            shape = (shape[0], *shape[2:], shape[1])
+        axis = channel_axis(len(shape), layout)
+        single = (*shape[:axis], 1, *shape[axis + 1 :])
+        self.layout, self.axis = layout, axis
+        self.where = rng.random(single) < rng.choice([0.2, 0.7, 0.95])
+        self.where.flat[rng.integers(self.where.size, size=2)] = True
+        self.x = (3 + 2 * rng.normal(size=shape)).astype(dtype)
+        self.dy, self.residual = (rng.normal(size=shape).astype(dtype) for _ in range(2))
+        for array, value in ((self.x, np.nan), (self.dy, np.inf), (self.residual, np.nan)):
+            np.copyto(array, np.asarray(value, array.dtype), where=~self.where)
+        self.gamma, self.beta = rng.normal(size=(2, shape[axis]))
+        self.weights = rng.integers(0, 4, shape[0]).astype(np.float64)
+        self.weights[self.samples.argmax()] = 2
+
+    @property
+    def samples(self) -> Array:
+        """How many places count in each sample."""
+        counts: Array = self.where.reshape(len(self.where), -1).sum(1)
+        return counts
+
+    def counted(self, a: Array, repeated: Array | None = None) -> Array:
+        """What counts of an array like x, as rows of channels; samples perhaps several times."""
+        a, kept = np.moveaxis(a, self.axis, -1), self.where.take(0, self.axis)
+        if repeated is not None:
+            a, kept = np.repeat(a, repeated, axis=0), np.repeat(kept, repeated, axis=0)
+        return a[kept]
+
+    def is_zero_elsewhere(self, a: Array) -> bool:
+        return not a[~np.broadcast_to(self.where, a.shape)].astype(np.float64).any()
+
+
+def problems() -> Callable[[Test], Test]:
+    """Every shape and type once, the layouts in turn."""
+    listed = [
+        (shape, ("NCHW", "NHWC")[(i + j) % 2], dtype)
+        for i, shape in enumerate(SHAPES)
+        for j, dtype in enumerate(TYPES)
+    ]
+    return pytest.mark.parametrize(("shape", "layout", "dtype"), listed)
+
+
+@pytest.mark.parametrize("activation", [None, "relu6"])
+@problems()
+def test_masked_forward_and_backward(
+    variant: Variant, shape: tuple[int, ...], layout: str, dtype: str, activation: Any
+) -> None:
+    """What counts is as if it stood alone, within the bounds; the rest is 0."""
+    p = Masked(shape, layout, TYPES[dtype])
+    options: dict[str, Any] = {"layout": layout, "activation": activation, "where": p.where}
+    tail: dict[str, Any] = {"residual": p.residual if activation else None}
+    y, mean, var = fastbn.batch_norm(p.x, p.gamma, p.beta, **options, **tail)
+    alone: dict[str, Any] = {"layout": "NHWC", "activation": activation}
+    x, residual = p.counted(p.x), p.counted(p.residual) if activation else None
+    result = fastbn.BatchNormResult(p.counted(y), mean, var)
+    for judged in judge_forward(result, x, p.gamma, p.beta, residual=residual, **alone):
+        assert_within(*judged)
+    again = fastbn.normalize(p.x, mean, var, p.gamma, p.beta, **options, **tail)
+    assert np.array_equal(again, y)
+    kept = y if activation else None
+    for frozen, verb in ((False, fastbn.batch_norm_backward), (True, fastbn.normalize_backward)):
+        backward: Any = verb
+        got = backward(p.dy, p.x, mean, var, p.gamma, y=kept, dresidual=True, **options)
+        of_counted = got._replace(dx=p.counted(got.dx), dresidual=p.counted(got.dresidual))
+        given = p.counted(p.dy), x, mean, var, p.gamma
+        told = alone | {"frozen": frozen, "y": None if kept is None else p.counted(y)}
+        for judged in judge_backward(of_counted, *given, **told):
+            assert_within(*judged)
+        assert all(p.is_zero_elsewhere(a) for a in (y, got.dx, got.dresidual))
+
+
+@problems()
+def test_weighed_statistics(
+    variant: Variant, shape: tuple[int, ...], layout: str, dtype: str
+) -> None:
+    """A sample that weighs w counts as w samples; one that weighs nothing may hold NaN."""
+    p = Masked(shape, layout, TYPES[dtype])
+    mean, var = moments(wide(p.counted(p.x, p.weights.astype(int)), "NHWC"))
+    p.x[p.weights == 0] = np.nan
+    options: dict[str, Any] = {"layout": layout, "where": p.where, "weights": p.weights}
+    found = fastbn.moments(p.x, **options)
+    for got in (found, fastbn.batch_norm(p.x, **options)[1:]):
+        assert_within(got[0], mean, bound_mean(mean, var, 1e-5), "mean")
+        assert_within(got[1], var, bound_var(var), "var")
+
+
+@problems()
+def test_gradient_through_weighed_statistics(
+    variant: Variant, shape: tuple[int, ...], layout: str, dtype: str
+) -> None:
+    """Of w * mean(dy) and w * mean(dy * xhat), the means taken over the sum of the weights."""
+    p = Masked(shape, layout, TYPES[dtype])
+    options: dict[str, Any] = {"layout": layout, "where": p.where, "weights": p.weights}
+    _, mean, var = fastbn.batch_norm(p.x, **options)
+    got = fastbn.batch_norm_backward(p.dy, p.x, mean, var, p.gamma, **options)
+    x, dy = (wide(p.counted(a), "NHWC") for a in (p.x, p.dy))
+    m, v, gamma = (a.astype(np.longdouble) for a in (mean, var, p.gamma))
+    places = np.repeat(p.weights, p.samples)
+    exact = backward(dy, x, m, v, gamma, 1e-5, frozen=False)
+    share = places / (p.samples @ p.weights)
+    rstd = rstd_of(v, 1e-5)[:, None]
+    means = (exact.dbeta[:, None], exact.dgamma[:, None] * exact.xhat)
+    dx = gamma[:, None] * rstd * (dy - share * (means[0] + means[1]))
+    k = factor(p.x.dtype, m, rstd[:, 0])[:, None]
+    n = dy.shape[1]
+    size = np.abs(dy) + share * n * (
+        exact.mean_dy[:, None] + np.abs(exact.xhat) * exact.mean_dy_xhat[:, None]
+    )
+    bound = 2 * k * np.abs(gamma[:, None]) * rstd * size
+    dtype_of = np.dtype(p.x.dtype.type)
+    assert_within(rows(p.counted(got.dx), "NHWC"), dx, stored(dtype_of, dx, bound), "dx")
+
+
+def everything(p: Masked, **options: Any) -> dict[str, Array]:
+    """What all verbs give."""
+    selected = {"layout": p.layout, "where": p.where, **options}
+    y, mean, var = fastbn.batch_norm(p.x, p.gamma, p.beta, residual=p.residual, **selected)
+    got = fastbn.batch_norm_backward(p.dy, p.x, mean, var, p.gamma, dresidual=True, **selected)
+    sums = fastbn.gradient_sums(p.dy, p.x, mean, var, **selected)
+    found = {"y": y, "mean": mean, "var": var, **got._asdict()}
+    return found | {"sum of dgamma": sums.dgamma, "sum of dbeta": sums.dbeta}
+
+
+@pytest.mark.parametrize("weighs", [False, True])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("shape", SHAPES[::2])
+def test_whatever_is_masked(
+    variant: Variant, shape: tuple[int, ...], layout: str, weighs: bool
+) -> None:
+    """Results have the same bits whatever stands where nothing counts, in whatever memory, on one
+    thread or three."""
+    p = Masked(shape, layout, np.float32)
+    weights = p.weights if weighs else None
+    expected = everything(p, weights=weights)
+    for name in ("x", "dy", "residual"):
+        setattr(p, name, np.where(p.where, getattr(p, name), np.float32(1e30)))
+    p.where = np.asfortranarray(p.where)
+    with fastbn.use_num_threads(3):
+        found = everything(p, weights=weights)
+    for name, a in expected.items():
+        assert np.array_equal(found[name], a), name
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[::3])
+def test_masks_that_select_everything(
+    variant: Variant, shape: tuple[int, ...], weights: bool
+) -> None:
+    """All places, each with a weight of 1, give what no mask gives; and a mask broadcasts."""
+    x = np.random.default_rng(0).normal(size=shape)
+    ones = np.ones(len(x)) if weights else None
+    mean, var = moments(wide(x, "NCHW"))
+    found = fastbn.moments(x, where=np.ones((1,) * x.ndim, bool), weights=ones)
+    assert_within(found.mean, mean, bound_mean(mean, var, 1e-5), "mean")
+    assert_within(found.var, var, bound_var(var), "var")
+
+
+@pytest.mark.no_kernel
+@pytest.mark.parametrize("how", ["where", "weights"])
+def test_nothing_counts(variant: Variant, how: str) -> None:
+    """The batch is as an empty one: results of zeros, statistics of zeros, zero gradients."""
+    x = np.full((4, 3, 5), np.nan, np.float32)
+    option = {"where": np.zeros((4, 1, 5), bool), "weights": np.zeros(4)}
+    selected: dict[str, Any] = {how: option[how]}
+    out = np.full_like(x, 7)
+    y, mean, var = fastbn.batch_norm(x, out=out, **selected)
+    assert y is out
+    got = fastbn.batch_norm_backward(x, x, mean, var, dresidual=True, **selected)
+    for a in (y, mean, var, *got, *fastbn.moments(x, **selected)):
+        assert not np.asarray(a).any()
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_in_place(variant: Variant, layout: str) -> None:
+    """`out=x` and `out=dy` give what a fresh array gets."""
+    p = Masked((4, 20, 5, 6), layout, np.float32)
+    options: dict[str, Any] = {"layout": layout, "where": p.where, "weights": p.weights}
+    y, mean, var = fastbn.batch_norm(p.x, **options)
+    dx = fastbn.batch_norm_backward(p.dy, p.x, mean, var, **options).dx
+    dy, x = p.dy.copy(), p.x.copy()
+    fastbn.batch_norm_backward(dy, x, mean, var, out=dy, **options)
+    fastbn.batch_norm(x, out=x, **options)
+    assert np.array_equal(dy, dx)
+    assert np.array_equal(x, y)
+
+
+BAD: tuple[tuple[str, Any, type[Exception], tuple[str, ...]], ...] = (
+    ("where", np.ones((4, 1, 5), np.uint8), TypeError, ("where has dtype uint8", "bool")),
+    ("where", [True], TypeError, ("where is a list", "numpy.ndarray of bool")),
+    ("where", np.ma.ones((4, 1, 5), bool), TypeError, ("MaskedArray", "filled(False)")),
+    ("where", np.ones((4, 5), bool), ValueError, ("(4, 5)", "expand_dims(where, 1)")),
+    ("where", np.ones((4, 3, 5), bool), ValueError, ("(4, 3, 5)", "the same for all channels")),
+    ("where", np.ones((3, 1, 5), bool), ValueError, ("(3, 1, 5)", "(4, 1, 5)")),
+    ("weights", np.ones(5), ValueError, ("weights has shape (5,)", "(4,)")),
+    ("weights", np.ones((4, 1)), ValueError, ("weights has shape (4, 1)", "one value a sample")),
+    ("weights", np.ones(4, int), TypeError, ("weights has dtype int64",)),
+    ("weights", np.array([1, 1, -0.5, 1]), ValueError, ("weights[2] is -0.5", "zero or more")),
+    ("weights", np.array([1, np.nan, 1, 1]), ValueError, ("weights[1] is nan",)),
+    ("weights", np.array([1, 1, 1, np.inf]), ValueError, ("weights[3] is inf", "finite")),
+)
+
+
+@pytest.mark.no_kernel
+@pytest.mark.parametrize(("name", "value", "error", "words"), BAD)
+def test_bad_masks_and_weights(
+    variant: Variant, name: str, value: Any, error: type[Exception], words: tuple[str, ...]
+) -> None:
+    """They are refused, and nothing has been written."""
+    x, mean, var = np.zeros((4, 3, 5), np.float32), np.zeros(3), np.ones(3)
+    out = np.full_like(x, 7)
+    given: dict[str, Any] = {name: value}
+    calls: list[Callable[[], object]] = [
+        lambda: fastbn.moments(x, **given),
+        lambda: fastbn.batch_norm(x, out=out, **given),
+        lambda: fastbn.batch_norm_backward(x, x, mean, var, out=out, **given),
+        lambda: fastbn.gradient_sums(x, x, mean, var, **given),
+    ]
+    if name == "where":
+        calls += [
+            lambda: fastbn.normalize(x, mean, var, out=out, **given),
+            lambda: fastbn.normalize_backward(x, x, mean, var, out=out, **given),
+        ]
+    for call in calls:
+        with pytest.raises(error) as caught:
+            call()
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert (out == 7).all()
+
+
+@pytest.mark.no_kernel
+def test_out_may_not_overlap_a_mask(variant: Variant) -> None:
+    """Nor weights."""
+    memory = np.zeros(64)
+    x, out = np.ones((4, 2)), memory[:8].reshape(4, 2)
+    with pytest.raises(ValueError, match="out overlaps weights"):
+        fastbn.batch_norm(x, weights=memory[4:8], out=out)
+    with pytest.raises(ValueError, match="out overlaps where"):
+        fastbn.batch_norm(x, where=memory.view(bool)[:4, None], out=out)
