@@ -76,7 +76,7 @@ class Masked:
         a, kept = np.moveaxis(a, self.axis, -1), self.where.take(0, self.axis)
         if repeated is not None:
             a, kept = np.repeat(a, repeated, axis=0), np.repeat(kept, repeated, axis=0)
-        return a[kept]
+        return np.asarray(a[kept])
 
     def is_zero_elsewhere(self, a: Array) -> bool:
         return not a[~np.broadcast_to(self.where, a.shape)].astype(np.float64).any()
