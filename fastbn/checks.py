@@ -8,6 +8,7 @@ what to do.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -235,7 +236,7 @@ def count(name: str, value: Any) -> float:
     if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} is {_described(value)}, expected a number of values; pass an int")
     n = int(value) if isinstance(value, Integral) else float(value)
-    if not 0 <= n < math.inf:
+    if not 0 <= n <= sys.float_info.max:
         raise ValueError(
             f"{name} is {n}, expected a finite number, zero or more: how many values a channel has"
         )
