@@ -154,16 +154,19 @@ def test_options_change_no_bit(shape: tuple[int, ...], dtype: Any, layout: str) 
 @pytest.mark.parametrize("dtype", ALL)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sums_of_larger_arrays(shape: tuple[int, ...], dtype: Any, layout: str) -> None:
-    """They are within their bounds, and several threads give the same bits; of dx by them too."""
+    """They, and the gradients by them, are within their bounds and have the same bits by several
+    threads."""
     dy, x, mean, var = problem(shape, layout, dtype)
     found = []
     for threads in (1, 3):
         with fastbn.use_num_threads(threads):
             sums = fastbn.gradient_sums(dy, x, mean, var, layout=layout)
-            dx = fastbn.batch_norm_backward(dy, x, mean, var, layout=layout, sums=sums).dx
-        check_sums(sums, dy, x, mean, var, layout=layout)
-        found.append({"dgamma": sums.dgamma, "dbeta": sums.dbeta, "dx": dx})
+            got = fastbn.batch_norm_backward(dy, x, mean, var, layout=layout, sums=sums)
+        found.append({"dgamma": sums.dgamma, "dbeta": sums.dbeta, "dx": got.dx})
     assert_same_bits(found[1], found[0])
+    check_sums(sums, dy, x, mean, var, layout=layout)
+    for judged in judge_backward(got, dy, x, mean, var, layout=layout):
+        assert_within(*judged._replace(bound=judged.bound * more(1)))
 
 
 @pytest.mark.parametrize("gamma_dtype", [None, *DTYPES])
