@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -352,7 +352,7 @@ def walks(batches: Any, number: int) -> None:
     """Batches that can be walked over so many times."""
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches is {_described(batches)}, expected an iterable of batches")
-    if number > 1 and iter(batches) is batches:
+    if number > 1 and isinstance(batches, Iterator):
         raise TypeError(
             f"batches is {_described(batches)}, which can be walked over once, expected something "
             f"for {number} walks, one a layer; pass a list, or sequential=False"
