@@ -8,7 +8,8 @@ what to do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -284,7 +285,7 @@ def count(name: str, value: Any) -> float:
     if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} is {_described(value)}, expected a number of values; pass an int")
     n = int(value) if isinstance(value, Integral) else float(value)
-    if not 0 <= n < math.inf:
+    if not 0 <= n <= sys.float_info.max:
         raise ValueError(
             f"{name} is {n}, expected a finite number, zero or more: how many values a channel has"
         )
@@ -400,7 +401,7 @@ def walks(batches: Any, number: int) -> None:
     """Batches that can be walked over so many times."""
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches is {_described(batches)}, expected an iterable of batches")
-    if number > 1 and iter(batches) is batches:
+    if number > 1 and isinstance(batches, Iterator):
         raise TypeError(
             f"batches is {_described(batches)}, which can be walked over once, expected something "
             f"for {number} walks, one a layer; pass a list, or sequential=False"

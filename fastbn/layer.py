@@ -385,10 +385,11 @@ class BatchNorm:
         for name, own in self._arrays().items():
             own[...] = arrays[name]
 
+    @quiet
     def _renew(self, mean: Array, var: Array, batches: int) -> None:
-        """Put estimated statistics in place of the running ones."""
+        """Put estimated statistics in place of the running ones, whatever those were."""
         state = {"running_mean": mean, "running_var": var, "num_batches_tracked": batches}
-        self._running(writes=True)
+        checks.running(self.running_mean, self.running_var, self.channels, writes=True, nan=True)
         self._restore(self._arrays() | {name: np.asarray(a) for name, a in state.items()})
 
     def _by_running(self, count: float) -> bool:

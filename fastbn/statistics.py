@@ -88,6 +88,7 @@ class Moments:
         return cls._made(count_of(x, layout, where, weights), mean, var)
 
     @property
+    @quiet
     def unbiased_var(self) -> Vector:
         """``var * count / (count - 1)``; a ValueError where count is not above 1."""
         return np.asarray(self.var * checks.unbiased_factor(self.count))
@@ -124,7 +125,7 @@ class Moments:
 
     def to_array(self) -> Vector:
         """``[count, *mean, *var]``: to be gathered, made Moments again and merged."""
-        return np.concatenate([[self.count], self.mean, self.var])
+        return np.concatenate([[float(self.count)], self.mean, self.var])
 
     @classmethod
     def from_array(cls, array: Array) -> Moments:
@@ -154,7 +155,8 @@ class Moments:
         """
         apart = self.mean - _about(about, self.mean)
         squares = self.var + apart * apart
-        return np.concatenate([[self.count], self.count * apart, self.count * squares])
+        count = float(self.count)
+        return np.concatenate([[count], count * apart, count * squares])
 
     @classmethod
     @quiet
@@ -266,6 +268,7 @@ class Population:
         self.mean: Any = 0.0
         self.var: Any = 0.0
 
+    @quiet
     def add(self, batch: Moments) -> None:
         """One more batch; an empty one adds nothing."""
         self.merged = batch if self.merged is None else self.merged.merge(batch)
@@ -273,6 +276,7 @@ class Population:
             self.mean, self.var = self.mean + batch.mean, self.var + batch.unbiased_var
         self.batches += batch.count > 0
 
+    @quiet
     def statistics(self, name: str) -> PopulationStatistics:
         """The population's; `name` is what an error calls the batches."""
         checks.population(name, self.batches)

@@ -41,14 +41,21 @@ def bad(
 
 
 ARRAYS = {
-    "x": ("batch_norm", "normalize", "batch_norm_backward", "normalize_backward", "moments"),
-    "dy": ("batch_norm_backward", "normalize_backward"),
+    "x": (
+        "batch_norm",
+        "normalize",
+        "batch_norm_backward",
+        "normalize_backward",
+        "moments",
+        "gradient_sums",
+    ),
+    "dy": ("batch_norm_backward", "normalize_backward", "gradient_sums"),
     "gamma": ("batch_norm", "normalize", "batch_norm_backward", "normalize_backward"),
     "beta": ("batch_norm", "normalize"),
-    "mean": ("normalize", "batch_norm_backward", "normalize_backward"),
-    "var": ("normalize", "batch_norm_backward", "normalize_backward"),
+    "mean": ("normalize", "batch_norm_backward", "normalize_backward", "gradient_sums"),
+    "var": ("normalize", "batch_norm_backward", "normalize_backward", "gradient_sums"),
     "residual": ("batch_norm", "normalize"),
-    "y": ("batch_norm_backward", "normalize_backward"),
+    "y": ("batch_norm_backward", "normalize_backward", "gradient_sums"),
 }
 FORWARD = ("batch_norm", "normalize")
 BACKWARD = ("batch_norm_backward", "normalize_backward")
@@ -157,6 +164,39 @@ def outputs(name: str) -> list[Bad]:
     ]
 
 
+def sums() -> list[Bad]:
+    """What is no (dgamma, dbeta, count) of a batch of which x, with 640 values a channel, is a
+    part."""
+    v, n = np.ones(10), 640
+    three = "expected the tuple (dgamma, dbeta, count) that gradient_sums gives"
+    number = "expected a finite number, zero or more"
+    rows = [
+        bad("list", [v, v, n], TypeError, "sums is a list", three),
+        bad("array", v, TypeError, "sums is an ndarray", three),
+        bad("bool", True, TypeError, "sums is a bool (True)", three),
+        bad("empty", (), TypeError, "sums is a tuple (())", three),
+        bad("without a count", (v, v), TypeError, "sums is a tuple", three),
+        bad("four", (v, v, n, v), TypeError, "sums is a tuple", three),
+        bad("small count", (v, v, 639), ValueError, "sums.count is 639", "at least the 640 of x"),
+        bad("negative count", (v, v, -1), ValueError, "sums.count is -1", number),
+        bad("NaN count", (v, v, np.nan), ValueError, "sums.count is nan", number),
+        bad("infinite count", (v, v, np.inf), ValueError, "sums.count is inf", number),
+        bad("bool count", (v, v, True), TypeError, "sums.count is a bool (True)", "pass an int"),
+        bad("str count", (v, v, "640"), TypeError, "sums.count is a str ('640')", "pass an int"),
+        bad("no count", (v, v, None), TypeError, "sums.count is a NoneType", "pass an int"),
+    ]
+    for name, place in (("dgamma", lambda a: (a, v, n)), ("dbeta", lambda a: (v, a, n))):
+        came = f"sums.{name} has shape (9,) but x has 10 channels"
+        dtype = f"sums.{name} has dtype float32, expected float64"
+        rows += [
+            bad(f"short {name}", place(v[:9]), ValueError, came, "expected shape (10,)"),
+            bad(f"float32 {name}", place(v.astype("f4")), TypeError, dtype, "astype"),
+            bad(f"list {name}", place([1.0]), TypeError, f"sums.{name} is a list", "numpy.asarray"),
+            bad(f"no {name}", place(None), TypeError, f"sums.{name} is a NoneType"),
+        ]
+    return rows
+
+
 BAD: dict[str, list[Bad]] = {
     "x": [
         *not_an_array("x"),
@@ -188,7 +228,7 @@ BAD: dict[str, list[Bad]] = {
             TypeError,
             "mean has dtype float32, expected float64",
             "mean.astype(numpy.float64)",
-            verbs=("batch_norm_backward",),
+            verbs=("batch_norm_backward", "gradient_sums"),
         ),
     ],
     "var": [
@@ -200,7 +240,7 @@ BAD: dict[str, list[Bad]] = {
             TypeError,
             "var has dtype float32, expected float64",
             "var.astype(numpy.float64)",
-            verbs=("batch_norm_backward",),
+            verbs=("batch_norm_backward", "gradient_sums"),
         ),
         *(
             bad(
@@ -272,6 +312,7 @@ BAD: dict[str, list[Bad]] = {
         bad("int", 1, TypeError, "dresidual is an int (1)", "expected True or False"),
         bad("None", None, TypeError, "dresidual is a NoneType", "expected True or False"),
     ],
+    "sums": sums(),
     "out": [
         *outputs("out"),
         bad("list", [1.0], TypeError, "out is a list ([1.0])", "expected a numpy.ndarray"),
@@ -279,10 +320,11 @@ BAD: dict[str, list[Bad]] = {
 }
 
 TAKEN_BY = ARRAYS | {
-    "eps": WRITING,
-    "layout": (*WRITING, "moments"),
+    "eps": (*WRITING, "gradient_sums"),
+    "layout": (*WRITING, "moments", "gradient_sums"),
     "params": BACKWARD,
-    "activation": WRITING,
+    "activation": (*WRITING, "gradient_sums"),
+    "sums": ("batch_norm_backward",),
     "dresidual": BACKWARD,
     "out": WRITING,
 }
@@ -367,7 +409,7 @@ def test_dy_alone_is_checked_as_x_is(variant: Variant) -> None:
 @pytest.mark.no_kernel
 def test_y_without_an_activation(variant: Variant) -> None:
     """A y that nothing needs is refused: an activation may have been forgotten."""
-    for verb in BACKWARD:
+    for verb in (*BACKWARD, "gradient_sums"):
         message = refuse(verb, {"activation": None}, TypeError)
         assert message.startswith("y is an ndarray, expected None where activation is None")
 

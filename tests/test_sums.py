@@ -1,0 +1,228 @@
+"""`gradient_sums` and the gradient by sums: parts of a batch have the gradient of the whole."""
+
+from __future__ import annotations
+
+from functools import partial, reduce
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from bits import assert_same_bits
+from checks import assert_within, judge_backward
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import Problem, recipes
+
+import fastbn
+from benchmarks import oracle
+from benchmarks.oracle import ACTIVATIONS, DTYPES, HALVES, LAYOUTS, Array, to_layout, vector, wide
+
+pytestmark = pytest.mark.usefixtures("variant")
+
+ALL = (*DTYPES, *HALVES)
+activations = st.sampled_from(ACTIVATIONS)
+Total = tuple[Array, Array, float]
+
+
+@st.composite
+def divided(draw: st.DrawFn) -> tuple[Problem, list[slice]]:
+    """A problem, and its samples in up to four parts; some may be empty."""
+    p = draw(recipes(ALL))
+    n = len(p.x)
+    ends = [0, *sorted(draw(st.lists(st.integers(0, n), max_size=3))), n]
+    return p, [slice(a, b) for a, b in pairwise(ends)]
+
+
+def added(sums: list[fastbn.GradientSums]) -> Total:
+    """Those of the whole."""
+    dgamma, dbeta, count = (sum(field) for field in zip(*sums, strict=True))
+    return dgamma, dbeta, count
+
+
+def more(parts: int) -> float:
+    """What bounds grow by where sums of parts are added up.
+
+    The bounds of the parts' sums contain 2**-52 times n times the mean magnitude for each part, and
+    each addition rounds by half of that. Sums are allowed 1e-12 of the same, and dx twice that.
+    """
+    return 1 + 2 * parts * 2.0**-52 / 1e-12
+
+
+def check_sums(
+    sums: fastbn.GradientSums,
+    dy: Array,
+    x: Array,
+    mean: Array,
+    var: Array,
+    *,
+    eps: float = 1e-5,
+    layout: str = "NCHW",
+    activation: Any = None,
+    y: Array | None = None,
+) -> None:
+    """They are within the bounds of float64 gradients of parameters."""
+    c = oracle.channels_of(x, layout)
+    assert sums.count == x.size // c
+    assert sums.dgamma.dtype == sums.dbeta.dtype == np.float64
+    d, m, v = wide(dy, layout), vector(mean, 0, c), vector(var, 1, c)
+    if y is not None:
+        d = oracle.gated(d, wide(y, layout), activation)
+    one = vector(None, 1, c)
+    exact = oracle.backward(d, wide(x, layout), m, v, one, eps, frozen=True)
+    for name, bound in (("dgamma", oracle.bound_dgamma), ("dbeta", oracle.bound_dbeta)):
+        off = bound(np.float64, exact, m, v, eps)
+        assert_within(getattr(sums, name), getattr(exact, name), off, name)
+
+
+@given(divided(), activations)
+def test_parts_have_the_gradient_of_the_whole(
+    divided: tuple[Problem, list[slice]], activation: Any
+) -> None:
+    """By merged moments and added sums: dx, dgamma, dbeta and dresidual are within the bounds of
+    the whole's, and each part's sums within their own."""
+    p, parts = divided
+    whole = reduce(
+        fastbn.Moments.merge, (fastbn.Moments.of(p.x[part], layout=p.layout) for part in parts)
+    )
+    by = whole.mean, whole.var
+    options: dict[str, Any] = p.options | {"activation": activation}
+    y = None if activation is None else fastbn.normalize(p.x, *by, p.gamma, p.beta, **options)
+
+    def of(part: slice) -> tuple[tuple[Array, ...], dict[str, Any]]:
+        """The arguments for a part."""
+        return (p.dy[part], p.x[part], *by), options | {"y": None if y is None else y[part]}
+
+    sums = []
+    for arrays, rest in map(of, parts):
+        sums.append(fastbn.gradient_sums(*arrays, **rest))
+        if arrays[0].size:
+            check_sums(sums[-1], *arrays, **rest)
+    verb: Any = partial(fastbn.batch_norm_backward, sums=added(sums), dresidual=True)
+    found = [verb(*arrays, p.gamma, **rest) for arrays, rest in map(of, parts)]
+    for other in found:
+        np.testing.assert_array_equal(other[1:3], found[0][1:3])
+    dx, dresidual = (np.concatenate([getattr(f, n) for f in found]) for n in ("dx", "dresidual"))
+    got = fastbn.ResidualGradients(dx, found[0].dgamma, found[0].dbeta, dresidual)
+    for judged in judge_backward(got, p.dy, p.x, *by, p.gamma, **options, y=y):
+        assert_within(*judged._replace(bound=judged.bound * more(len(parts))))
+
+
+SHAPES = [(6, 5), (2, 20_003), (4, 3, 5, 7), (9, 24, 30, 31)]
+"""The second has so many channels that they are worked on in parts."""
+
+
+def problem(shape: tuple[int, ...], layout: str, dtype: Any) -> tuple[Array, Array, Array, Array]:
+    """dy, x and the moments of a batch of which x is a part."""
+    rng = np.random.default_rng(0)
+    dy, x = (to_layout(a, layout).astype(dtype) for a in rng.normal(3, 2, (2, *shape)))
+    return dy, x, rng.normal(3, 1, shape[1]), rng.exponential(size=shape[1]) + 1
+
+
+def total_of(channels: int) -> Total:
+    """Sums of some larger batch."""
+    dgamma, dbeta = np.random.default_rng(1).normal(0, 1e3, (2, channels))
+    return dgamma, dbeta, 1_000_000
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_options_change_no_bit(shape: tuple[int, ...], dtype: Any, layout: str) -> None:
+    """Fresh, into `out` or in place, with the residual's gradient and without, dx has the same
+    bits; without the parameters' gradients too."""
+    dy, x, mean, var = problem(shape, layout, dtype)
+    rest: dict[str, Any] = {"layout": layout, "sums": total_of(shape[1])}
+    gamma = np.linspace(-2, 2, shape[1])
+    expected = fastbn.batch_norm_backward(dy, x, mean, var, gamma, **rest)
+    lone = fastbn.batch_norm_backward(dy, x, mean, var, gamma, params=False, **rest)
+    assert lone[1:] == (None, None)
+    assert_same_bits({"dx": lone.dx}, {"dx": expected.dx})
+    for name in ("dy", "x", "out"):
+        mine = {"dy": dy.copy(), "x": x.copy(), "out": np.empty_like(x)}
+        out = mine[name]
+        got = fastbn.batch_norm_backward(mine["dy"], mine["x"], mean, var, gamma, out=out, **rest)
+        assert got.dx is out
+        assert_same_bits(got._asdict(), expected._asdict())
+    into = dy.copy()
+    beside = fastbn.batch_norm_backward(into, x, mean, var, gamma, dresidual=into, **rest)
+    assert beside.dresidual is into
+    assert_same_bits(beside._asdict(), expected._asdict() | {"dresidual": dy})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sums_of_larger_arrays(shape: tuple[int, ...], dtype: Any, layout: str) -> None:
+    """They, and the gradients by them, are within their bounds and have the same bits by several
+    threads."""
+    dy, x, mean, var = problem(shape, layout, dtype)
+    found = []
+    for threads in (1, 3):
+        with fastbn.use_num_threads(threads):
+            sums = fastbn.gradient_sums(dy, x, mean, var, layout=layout)
+            got = fastbn.batch_norm_backward(dy, x, mean, var, layout=layout, sums=sums)
+        found.append({"dgamma": sums.dgamma, "dbeta": sums.dbeta, "dx": got.dx})
+    assert_same_bits(found[1], found[0])
+    check_sums(sums, dy, x, mean, var, layout=layout)
+    for judged in judge_backward(got, dy, x, mean, var, layout=layout):
+        assert_within(*judged._replace(bound=judged.bound * more(1)))
+
+
+@pytest.mark.parametrize("gamma_dtype", [None, *DTYPES])
+@pytest.mark.parametrize("dtype", ALL)
+def test_gradients_of_parameters_are_the_sums_given(dtype: Any, gamma_dtype: Any) -> None:
+    """In gamma's type or, without gamma, in x's; float32 beside half types. What came is neither
+    changed nor given back."""
+    dy, x, mean, var = problem((4, 3, 5, 7), "NCHW", dtype)
+    total = total_of(3)
+    kept = [a.copy() for a in total[:2]]
+    gamma = None if gamma_dtype is None else np.ones(3, gamma_dtype)
+    got = fastbn.batch_norm_backward(dy, x, mean, var, gamma, sums=total)
+    wanted = gamma_dtype or (dtype if np.dtype(dtype).itemsize > 2 else np.float32)
+    for ours, copied, gradient in zip(total, kept, got[1:], strict=False):
+        assert gradient is not None
+        np.testing.assert_array_equal(gradient, copied.astype(wanted), strict=True)
+        assert not np.shares_memory(gradient, ours)
+        np.testing.assert_array_equal(ours, copied)
+
+
+@pytest.mark.parametrize("place", ["dy", "x", "mean", "var"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_stays_in_its_channel(value: float, place: str) -> None:
+    """Sums and dx of other channels keep their bits, and nothing warns."""
+    names = ("dy", "x", "mean", "var")
+    found = []
+    for bad in (0.5, value):
+        given: dict[str, Any] = dict(zip(names, problem((5, 3), "NCHW", np.float32), strict=True))
+        given[place][..., 1] = bad
+        sums = fastbn.gradient_sums(**given)
+        dx = fastbn.batch_norm_backward(**given, sums=sums).dx
+        results = {"dgamma": sums.dgamma, "dbeta": sums.dbeta, "dx": dx}
+        found.append({name: np.delete(a, 1, -1) for name, a in results.items()})
+    assert_same_bits(found[1], found[0])
+
+
+def test_where_nothing_varies() -> None:
+    """Where var + eps is 0, the sum dgamma is 0, and so is dx."""
+    dy = np.random.default_rng(0).normal(size=(4, 3, 5))
+    x, mean, var = np.full_like(dy, 7), np.full(3, 7.0), np.zeros(3)
+    sums = fastbn.gradient_sums(dy, x, mean, var, eps=0.0)
+    assert (sums.dgamma == 0).all()
+    assert (fastbn.batch_norm_backward(dy, x, mean, var, eps=0.0, sums=sums).dx == 0).all()
+
+
+@pytest.mark.no_kernel
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (2, 3, 0)], ids=str)
+def test_an_empty_part(shape: tuple[int, ...]) -> None:
+    """Its sums are zeros; by the sums of all, its dx is empty and its dgamma and dbeta are
+    theirs."""
+    x, mean, var = np.zeros(shape, np.float32), np.zeros(3), np.ones(3)
+    sums = fastbn.gradient_sums(x, x, mean, var)
+    assert sums.count == 0
+    np.testing.assert_array_equal((sums.dgamma, sums.dbeta), np.zeros((2, 3)))
+    total = total_of(3)
+    got = fastbn.batch_norm_backward(x, x, mean, var, sums=total)
+    assert got.dx.shape == shape
+    np.testing.assert_array_equal(got[1:], np.array(total[:2]).astype(np.float32), strict=True)
+    assert fastbn.batch_norm_backward(x, x, mean, var, params=False, sums=total)[1:] == (None, None)
