@@ -29,7 +29,8 @@ def reestimate(
     Parameters
     ----------
     layers : sequence of BatchNorm
-        Those to renew, in the order in which `forward` calls them.
+        Those to renew, in the order in which `forward` calls them. Others do in these calls what
+        they do in any.
     forward : callable
         Takes a batch through the network: it calls the layers.
     batches : iterable
@@ -41,6 +42,9 @@ def reestimate(
         Whether each layer is renewed by a walk of its own, in which those before it are already
         renewed. False: one walk for all, in which all of them normalize by the batches' own
         statistics, as in training.
+
+    There is no `backward` through these calls, and what NaN in the batches does to statistics no
+    layer's `nonfinite` changes.
 
     Raises
     ------
@@ -92,7 +96,7 @@ def _restored(layers: Sequence[BatchNorm]) -> Iterator[Callable[[], None]]:
         yield lambda: is_done.append(True)
     finally:
         for layer, training, arrays in before:
-            layer._observe = None
+            layer._observe = layer._forward = None
             layer.train(training)
             if not is_done:
                 layer._restore(arrays)
