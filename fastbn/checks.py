@@ -681,18 +681,18 @@ def output(
             f"array with a place of its own for every value; {make}"
         )
     for other, a in in_place.items():
-        if a is not None and not _same_place(value, a) and _share(value, a):
+        if a is not None and not _same_place(value, a) and share(value, a):
             raise ValueError(
                 f"{name} overlaps {other} without being {other}: expected either {other} itself "
                 f"(same place, strides and dtype: works in place) or memory apart from it; {make}"
             )
     for other, a in apart.items():
-        if a is not None and _share(value, a):
+        if a is not None and share(value, a):
             raise ValueError(f"{name} overlaps {other}, expected memory apart from it; {make}")
     return value
 
 
-def _share(a: NDArray[Any], b: NDArray[Any]) -> bool:
+def share(a: NDArray[Any], b: NDArray[Any]) -> bool:
     """Whether two arrays share memory; where that is hard to tell, that they do."""
     try:
         return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]  # any int is one

@@ -252,7 +252,7 @@ class BatchNorm:
                 self._update(mean, var, count)
             if self._observe is not None:
                 self._observe(Moments(count, mean, var))
-        overwritten = out is not None and np.may_share_memory(out, x)
+        overwritten = out is not None and checks.share(out, x)
         kept = None if self.activation is None else y
         self._forward = _Forward(x.shape, None if overwritten else x, mean, var, kept, runs)
         return y

@@ -209,6 +209,16 @@ def test_in_place_there_is_only_the_gradient_that_needs_no_x() -> None:
     assert_same_bits({"dx": bn.backward(dy)}, {"dx": expected["dx"]})
 
 
+def test_out_beside_x_in_one_buffer() -> None:
+    """Channels of one larger array, neither of which is written over: there is a backward."""
+    x, dy, _ = batch((6, CHANNELS, 3))
+    buffer = np.concatenate([x, x], 1)
+    here, beside = buffer[:, :CHANNELS], buffer[:, CHANNELS:]
+    bn = fastbn.BatchNorm(CHANNELS)
+    expected = {"y": bn(here), "dx": bn.backward(dy)}
+    assert_same_bits({"y": bn(here, out=beside), "dx": bn.backward(dy)}, expected)
+
+
 def test_arrays_stay_the_same_objects() -> None:
     """A step, training and a loaded state write them in place; the next call goes by what they
     hold."""
