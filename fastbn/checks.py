@@ -481,14 +481,17 @@ def running(
     owner = Owner(channels, f"the layer has {channels} channels")
     for name, a in (("running_mean", running_mean), ("running_var", running_var)):
         owned(name, a, owner)
-        if writes and not a.flags.writeable:
-            raise ValueError(
-                f"{name} is read-only, expected a writeable array: training renews it; assign a "
-                "copy, or set frozen_statistics"
-            )
+        if writes:
+            _writeable(name, a, "training renews it; assign a copy, or set frozen_statistics")
     if not nan:
         mean(running_mean, "running_mean")
     return running_mean, variance(running_var, nan=nan, name="running_var")
+
+
+def _writeable(name: str, a: NDArray[Any], reason: str) -> None:
+    """An array of a layer that is about to be written."""
+    if not a.flags.writeable:
+        raise ValueError(f"{name} is read-only, expected a writeable array: {reason}")
 
 
 def forward(last: Any, dy: Any, params: bool) -> Any:
@@ -526,6 +529,8 @@ def state(value: Any, own: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
             f"state has not the layer's names, expected {', '.join(map(repr, own))}; {odd}; make "
             "the layer with the scale, shift and track_running_stats of the one that was saved"
         )
+    for name, a in own.items():
+        _writeable(f"the layer's {name!r}", a, "a state is written into it; assign a copy")
     return {name: _state_array(name, value[name], a) for name, a in own.items()}
 
 
@@ -538,7 +543,7 @@ def _state_array(name: str, value: Any, own: NDArray[Any]) -> NDArray[Any]:
             "pass the state of a layer with as many channels"
         )
     if own.dtype.kind == "i":
-        if given.dtype.kind not in "iu" or given < 0:
+        if given.dtype.kind not in "iu" or not 0 <= given <= np.iinfo(own.dtype).max:
             raise ValueError(
                 f"state[{name!r}] is {given}, expected a whole number, zero or more: how many "
                 "batches the running statistics are of"

@@ -352,10 +352,13 @@ class BatchNorm:
         arrays = {name: getattr(self, ours) for name, ours in STATE.items()}
         return {name: array for name, array in arrays.items() if array is not None}
 
+    @quiet
     def _restore(self, arrays: Mapping[str, Array]) -> None:
-        """Write arrays, known to fit, into the layer's own."""
-        for name, own in self._arrays().items():
-            own[...] = arrays[name]
+        """Write arrays, known to fit, into the layer's own, of which some may be those."""
+        own = self._arrays()
+        rounded = {name: np.array(arrays[name], a.dtype) for name, a in own.items()}
+        for name, a in own.items():
+            a[...] = rounded[name]
 
     def _renew(self, mean: Array, var: Array, batches: int) -> None:
         """Put estimated statistics in place of the running ones."""

@@ -247,6 +247,7 @@ def test_a_state_is_copied_and_rounded() -> None:
     assert_same_bits(bn.state_dict(), before)
     small = fastbn.BatchNorm(CHANNELS)
     given = {name: a.tolist() for name, a in before.items()}
+    given["running_var"] = [1e300, *given["running_var"][1:]]
     small.load_state_dict(given)
     with np.errstate(over="ignore"):
         rounded = {name: np.array(a, small.state_dict()[name].dtype) for name, a in given.items()}
@@ -255,6 +256,14 @@ def test_a_state_is_copied_and_rounded() -> None:
     rounded["weight"][...] = 7
     assert small.gamma is not None
     assert (small.gamma != 7).all()
+
+
+def test_a_state_of_the_layers_own_arrays() -> None:
+    """All are read before one is written."""
+    bn = made()
+    before = bn.state_dict()
+    bn.load_state_dict(before | {"weight": bn.beta, "bias": bn.gamma})
+    assert_same_bits(bn.state_dict(), before | {"weight": before["bias"], "bias": before["weight"]})
 
 
 @pytest.mark.usefixtures("variant")

@@ -433,7 +433,7 @@ STATES: dict[str, tuple[dict[Any, Any], type[Exception], str]] = {
             ValueError,
             f"state['num_batches_tracked'] is {n}, expected a whole number, zero or more",
         )
-        for n in (-1, 2.0, True)
+        for n in (-1, 2.0, 2**63, True)
     },
 }
 
@@ -462,3 +462,15 @@ def test_what_is_no_state() -> None:
             bn.load_state_dict(other.state_dict())
         with refused(other, ValueError, "state has not the layer's names, ... not known are"):
             other.load_state_dict(bn.state_dict())
+
+
+@pytest.mark.parametrize("name", ["gamma", "running_var", "num_batches_tracked"])
+def test_a_state_for_a_read_only_array(name: str) -> None:
+    """No array is changed where one cannot be."""
+    bn = used()
+    state = {name: a + 1 for name, a in bn.state_dict().items()}
+    setattr(bn, name, frozen(getattr(bn, name)))
+    with refused(
+        bn, ValueError, "the layer's '... is read-only, expected a writeable array: ... copy"
+    ):
+        bn.load_state_dict(state)
