@@ -344,7 +344,8 @@ def layers(value: Any, kind: type[Any]) -> None:
             raise TypeError(f"layers[{i}] is {_described(layer)}, expected a {kind.__name__}")
         if any(layer is other for other in value[:i]):
             raise ValueError(f"layers[{i}] is there twice, expected each layer once; leave it out")
-        running(layer.running_mean, layer.running_var, layer.channels, writes=True, nan=True)
+        tracked = layer.running_mean, layer.running_var, layer.num_batches_tracked
+        running(*tracked, layer.channels, writes=True, nan=True)
 
 
 def walks(batches: Any, number: int) -> None:
@@ -470,7 +471,7 @@ def finite(mean: NDArray[Any], var: NDArray[Any]) -> None:
 
 
 def running(
-    running_mean: Any, running_var: Any, channels: int, *, writes: bool, nan: bool
+    running_mean: Any, running_var: Any, batches: Any, channels: int, *, writes: bool, nan: bool
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """A layer's running statistics: of its channels, to be written where `writes` says so."""
     if running_mean is None or running_var is None:
@@ -479,13 +480,27 @@ def running(
             "statistics; make it with track_running_stats=True"
         )
     owner = Owner(channels, f"the layer has {channels} channels")
-    for name, a in (("running_mean", running_mean), ("running_var", running_var)):
+    own = {"running_mean": running_mean, "running_var": running_var}
+    for name, a in own.items():
         owned(name, a, owner)
-        if writes:
+    if writes:
+        for name, a in (own | _counter(batches)).items():
             _writeable(name, a, "training renews it; assign a copy, or set frozen_statistics")
     if not nan:
         mean(running_mean, "running_mean")
     return running_mean, variance(running_var, nan=nan, name="running_var")
+
+
+def _counter(value: Any) -> dict[str, NDArray[Any]]:
+    """How many batches running statistics are of, by its name; nothing where that is not known."""
+    if value is None:
+        return {}
+    if not isinstance(value, np.ndarray) or value.shape != ():
+        raise TypeError(
+            f"num_batches_tracked is {_described(value)}, expected a numpy.ndarray of int64 and "
+            "shape (), or None; write a number into it: num_batches_tracked[...] = n"
+        )
+    return {"num_batches_tracked": value}
 
 
 def _writeable(name: str, a: NDArray[Any], reason: str) -> None:

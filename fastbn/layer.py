@@ -400,6 +400,7 @@ class BatchNorm:
         return checks.running(
             self.running_mean,
             self.running_var,
+            self.num_batches_tracked,
             self.channels,
             writes=writes,
             nan=writes and self.nonfinite == "update",

@@ -226,7 +226,7 @@ RUNNING: dict[str, tuple[str, Callable[[Any], Any], dict[str, bool], type[Except
             ValueError,
             f"{name} is read-only, expected a writeable array: ... copy, or set frozen_statistics",
         )
-        for name in ("running_mean", "running_var")
+        for name in ("running_mean", "running_var", "num_batches_tracked")
     },
     "shape": (
         "running_mean",
@@ -283,6 +283,13 @@ RUNNING: dict[str, tuple[str, Callable[[Any], Any], dict[str, bool], type[Except
         EVERYWHERE,
         ValueError,
         f"running_var[{LAST}] is -0.5: a variance cannot be negative; ... channel {LAST}'s",
+    ),
+    "number of batches": (
+        "num_batches_tracked",
+        int,
+        TRAINING,
+        TypeError,
+        "num_batches_tracked is an int (4), expected a numpy.ndarray of int64 and shape ()",
     ),
 }
 
