@@ -248,7 +248,7 @@ class BatchNorm:
             if self.nonfinite == "raise" and out is not None:
                 checks.finite(*moments(x, layout=self.layout))  # before anything is written
             y, mean, var = batch_norm(x, self.gamma, self.beta, **tail)
-            if updates and self._is_trusted(mean, var):
+            if self._is_trusted(mean, var) and updates:
                 self._update(mean, var, count)
             if self._observe is not None:
                 self._observe(Moments(count, mean, var))

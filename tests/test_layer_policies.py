@@ -124,7 +124,7 @@ def test_nonfinite_statistics_are_skipped(value: float) -> None:
 
 @nonfinite
 @pytest.mark.usefixtures("variant")
-@pytest.mark.parametrize("tracks", [True])
+@pytest.mark.parametrize("tracks", [True, False])
 def test_nonfinite_statistics_are_refused(value: float, tracks: bool) -> None:
     """With "raise" nothing is written: not out, fresh or x, and the saved forward stays in use.
     Running statistics need not be there."""
@@ -146,6 +146,15 @@ def test_a_variance_alone_may_be_refused() -> None:
     x[:, 2] *= 1e200
     with refused(bn, ValueError, "x has a variance of inf in channel 2, expected finite"):
         bn(x)
+
+
+def test_one_value_is_not_skipped_where_it_is_nonfinite() -> None:
+    """Beside one_value="skip", nonfinite="raise" is heeded: with out and without."""
+    bn, x = made(nonfinite="raise", one_value="skip"), np.full((1, CHANNELS), np.nan)
+    out = np.zeros_like(x)
+    for into in (None, out):
+        with refused(bn, ValueError, "x has a mean of nan in channel 0", out):
+            bn(x, out=into)
 
 
 @pytest.mark.no_kernel
