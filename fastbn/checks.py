@@ -248,16 +248,21 @@ def epsilon(value: Any) -> float:
         raise TypeError(
             f"eps is {_described(value)}, expected a number, zero or more; pass a float, as 1e-5"
         )
-    try:
-        eps = float(value)
-    except OverflowError:
-        eps = math.inf
+    eps = _as_float(value)
     if not (eps >= 0 and math.isfinite(eps)):
         raise ValueError(
             f"eps is {eps}, expected a finite number, zero or more; it is added to the variance "
             "before the square root, 1e-5 is usual"
         )
     return eps
+
+
+def _as_float(value: Real) -> float:
+    """The nearest float; infinity for what is too large."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 class Owner(NamedTuple):
@@ -415,12 +420,13 @@ def _weight(name: str, value: Any, whose: str) -> float:
     """A number from 0 to 1."""
     if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} is {_described(value)}, expected a number from 0 to 1")
-    if not 0 <= float(value) <= 1:
+    number = _as_float(value)
+    if not 0 <= number <= 1:
         raise ValueError(
-            f"{name} is {value}, expected a number from 0 to 1: it is the weight {whose}, and the "
+            f"{name} is {number}, expected a number from 0 to 1: it is the weight {whose}, and the "
             f"other gets 1 - {name}"
         )
-    return float(value)
+    return number
 
 
 def one_value(value: Any, tracks: bool) -> str:

@@ -46,6 +46,7 @@ def weights(name: str, whose: str) -> list[Row]:
             )
             for value in (1.5, -0.1, float("nan"), float("inf"))
         ),
+        (10**400, ValueError, f"{name} is inf, {expected}"),
         ("0.1", TypeError, f"{name} is a str ('0.1'), {expected}"),
         (True, TypeError, f"{name} is a bool (True), {expected}"),
         (np.ones(1), TypeError, f"{name} is an ndarray ... {expected}"),
