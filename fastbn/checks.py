@@ -298,16 +298,21 @@ def epsilon(value: Any) -> float:
         raise TypeError(
             f"eps is {_described(value)}, expected a number, zero or more; pass a float, as 1e-5"
         )
-    try:
-        eps = float(value)
-    except OverflowError:
-        eps = math.inf
+    eps = _as_float(value)
     if not (eps >= 0 and math.isfinite(eps)):
         raise ValueError(
             f"eps is {eps}, expected a finite number, zero or more; it is added to the variance "
             "before the square root, 1e-5 is usual"
         )
     return eps
+
+
+def _as_float(value: Real) -> float:
+    """The nearest float; infinity for what is too large."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 class Owner(NamedTuple):
@@ -394,7 +399,8 @@ def layers(value: Any, kind: type[Any]) -> None:
             raise TypeError(f"layers[{i}] is {_described(layer)}, expected a {kind.__name__}")
         if any(layer is other for other in value[:i]):
             raise ValueError(f"layers[{i}] is there twice, expected each layer once; leave it out")
-        running(layer.running_mean, layer.running_var, layer.channels, writes=True, nan=True)
+        tracked = layer.running_mean, layer.running_var, layer.num_batches_tracked
+        running(*tracked, layer.channels, writes=True, nan=True)
 
 
 def walks(batches: Any, number: int) -> None:
@@ -464,12 +470,13 @@ def _weight(name: str, value: Any, whose: str) -> float:
     """A number from 0 to 1."""
     if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} is {_described(value)}, expected a number from 0 to 1")
-    if not 0 <= float(value) <= 1:
+    number = _as_float(value)
+    if not 0 <= number <= 1:
         raise ValueError(
-            f"{name} is {value}, expected a number from 0 to 1: it is the weight {whose}, and the "
+            f"{name} is {number}, expected a number from 0 to 1: it is the weight {whose}, and the "
             f"other gets 1 - {name}"
         )
-    return float(value)
+    return number
 
 
 def one_value(value: Any, tracks: bool) -> str:
@@ -489,7 +496,7 @@ def parameter_type(value: Any) -> np.dtype[Any]:
         found: np.dtype[Any] = np.dtype(value)
     except TypeError:
         found = np.dtype(object)
-    if not is_float(found):
+    if value is None or not is_float(found):
         raise TypeError(
             f"dtype is {value!r}, expected 'float32' or 'float64': the type of parameters and "
             "running statistics, whatever the arrays are"
@@ -520,7 +527,7 @@ def finite(mean: NDArray[Any], var: NDArray[Any]) -> None:
 
 
 def running(
-    running_mean: Any, running_var: Any, channels: int, *, writes: bool, nan: bool
+    running_mean: Any, running_var: Any, batches: Any, channels: int, *, writes: bool, nan: bool
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """A layer's running statistics: of its channels, to be written where `writes` says so."""
     if running_mean is None or running_var is None:
@@ -529,16 +536,33 @@ def running(
             "statistics; make it with track_running_stats=True"
         )
     owner = Owner(channels, f"the layer has {channels} channels")
-    for name, a in (("running_mean", running_mean), ("running_var", running_var)):
+    own = {"running_mean": running_mean, "running_var": running_var}
+    for name, a in own.items():
         owned(name, a, owner)
-        if writes and not a.flags.writeable:
-            raise ValueError(
-                f"{name} is read-only, expected a writeable array: training renews it; assign a "
-                "copy, or set frozen_statistics"
-            )
+    if writes:
+        for name, a in (own | _counter(batches)).items():
+            _writeable(name, a, "training renews it; assign a copy, or set frozen_statistics")
     if not nan:
         mean(running_mean, "running_mean")
     return running_mean, variance(running_var, nan=nan, name="running_var")
+
+
+def _counter(value: Any) -> dict[str, NDArray[Any]]:
+    """How many batches running statistics are of, by its name; nothing where that is not known."""
+    if value is None:
+        return {}
+    if not isinstance(value, np.ndarray) or value.shape != ():
+        raise TypeError(
+            f"num_batches_tracked is {_described(value)}, expected a numpy.ndarray of int64 and "
+            "shape (), or None; write a number into it: num_batches_tracked[...] = n"
+        )
+    return {"num_batches_tracked": value}
+
+
+def _writeable(name: str, a: NDArray[Any], reason: str) -> None:
+    """An array of a layer that is about to be written."""
+    if not a.flags.writeable:
+        raise ValueError(f"{name} is read-only, expected a writeable array: {reason}")
 
 
 def forward(last: Any, dy: Any, params: bool) -> Any:
@@ -576,6 +600,8 @@ def state(value: Any, own: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
             f"state has not the layer's names, expected {', '.join(map(repr, own))}; {odd}; make "
             "the layer with the scale, shift and track_running_stats of the one that was saved"
         )
+    for name, a in own.items():
+        _writeable(f"the layer's {name!r}", a, "a state is written into it; assign a copy")
     return {name: _state_array(name, value[name], a) for name, a in own.items()}
 
 
@@ -588,7 +614,7 @@ def _state_array(name: str, value: Any, own: NDArray[Any]) -> NDArray[Any]:
             "pass the state of a layer with as many channels"
         )
     if own.dtype.kind == "i":
-        if given.dtype.kind not in "iu" or given < 0:
+        if given.dtype.kind not in "iu" or not 0 <= given <= np.iinfo(own.dtype).max:
             raise ValueError(
                 f"state[{name!r}] is {given}, expected a whole number, zero or more: how many "
                 "batches the running statistics are of"
@@ -731,18 +757,18 @@ def output(
             f"array with a place of its own for every value; {make}"
         )
     for other, a in in_place.items():
-        if a is not None and not _same_place(value, a) and _share(value, a):
+        if a is not None and not _same_place(value, a) and share(value, a):
             raise ValueError(
                 f"{name} overlaps {other} without being {other}: expected either {other} itself "
                 f"(same place, strides and dtype: works in place) or memory apart from it; {make}"
             )
     for other, a in apart.items():
-        if a is not None and _share(value, a):
+        if a is not None and share(value, a):
             raise ValueError(f"{name} overlaps {other}, expected memory apart from it; {make}")
     return value
 
 
-def _share(a: NDArray[Any], b: NDArray[Any]) -> bool:
+def share(a: NDArray[Any], b: NDArray[Any]) -> bool:
     """Whether two arrays share memory; where that is hard to tell, that they do."""
     try:
         return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]  # any int is one

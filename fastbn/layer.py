@@ -263,7 +263,7 @@ class BatchNorm:
             y = normalize(x, mean, var, self.gamma, self.beta, **selected, **options)
         else:
             y, mean, var = self._by_batch(x, count, selected | {"weights": weights}, options)
-        x_kept = None if out is not None and np.may_share_memory(out, x) else x
+        x_kept = None if out is not None and checks.share(out, x) else x
         y_kept = None if self.activation is None else y
         self._forward = _Forward(x.shape, x_kept, mean, var, y_kept, runs, where, weights)
         return y
@@ -276,7 +276,7 @@ class BatchNorm:
         if self.nonfinite == "raise" and options["out"] is not None:
             checks.finite(*moments(x, **selected))  # before anything is written
         result = batch_norm(x, self.gamma, self.beta, **selected, **options)
-        if updates and self._is_trusted(result.mean, result.var):
+        if self._is_trusted(result.mean, result.var) and updates:
             self._update(result.mean, result.var, count)
         if self._observe is not None:
             self._observe(Moments(count, result.mean, result.var))
@@ -380,16 +380,19 @@ class BatchNorm:
         arrays = {name: getattr(self, ours) for name, ours in STATE.items()}
         return {name: array for name, array in arrays.items() if array is not None}
 
+    @quiet
     def _restore(self, arrays: Mapping[str, Array]) -> None:
-        """Write arrays, known to fit, into the layer's own."""
-        for name, own in self._arrays().items():
-            own[...] = arrays[name]
+        """Write arrays, known to fit, into the layer's own, of which some may be those."""
+        own = self._arrays()
+        rounded = {name: np.array(arrays[name], a.dtype) for name, a in own.items()}
+        for name, a in own.items():
+            a[...] = rounded[name]
 
     @quiet
     def _renew(self, mean: Array, var: Array, batches: int) -> None:
         """Put estimated statistics in place of the running ones, whatever those were."""
         state = {"running_mean": mean, "running_var": var, "num_batches_tracked": batches}
-        checks.running(self.running_mean, self.running_var, self.channels, writes=True, nan=True)
+        self._running(writes=True, nan=True)
         self._restore(self._arrays() | {name: np.asarray(a) for name, a in state.items()})
 
     def _by_running(self, count: float) -> bool:
@@ -421,14 +424,15 @@ class BatchNorm:
             np.isfinite(mean).all() and np.isfinite(var).all()
         )
 
-    def _running(self, *, writes: bool) -> tuple[Array, Array]:
+    def _running(self, *, writes: bool, nan: bool = False) -> tuple[Array, Array]:
         """The running statistics, checked; NaN is let in where an update may have brought it."""
         return checks.running(
             self.running_mean,
             self.running_var,
+            self.num_batches_tracked,
             self.channels,
             writes=writes,
-            nan=writes and self.nonfinite == "update",
+            nan=nan or (writes and self.nonfinite == "update"),
         )
 
     @quiet
