@@ -59,7 +59,7 @@ class Arrangement:
         """`a` as a native, aligned (G, N, C, S) array: where it lies, or else one dense copy."""
         a = np.asarray(a, dtype=a.dtype.newbyteorder("="))
         v = a.transpose(self.axes).reshape(self.view_shape)
-        return v if _is_walkable(v) else np.ascontiguousarray(v)
+        return v if _is_walkable(v) else np.require(v, None, ["C_CONTIGUOUS", "ALIGNED"])
 
     def mask(self, where: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """An array like x but for a single channel, as contiguous (G, N, S)."""

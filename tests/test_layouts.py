@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from bits import assert_same_bits, run_all
 from checks import check_everything
-from memory import channels_last
+from memory import FORMS, channels_last
 from variants import Variant
 
 import fastbn
 from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of, to_layout
+from fastbn.layouts import Arrangement
 
 SHAPES = [  # as NCHW
     (1, 1),
@@ -141,3 +142,14 @@ def test_an_empty_batch_is_still_checked(variant: Variant) -> None:
         fastbn.batch_norm(x, out=np.empty((1, 3), np.float32))
     with pytest.raises(ValueError, match="eps is -1"):
         fastbn.batch_norm(x, eps=-1.0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_view_is_aligned(form: str, layout: str) -> None:
+    """Whatever the array is, and native: kernels read values one by one, too."""
+    x = FORMS[form](np.ones((4, 3, 5, 6), np.float32))
+    view = Arrangement.of(x, layout).view(x)
+    assert view.flags.aligned
+    assert view.dtype.isnative
+    assert np.array_equal(np.ravel(view), np.ones(x.size))
