@@ -504,13 +504,14 @@ def parameter_type(value: Any) -> np.dtype[Any]:
     return found.newbyteorder("=")
 
 
-def several_values(policy: str) -> None:
+def several_values(policy: str, n: float) -> None:
     """More than one value a channel, where the layer's policy asks for it."""
     if policy == "raise":
+        came = "one value a channel" if n == 1 else f"values that weigh {n} a channel"
         raise ValueError(
-            "x has one value a channel (or weights that add up to no more than 1), expected two "
-            "or more: one value has no variance to normalize by; give a larger batch, or make the "
-            "layer with one_value='running' (use the running statistics) or 'skip' (y = beta)"
+            f"x has {came}, expected two or more: one value has no variance to normalize by; give "
+            "a larger batch, or make the layer with one_value='running' (use the running "
+            "statistics) or 'skip' (y = beta)"
         )
 
 

@@ -409,7 +409,7 @@ class BatchNorm:
         if self._observe is not None or count == 0:
             return False
         if count <= 1:
-            checks.several_values(self.one_value)
+            checks.several_values(self.one_value, count)
             return False
         if self.running_mean is None:
             return False
