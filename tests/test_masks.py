@@ -288,3 +288,64 @@ def test_out_may_not_overlap_a_mask(variant: Variant) -> None:
         fastbn.batch_norm(x, weights=memory[4:8], out=out)
     with pytest.raises(ValueError, match="out overlaps where"):
         fastbn.batch_norm(x, where=memory.view(bool)[:4, None], out=out)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("weighs", [False, True])
+def test_the_layer(variant: Variant, weighs: bool, unbiased: bool) -> None:
+    """It does what the verbs do; n of n / (n - 1) is how many values count, or what they weigh."""
+    p = Masked((6, 3, 4, 5), "NCHW", np.float32)
+    selected: dict[str, Any] = {"where": p.where, "weights": p.weights if weighs else None}
+    bn = fastbn.BatchNorm(3, momentum=1.0, unbiased=unbiased, dtype="float64")
+    y, dx = bn(p.x, **selected), bn.backward(p.dy)
+    expected, mean, var = fastbn.batch_norm(p.x, bn.gamma, bn.beta, **selected)
+    got = fastbn.batch_norm_backward(p.dy, p.x, mean, var, bn.gamma, **selected)
+    n = p.samples @ p.weights if weighs else p.where.sum()
+    for found, wanted in ((y, expected), (dx, got.dx), (bn.dgamma, got.dgamma)):
+        assert np.array_equal(np.asarray(found), np.asarray(wanted))
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    assert np.array_equal(bn.running_mean, mean)
+    assert np.allclose(bn.running_var, var * (n / (n - 1) if unbiased else 1), rtol=1e-15)
+
+
+def test_the_layer_in_evaluation(variant: Variant) -> None:
+    """Masked places are 0 on both ways, and the gradients are those of what counts."""
+    p = Masked((6, 3, 4, 5), "NCHW", np.float32)
+    bn = fastbn.BatchNorm(3).eval()
+    y, dx = bn(p.x, where=p.where), bn.backward(p.dy)
+    assert p.is_zero_elsewhere(y)
+    assert p.is_zero_elsewhere(dx)
+    assert bn.dbeta is not None
+    assert np.allclose(bn.dbeta, p.counted(p.dy).sum(0), atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip", "running"])
+def test_weights_that_add_up_to_one(variant: Variant, policy: str) -> None:
+    """They are one value, whatever their number."""
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    bn = fastbn.BatchNorm(3, one_value=policy)
+    weights = np.full(4, 0.25)
+    if policy == "raise":
+        with pytest.raises(ValueError, match="one value a channel"):
+            bn(x, weights=weights)
+        bn.eval()
+    y = bn(x, weights=weights)
+    by_running = fastbn.normalize(x, np.zeros(3), np.ones(3), bn.gamma, bn.beta)
+    assert np.array_equal(y, by_running) == (policy != "skip")
+    assert int(np.asarray(bn.num_batches_tracked)) == 0
+
+
+def test_moments_of_what_counts(variant: Variant) -> None:
+    """Parts with masks and weights merge into the whole."""
+    p = Masked((6, 3, 4, 5), "NCHW", np.float64)
+    selected = {"where": p.where, "weights": p.weights}
+    parts = [
+        fastbn.Moments.of(p.x[s], where=p.where[s], weights=p.weights[s])
+        for s in (slice(2), slice(2, 3), slice(3, 6))
+    ]
+    merged = parts[0].merge(parts[1]).merge(parts[2])
+    whole = fastbn.Moments.of(p.x, **selected)
+    assert merged.count == whole.count == p.samples @ p.weights
+    assert np.allclose(merged.mean, whole.mean, rtol=1e-14)
+    assert np.allclose(merged.var, whole.var, rtol=1e-13)
