@@ -32,6 +32,10 @@
    unsigned and signed, whose types tell which is which.
 10. The plain entries take contiguous arrays that fit past all checks: those cost 20 to 30 us a
    call, more than some 1 MB of work. They answer None, having touched nothing, for everything else.
+11. A selection, too, has bodies of its own. Its mask is read as bytes, sixteen *picks* at a time;
+    where they are 0, what was loaded becomes 0 before it is added, and what is stored is 0. In rows
+    a table tells each column's place in the mask. A weight belongs to a row: one holds several
+    samples only if they weigh alike.
 """
 
 from __future__ import annotations
@@ -66,7 +70,16 @@ from fastbn._caches import (
     scratch,
 )
 from fastbn.activations import LINEAR, Activation, of
-from fastbn.backends.base import Affine, Array, Backend, Gate, GradientCoefficients, Table, Tail
+from fastbn.backends.base import (
+    Affine,
+    Array,
+    Backend,
+    Gate,
+    GradientCoefficients,
+    Selection,
+    Table,
+    Tail,
+)
 from fastbn.elements import SINGLE, arithmetic, is_bfloat16
 
 LANES = 16
@@ -108,14 +121,15 @@ if _numba.config.DISABLE_JIT:
 
 _intrinsic: Callable[[F], Any] = extending.intrinsic
 _LARGEST = float(np.finfo(np.float32).max)
-_INT16, _INT32, _INT64 = (ir.IntType(bits) for bits in (16, 32, 64))
+_INT8, _INT16, _INT32, _INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _FLOAT32, _FLOAT64 = ir.FloatType(), ir.DoubleType()
 _HALF, _BRAIN = types.uint16, types.int16
 """Elements are told by the type of a value; these stand for float16 and bfloat16."""
 
 
 class Lanes(types.Type):
-    """Numba's type of a vector of LANES values: float32 or float64, in which work is done."""
+    """Numba's type of a vector of LANES values: float32 or float64, in which work is done; or
+    picks, bytes that are not 0 where a place counts."""
 
     def __init__(self, element: Any) -> None:
         self.element = element
@@ -128,11 +142,13 @@ class _LanesModel(extending.models.PrimitiveModel):
 
 
 extending.register_model(Lanes)(_LanesModel)
-_DOUBLES = Lanes(types.float64)
+_DOUBLES, _PICKS = Lanes(types.float64), Lanes(types.uint8)
 
 
 def _vector(element: Any) -> ir.VectorType:
     """LANES values as they are worked on."""
+    if element == types.uint8:
+        return ir.VectorType(_INT8, LANES)
     return ir.VectorType(_FLOAT64 if element == types.float64 else _FLOAT32, LANES)
 
 
@@ -577,6 +593,16 @@ def _take(context: Any, address: Any) -> Any:
 
 
 @_intrinsic
+def _integer(context: Any, address: Any) -> Any:
+    """The integer at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(builder.inttoptr(args[0], _INT64.as_pointer()))
+
+    return types.int64(types.int64), generate
+
+
+@_intrinsic
 def _doubles(context: Any, address: Any) -> Any:
     """A pointer to float64."""
     return _typed(_numba.types.CPointer(types.float64), address)
@@ -689,6 +715,79 @@ def _let_through(context: Any, dy: Any, y: Any, slope: Any, top: Any) -> Any:
     return dy(dy, y, dy, y), generate
 
 
+@_intrinsic
+def _picks(context: Any, address: Any) -> Any:
+    """LANES bytes of a mask."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _bytes(builder, args[0])
+
+    return _PICKS(types.int64), generate
+
+
+def _bytes(builder: Any, address: Any) -> Any:
+    pointer = builder.inttoptr(address, _vector(types.uint8).as_pointer())
+    return builder.load(pointer, align=1)
+
+
+@_intrinsic
+def _numbers(context: Any, address: Any, first: Any) -> Any:
+    """LANES places, of which the last byte is in memory, counted from `first`: 0 to LANES - 1."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        first = _splat(builder, builder.trunc(args[1], _INT8))
+        most = ir.Constant(first.type, [LANES - 1] * LANES)
+        return builder.and_(builder.sub(_bytes(builder, args[0]), first), most)
+
+    return _PICKS(types.int64, types.int64), generate
+
+
+@_intrinsic
+def _picks_by(context: Any, address: Any, numbers: Any) -> Any:
+    """For each lane the byte of its number; one instruction, where the processor has it."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data, picks = _bytes(builder, args[0]), ir.Constant(_vector(types.uint8), ir.Undefined)
+        numbers = _opaque(builder, args[1])
+        for lane in range(LANES):
+            at = ir.Constant(_INT32, lane)
+            number = builder.zext(builder.extract_element(numbers, at), _INT64)
+            picks = builder.insert_element(picks, builder.extract_element(data, number), at)
+        return picks
+
+    return _PICKS(types.int64, _PICKS), generate
+
+
+def _opaque(builder: Any, numbers: Any) -> Any:
+    """The same, which the compiler cannot take out of a loop, lane by lane."""
+    if platform.machine() != "x86_64":
+        return numbers
+    kind = ir.FunctionType(numbers.type, [numbers.type])
+    return builder.asm(kind, "", "=x,0", [numbers], True)
+
+
+@_intrinsic
+def _pick(context: Any, value: Any, picks: Any) -> Any:
+    """The lanes that count, and zeros."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value, picks = args
+        counts = builder.icmp_unsigned("!=", picks, ir.Constant(picks.type, [0] * LANES))
+        return builder.select(counts, value, ir.Constant(value.type, [0.0] * LANES))
+
+    return value(value, _PICKS), generate
+
+
+@_intrinsic
+def _first_of(context: Any, count: Any, then: Any, other: Any) -> Any:
+    """The first `count` lanes of one, then those of another."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(_mask(builder, builder.trunc(args[0], _INT32)), *args[1:])
+
+    return then(types.int64, then, then), generate
+
+
 # ---- Compiling -----------------------------------------------------------------------------------
 
 
@@ -797,7 +896,7 @@ _JOB = np.dtype(
         # Rows of `columns` values, perhaps one more of only `rest`: a row of memory holds `fold`
         # samples of `channels` channels of `spread` values. Planes have `size` values.
         *((name, np.int64) for name in ("runs", "rows", "columns", "size", "rest")),
-        *((name, np.int64) for name in ("fold", "channels", "spread", "count")),
+        *((name, np.int64) for name in ("fold", "channels", "spread")),
         # A chunk is `height` rows, or a `piece` of one.
         *((name, np.int64) for name in ("height", "piece", "pieces", "chunks")),
         # No bit depends on these.
@@ -810,6 +909,14 @@ _JOB = np.dtype(
         # coefficients; the next block; the bodies.
         *((name, np.int64) for name in ("pitch", "table", "work", "sums", "packed", "counter")),
         *((name, np.int64) for name in ("here", "start", "sum", "finish", "write")),
+        # A selection: bytes from a run's mask to the next and from a row's, rows that weigh alike;
+        # addresses: of each run the first place that counts, of each column the first place of the
+        # picks that begin there, and its own.
+        *((name, np.int64) for name in ("mask", "mask_run", "mask_row")),
+        *((name, np.int64) for name in ("weights", "weights_run", "alike")),
+        *((name, np.int64) for name in ("firsts", "bases", "places")),
+        # What sums are divided by, for a mean.
+        ("count", np.float64),
         *((name, np.float64) for name in ("eps", "slope", "top")),
     ]
 )
@@ -867,11 +974,13 @@ def _cut(rows: int, size: int) -> tuple[int, int, int, int]:
 
 
 @_inline
-def _set_shape(job: Any, shape: tuple[int, int, int, int]) -> None:
-    """Rows, columns and chunks: they follow from the shape and the element type alone."""
+def _set_shape(job: Any, shape: tuple[int, int, int, int], alike: int) -> None:
+    """Rows, columns and chunks: they follow from the shape and the element type, and from how many
+    samples weigh alike, 0 if all do."""
     runs, samples, channels, s = shape
     inside = s < LANES
     fold = _fold(samples, channels, s) if inside else 1
+    fold = 1 if alike % fold else fold
     spread, size = (s, 1) if inside else (1, s)
     columns, rows = fold * channels * spread, samples // fold
     height, piece, pieces, chunks = _cut(rows, size)
@@ -938,7 +1047,7 @@ def _plan(words: Array, asked: Any, aside: Any, eps: float, table: Table) -> int
         beside, through = aside[0][3:7], aside[0][7:11]
         job.residual, job.gated, job.lets = aside[0][:3]
         job.slope, job.top = aside[1:]
-    _set_shape(job, asked[4:8])
+    _set_shape(job, asked[4:8], asked[30])
     _schedule(job, threads, size, asked[8:14])
     job.table, job.eps, job.here = table.ctypes.data, eps, words.ctypes.data
     job.start, job.sum, job.finish, job.write = asked[14:18]
@@ -953,6 +1062,55 @@ def _plan(words: Array, asked: Any, aside: Any, eps: float, table: Table) -> int
         job.lets = AS_OUT
     width = job.runs * job.pitch
     return int(width * 8 + (width * (4 + 2 * job.chunks) if job.summed != NOTHING else 0))
+
+
+@_inline
+def _first_place(mask: Array, weights: Table, places: int) -> int:
+    """The first of a run's places that weighs in its statistics."""
+    alike = places // (weights.size - 1)
+    for part in range(weights.size - 1):
+        for place in range(part * alike, (part + 1) * alike if weights[part] > 0.0 else 0):
+            if mask[place]:
+                return place
+    return 0
+
+
+@_inline
+def _set_places(job: Any, bases: Array, places: Array) -> None:
+    """Of each column the place of its value in the mask of its row, and the first place of the
+    LANES columns from there on: a sample's, where they go round the end of a tiny plane."""
+    spread, channels, channel, sample = job.spread, job.channels, 0, 0
+    for start in range(0, bases.size, spread):
+        channel += 1
+        for s in range(spread):
+            around = s + LANES > spread and channel < channels
+            bases[start + s] = sample if around else sample + s
+            places[start + s] = (sample + s) & 0xFF
+        if channel == channels:
+            channel, sample = 0, sample + spread
+
+
+@_compile
+def _select(words: Array, mask: Array, weights: Table, alike: int, count: float) -> Any:
+    """Tell a job which places count; gives the tables that it needs for that. Its own count is of
+    all places until then."""
+    job = _job_at(words.ctypes.data)
+    # Picks may go round a row's end.
+    width = _ceil(job.columns + 2 * LANES, job.spread) * job.spread if job.inside else 0
+    tables = np.empty(job.runs + width + _ceil(width, 8), np.int64)
+    for run in range(job.runs):
+        tables[run] = _first_place(mask[run], weights[run], int(job.count))
+    places = tables[job.runs + width :].view(np.uint8)
+    _set_places(job, tables[job.runs : job.runs + width], places)
+    job.firsts = tables.ctypes.data
+    job.bases = job.firsts + job.runs * 8
+    job.places = job.bases + width * 8
+    job.mask, job.mask_run = mask.ctypes.data, mask.strides[0]
+    job.mask_row = job.fold * job.spread * job.size
+    job.weights, job.weights_run = weights.ctypes.data, weights.strides[0]
+    job.alike = alike // job.fold if alike else job.rows + 1
+    job.count = count
+    return tables
 
 
 @_inline
@@ -997,6 +1155,122 @@ def _sums(job: Any) -> Any:
     return _numba.carray(_doubles(job.sums), (job.chunks, 2, job.runs * job.pitch))
 
 
+# ---- Selections ----------------------------------------------------------------------------------
+# `masked` is True or None, which numba tells apart as it compiles: None leaves no trace.
+
+
+class _Row(NamedTuple):
+    """A row's places: where their mask is, from a row to the next, where their weight is, and how
+    many rows weigh as much from this one on, and from the next weight on."""
+
+    mask: int
+    step: int
+    weight: int
+    left: int
+    alike: int
+
+
+class _Columns(NamedTuple):
+    """LANES columns of a row: the first place of their picks, which they are, and how many columns
+    there are before the row's end."""
+
+    row: _Row
+    numbers: Any
+    before: int
+
+
+@_inline
+def _row_selected(job: Any, masked: Any, run: int, n: int, s: int) -> Any:
+    """A row, or a plane from value s on."""
+    if masked is None:
+        return None
+    mask = job.mask + run * job.mask_run + n * job.mask_row + s
+    weight = job.weights + run * job.weights_run + n // job.alike * 8
+    return _Row(mask, job.mask_row, weight, job.alike - n % job.alike, job.alike)
+
+
+@_inline
+def _columns_selected(job: Any, masked: Any, row: Any, c: int) -> Any:
+    """Columns of a row from c on."""
+    if masked is None:
+        return None
+    base = _integer(job.bases + c * 8)
+    row = _Row(row.mask + base, row.step, row.weight, row.left, row.alike)
+    return _Columns(row, _numbers(job.places + c, base), job.columns - c)
+
+
+@_inline
+def _next_row(masked: Any, row: Any) -> Any:
+    """The next row, or plane."""
+    if masked is None:
+        return None
+    mask, step, weight, left, alike = row
+    if left == 1:
+        return _Row(mask + step, step, weight + 8, alike, alike)
+    return _Row(mask + step, step, weight, left - 1, alike)
+
+
+@_inline
+def _next_columns(masked: Any, columns: Any) -> Any:
+    """The same columns of the next row."""
+    if masked is None:
+        return None
+    return _Columns(_next_row(masked, columns.row), columns.numbers, columns.before)
+
+
+@_inline
+def _weighs(masked: Any, row: Any) -> Any:
+    """Whether a row is looked at for moments."""
+    if masked is None:
+        return True
+    return _value(row.weight, 0.0) != 0.0
+
+
+@_inline
+def _columns_weigh(masked: Any, columns: Any) -> Any:
+    """The same of the row that columns are in."""
+    if masked is None:
+        return True
+    return _weighs(masked, columns.row)
+
+
+@_inline
+def _plane_picked(masked: Any, plane: Any, s: int, element: Any) -> Any:
+    """The picks of a plane's values from s on, and their weight."""
+    if masked is None:
+        return None
+    return _picks(plane.mask + s), _narrow(_spread(_value(plane.weight, 0.0)), element)
+
+
+@_inline
+def _columns_picked(masked: Any, columns: Any, element: Any) -> Any:
+    """The picks of columns, and their weight: beyond the row's end the next one's."""
+    if masked is None:
+        return None
+    row = columns.row
+    weight = _spread(_value(row.weight, 0.0))
+    if columns.before < LANES:
+        below = row.weight + 8 if row.left == 1 else row.weight
+        weight = _first_of(columns.before, weight, _spread(_value(below, 0.0)))
+    return _picks_by(row.mask, columns.numbers), _narrow(weight, element)
+
+
+@_inline
+def _kept(value: Any, some: Any) -> Any:
+    """Zeros where nothing counts."""
+    if some is None:
+        return value
+    return _pick(value, some[0])
+
+
+@_inline
+def _weighed(value: Any, some: Any) -> Any:
+    """Times the weight."""
+    if some is None:
+        return value
+    return value * some[1]
+
+
 # ---- Reductions ----------------------------------------------------------------------------------
 
 
@@ -1019,16 +1293,28 @@ def _gate_lanes(job: Any, gate: Any, like: Any, element: Any) -> Any:
 
 
 @_inline
-def _add(at: Any, count: int, about: Any, sums: Any, with_dy: bool, gate: Any, element: Any) -> Any:
-    """To two sums add d = (x - shift) * unit, or dy, and that times d, of up to `count` values."""
+def _add(
+    at: Any,
+    count: int,
+    about: Any,
+    sums: Any,
+    with_dy: bool,
+    gate: Any,
+    some: Any,
+    element: Any,
+) -> Any:
+    """To two sums add d = (x - shift) * unit, weighed, or dy, and that times d, of up to `count`
+    values."""
     x, dy, y = at
-    d = _widen(_values(x, count, element)) - about[0]
+    d = _kept(_widen(_values(x, count, element)) - about[0], some)
     if count < LANES:
         d = _keep(d, count)
     d = _rescale(d, about[1], element)
-    value = _widen(_values(dy, count, element)) if with_dy else d
+    value = _widen(_values(dy, count, element)) if with_dy else _weighed(d, some)
     if gate is not None:
         value = _let_through(value, _values(y, count, element), gate[0], gate[1])
+    if with_dy:
+        value = _kept(value, some)
     return sums[0] + value, sums[1] + value * d
 
 
@@ -1072,35 +1358,76 @@ def _by(at: Any, x: int, dy: int, y: int) -> tuple[int, int, int]:
 
 
 @_inline
+def _sum_plane(
+    job: Any,
+    at: Any,
+    count: int,
+    about: Any,
+    sums: Any,
+    ahead: Any,
+    with_dy: bool,
+    gate: Any,
+    masked: Any,
+    plane: Any,
+    element: Any,
+) -> Any:
+    """To two sums add `count` values that lie side by side, while those ahead are fetched."""
+    size = _itemsize(element)
+    whole = (count - count % LANES) * size
+    for s in range(0, whole, LANES * size):
+        here, some = _by(at, s, s, s), _plane_picked(masked, plane, s // size, 0.0)
+        _fetch_summed(job.fetch, _by(here, ahead[0], ahead[1], ahead[2]), with_dy, gate)
+        sums = _add(here, LANES, about, sums, with_dy, gate, some, element)
+    if count % LANES:
+        here = _by(at, whole, whole, whole)
+        some = _plane_picked(masked, plane, whole // size, 0.0)
+        sums = _add(here, count % LANES, about, sums, with_dy, gate, some, element)
+    return sums
+
+
+@_inline
 def _sum_planes(
-    job: Any, run: int, c0: int, c1: int, index: int, with_dy: bool, gate: Any, element: Any
+    job: Any,
+    run: int,
+    c0: int,
+    c1: int,
+    index: int,
+    with_dy: bool,
+    gate: Any,
+    masked: Any,
+    element: Any,
 ) -> None:
     """The sums of channels c0 to c1 over a chunk."""
     x, dy, y, work, sums = job.x, job.dy, job.beside, _work(job), _sums(job)
     size, lanes = _itemsize(element), _gate_lanes(job, gate, 0.0, element)
     n0, n1, s0, s1 = _chunk(job, index)
-    whole = s1 - (s1 - s0) % LANES
     for c in range(c0, c1):
         column = run * job.pitch + c
         about = _spread(work[0, column]), _spread(work[1, column])
         both = _spread(0.0), _spread(0.0)
+        plane = _row_selected(job, masked, run, n0, s0)
         for n in range(n0, n1):
-            at = _summed(job, run, n, c)
-            ahead = _by(
-                at, _later(job, x, n, size), _later(job, dy, n, size), _later(job, y, n, size)
-            )
-            for s in range(s0 * size, whole * size, LANES * size):
-                _fetch_summed(job.fetch, _by(ahead, s, s, s), with_dy, gate)
-                both = _add(_by(at, s, s, s), LANES, about, both, with_dy, lanes, element)
-            if whole < s1:
-                s = whole * size
-                both = _add(_by(at, s, s, s), s1 - whole, about, both, with_dy, lanes, element)
+            at = _by(_summed(job, run, n, c), s0 * size, s0 * size, s0 * size)
+            ahead = _later(job, x, n, size), _later(job, dy, n, size), _later(job, y, n, size)
+            if with_dy or _weighs(masked, plane):
+                both = _sum_plane(
+                    job, at, s1 - s0, about, both, ahead, with_dy, lanes, masked, plane, element
+                )
+            plane = _next_row(masked, plane)
         sums[index, 0, column], sums[index, 1, column] = _total(both[0]), _total(both[1])
 
 
 @_inline
 def _sum_rows(
-    job: Any, run: int, c0: int, c1: int, index: int, with_dy: bool, gate: Any, element: Any
+    job: Any,
+    run: int,
+    c0: int,
+    c1: int,
+    index: int,
+    with_dy: bool,
+    gate: Any,
+    masked: Any,
+    element: Any,
 ) -> None:
     """The sums of columns c0 to c1 over a chunk, a few rows at a time; each has its own lanes."""
     x_row, dy_row, y_row = job.x.row, job.dy.row, job.beside.row
@@ -1118,19 +1445,24 @@ def _sum_rows(
         rows, width = min(few, n1 - n), c1 - c0
         if n == job.rows:
             rows, width = 1, min(c1, job.rest) - c0
+        row = _row_selected(job, masked, run, n, 0)
         for c in range(0, width, LANES):
             at = _summed(job, run, n, c0 + c)
+            columns = _columns_selected(job, masked, row, c0 + c)
             table, total = tables + c * 8, sums + c * 8
             about = _load(table, 0.0), _load(table + pitch, 0.0)
             both = _load(total, 0.0), _load(total + pitch, 0.0)
             for _ in range(rows):
                 later = _by(at, ahead * x_row, ahead * dy_row, ahead * y_row)
                 _fetch_summed(job.fetch, later, with_dy, gate)
-                if width - c >= LANES:
-                    both = _add(at, LANES, about, both, with_dy, lanes, element)
+                some = _columns_picked(masked, columns, 0.0)
+                if not (with_dy or _columns_weigh(masked, columns)):
+                    pass
+                elif width - c >= LANES:
+                    both = _add(at, LANES, about, both, with_dy, lanes, some, element)
                 else:
-                    both = _add(at, width - c, about, both, with_dy, lanes, element)
-                at = _by(at, x_row, dy_row, y_row)
+                    both = _add(at, width - c, about, both, with_dy, lanes, some, element)
+                at, columns = _by(at, x_row, dy_row, y_row), _next_columns(masked, columns)
             _store(total, both[0], 0.0)
             _store(total + pitch, both[1], 0.0)
         n += rows
@@ -1150,13 +1482,22 @@ def _set_columns(job: Any, work: Table, row: int, run: int, c: int, value: float
 
 
 @_inline
+def _first(job: Any, run: int, c: int, size: int) -> Any:
+    """Where a channel's first value is that counts."""
+    place, plane = _integer(job.firsts + run * 8) if job.firsts else 0, job.spread * job.size
+    n, s = place // plane, place % plane
+    column = (n % job.fold * job.channels + c) * job.spread
+    return _at(job.x, run, n // job.fold, column) + s * size
+
+
+@_inline
 def _set_shifts(job: Any, run: int, c0: int, c1: int, element: Any) -> None:
-    """What is subtracted before summing: a channel's first value, or its given mean."""
+    """What is subtracted before summing: a channel's first value that counts, or its given mean."""
     table, work = _table(job), _work(job)
     for c in range(c0, min(c1, job.channels)):
         shift = table[MEAN, run * job.channels + c]
         if job.summed == MOMENTS:
-            shift = _value(_at(job.x, run, 0, c * job.spread), element)
+            shift = _value(_first(job, run, c, _itemsize(element)), element)
         _set_columns(job, work, 0, run, c, shift)
         _set_columns(job, work, 1, run, c, 1.0)
 
@@ -1292,7 +1633,7 @@ def _small_step(job: Any, run: int, c0: int, c1: int, both: bool, element: Any) 
         for c in range(job.channels):
             column = first + c * job.spread
             work[0, first + c], work[1, first + c] = work[0, column], work[1, column]
-    size, n, zero, one = _itemsize(element), _spread(float(job.count)), _spread(0.0), _spread(1.0)
+    size, n, zero, one = _itemsize(element), _spread(job.count), _spread(0.0), _spread(1.0)
     pitch, end, step = job.pitch * size, min(c1, job.channels), job.runs * job.channels * 8
     lines, wide = job.packed + run * 8 * pitch, job.runs * job.pitch * 8
     for c in range(c0, end, LANES):
@@ -1423,26 +1764,35 @@ def _put(address: int, value: Any, count: int, stream: int, element: Any) -> Non
 
 @_inline
 def _write(
-    at: Any, count: int, k: Any, stream: int, both: bool, tail: Any, gate: Any, element: Any
+    at: Any,
+    count: int,
+    k: Any,
+    stream: int,
+    both: bool,
+    tail: Any,
+    gate: Any,
+    some: Any,
+    element: Any,
 ) -> None:
-    """Up to `count` values of what `_coefficients` describes, after a gate, before a tail."""
+    """Up to `count` values of what `_coefficients` describes, after a gate, before a tail; of a
+    gradient, what comes from the statistics is weighed."""
     source, other, beside, through, out = at
     value = _values(source, count, element)
     if gate is not None:
         value = _let_through(value, _values(beside, count, element), gate[0], gate[1])
-    result = (value * k[0] - k[1]) * k[2]
     if both:
+        result = (value * k[0] - _weighed(k[1], some)) * k[2]
         d = (_values(other, count, element) * k[4] - k[5]) - k[6]
-        result = result + (d * k[7] + k[3])
+        result = result + _weighed(d * k[7] + k[3], some)
     else:
-        result = result + k[3]
+        result = (value * k[0] - k[1]) * k[2] + k[3]
     if tail is not None:
         if tail[2]:
             result = result + _values(beside, count, element)
         result = _activated(result, tail[0], tail[1])
     if gate is not None and gate[2] != NOT:
-        _put(through, value, count, stream and gate[2] == AS_OUT, element)
-    _put(out, result, count, stream, element)
+        _put(through, _kept(value, some), count, stream and gate[2] == AS_OUT, element)
+    _put(out, _kept(result, some), count, stream, element)
 
 
 @_inline
@@ -1471,21 +1821,26 @@ def _map_plane(
     both: bool,
     tail: Any,
     gate: Any,
+    masked: Any,
+    plane: Any,
     element: Any,
 ) -> None:
     """`count` values of a channel that lie side by side, while those ahead are fetched."""
     size = _itemsize(element)
     head = _head(at[4], count, stream, size)
     if head > 0:
-        _write(at, head, k, 0, both, tail, gate, element)
+        some = _plane_picked(masked, plane, 0, element)
+        _write(at, head, k, 0, both, tail, gate, some, element)
     whole = (head + (count - head) // LANES * LANES) * size
     for s in range(head * size, whole, LANES * size):
         here = _along(at, s)
         _fetch_mapped(job.fetch, _moved(here, ahead), both, tail, gate)
-        _write(here, LANES, k, stream, both, tail, gate, element)
+        some = _plane_picked(masked, plane, s // size, element)
+        _write(here, LANES, k, stream, both, tail, gate, some, element)
     rest = count - whole // size
     if rest > 0:
-        _write(_along(at, whole), rest, k, 0, both, tail, gate, element)
+        here, some = _along(at, whole), _plane_picked(masked, plane, whole // size, element)
+        _write(here, rest, k, 0, both, tail, gate, some, element)
 
 
 @_inline
@@ -1499,6 +1854,7 @@ def _map_planes(
     both: bool,
     tail: Any,
     gate: Any,
+    masked: Any,
     element: Any,
 ) -> None:
     """A chunk of some channels. Short planes are streamed as one run of lines; what is let
@@ -1515,6 +1871,7 @@ def _map_planes(
     for n in range(n0, n1):
         values, waiting = buffer.ctypes.data, 0
         twin = values + BUFFER * 8
+        plane = _row_selected(job, masked, run, n, s0)
         sent_to, twin_to = _at(out, run, n, c0), _at(job.through, run, n, c0)
         for c in range(c0, c1):
             k = _eight(job.packed + run * 8 * pitch + c * wide, pitch, True, element)
@@ -1523,7 +1880,20 @@ def _map_planes(
                 target = values + waiting * size
                 through = twin + waiting * size if twins else through
             at, stream = (source, other, beside, through, target), job.stream and not joined
-            _map_plane(job, at, count, k, later, stream, both, after_tail, at_gate, element)
+            _map_plane(
+                job,
+                at,
+                count,
+                k,
+                later,
+                stream,
+                both,
+                after_tail,
+                at_gate,
+                masked,
+                plane,
+                element,
+            )
             waiting += count
             if joined and (waiting >= JOINED or c + 1 == c1):
                 sent = _send(sent_to, values, waiting, element)
@@ -1548,6 +1918,8 @@ def _map_columns(
     both: bool,
     tail: Any,
     gate: Any,
+    masked: Any,
+    columns: Any,
     element: Any,
 ) -> None:
     """Up to `count` columns of a few rows."""
@@ -1555,8 +1927,9 @@ def _map_columns(
     step = _rows(job)
     for _ in range(rows):
         _fetch_mapped(job.fetch, _along(at, AHEAD * 2), both, tail, gate)
-        _write(at, count, k, stream, both, tail, gate, element)
-        at = _moved(at, step)
+        some = _columns_picked(masked, columns, element)
+        _write(at, count, k, stream, both, tail, gate, some, element)
+        at, columns = _moved(at, step), _next_columns(masked, columns)
 
 
 @_inline
@@ -1570,28 +1943,36 @@ def _map_few(
     both: bool,
     tail: Any,
     gate: Any,
+    masked: Any,
     element: Any,
 ) -> None:
     """`width` columns from column c on, of a few rows."""
     size, wide = _itemsize(element), _worksize(element)
     lines = job.packed + (run * 8 * job.pitch + c) * wide
-    at = _places(job, run, n, c)
+    at, row = _places(job, run, n, c), _row_selected(job, masked, run, n, 0)
     head = _head(at[4], width, job.stream, size)
     if head > 0:
-        _map_columns(job, at, rows, head, lines, 0, both, tail, gate, element)
+        columns = _columns_selected(job, masked, row, c)
+        _map_columns(job, at, rows, head, lines, 0, both, tail, gate, masked, columns, element)
     whole = (head + (width - head) // LANES * LANES) * size
     for s in range(head * size, whole, LANES * size):
         here, line = _along(at, s), lines + s * (wide // size)
+        columns = _columns_selected(job, masked, row, c + s // size)
         if rows == 1:  # a loop over rows would be unrolled, and cost more than it does
             k = _eight(line, job.pitch * wide, None, element)
             _fetch_mapped(job.fetch, _along(here, AHEAD * 2), both, tail, gate)
-            _write(here, LANES, k, job.stream, both, tail, gate, element)
+            some = _columns_picked(masked, columns, element)
+            _write(here, LANES, k, job.stream, both, tail, gate, some, element)
         else:
-            _map_columns(job, here, rows, LANES, line, job.stream, both, tail, gate, element)
+            stream = job.stream
+            _map_columns(
+                job, here, rows, LANES, line, stream, both, tail, gate, masked, columns, element
+            )
     rest = width - whole // size
     if rest > 0:
         here, line = _along(at, whole), lines + whole * (wide // size)
-        _map_columns(job, here, rows, rest, line, 0, both, tail, gate, element)
+        columns = _columns_selected(job, masked, row, c + width - rest)
+        _map_columns(job, here, rows, rest, line, 0, both, tail, gate, masked, columns, element)
 
 
 @_inline
@@ -1611,6 +1992,7 @@ def _map_rows(
     both: bool,
     tail: Any,
     gate: Any,
+    masked: Any,
     element: Any,
 ) -> None:
     """A chunk of some columns. Where lines begin at the same column in every row, dense rows are
@@ -1635,7 +2017,7 @@ def _map_rows(
             rows, start, width = 1, c0, min(c1, job.rest) - c0
         elif n == last:
             rows, width = 1, c1 - c
-        _map_few(job, run, n, rows, start, width, both, after_tail, at_gate, element)
+        _map_few(job, run, n, rows, start, width, both, after_tail, at_gate, masked, element)
         n, lead = n if lead else n + rows, False
 
 
@@ -1643,28 +2025,31 @@ def _map_rows(
 
 
 @cache
-def _body(name: str, dtype: Any, both: bool, tail: Any = None, gate: Any = None) -> int:
-    """The address of a body, compiled when it is first asked for; for a tail or a gate, if they
-    are not None, it is one of its own."""
+def _body(
+    name: str, dtype: Any, both: bool, tail: Any = None, gate: Any = None, masked: Any = None
+) -> int:
+    """The address of a body, compiled when it is first asked for; for a tail, a gate or a
+    selection, if they are not None, it is one of its own."""
     element = dtype.type(0)
 
     def start(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
         _set_shifts(_job_at(at), run, c0, c1, element)
 
     def sum_planes(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
-        _sum_planes(_job_at(at), run, c0, c1, index, both, gate, element)
+        _sum_planes(_job_at(at), run, c0, c1, index, both, gate, masked, element)
 
     def sum_rows(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
-        _sum_rows(_job_at(at), run, c0, c1, index, both, gate, element)
+        _sum_rows(_job_at(at), run, c0, c1, index, both, gate, masked, element)
 
     def finish(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
         _small_step(_job_at(at), run, c0, c1, both, element)
 
     def write_planes(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
-        _map_planes(_job_at(at), run, c0, c1, index, ahead, both, tail, gate, element)
+        job = _job_at(at)
+        _map_planes(job, run, c0, c1, index, ahead, both, tail, gate, masked, element)
 
     def write_rows(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
-        _map_rows(_job_at(at), run, c0, c1, index, both, tail, gate, element)
+        _map_rows(_job_at(at), run, c0, c1, index, both, tail, gate, masked, element)
 
     bodies = (start, sum_planes, sum_rows, finish, write_planes, write_rows)
     (function,) = (body for body in bodies if body.__name__ == name)
@@ -1853,6 +2238,27 @@ def _after(gate: Gate | None) -> _Fused | None:
     return _Fused(slope, top, y, through, gate=True, gated_sums=True)
 
 
+def _alike(selection: Selection | None) -> int:
+    """Samples to a weight, 0 where all weigh alike."""
+    if selection is None or selection.weights is None:
+        return 0
+    return int(selection.mask.shape[1] // selection.weights.shape[1])
+
+
+def _selected_in(words: Array, selection: Selection) -> tuple[Array, ...]:
+    """Tell a job what it needs of a selection; gives the arrays that it will look at."""
+    runs, places = len(selection.mask), selection.mask[0].size
+    # Picks are read in whole vectors, past the end too.
+    mask = np.zeros((runs, places + 3 * LANES), np.uint8)
+    mask[:, :places] = selection.mask.reshape(runs, places)
+    # Behind the last weight is another, for picks that go round the end of the last row.
+    weights = np.ones((runs, 2))
+    if selection.weights is not None:
+        weights = np.pad(selection.weights, ((0, 0), (0, 1)))
+    tables = _select(words, mask, weights, _alike(selection), float(selection.count))
+    return mask, weights, tables
+
+
 def _stored(a: Any) -> Any:
     """Halves as the integers that stand for them in kernels; None of None."""
     if a is None:
@@ -1862,15 +2268,23 @@ def _stored(a: Any) -> Any:
 
 @cache
 def _bodies(
-    dtype: Any, inside: bool, summed: int, written: int, tail: Any, gate: Any, gated_sums: Any
+    dtype: Any,
+    inside: bool,
+    summed: int,
+    written: int,
+    tail: Any,
+    gate: Any,
+    gated_sums: Any,
+    masked: Any,
 ) -> tuple[int, int, int, int]:
     """The addresses of what a job calls."""
     family, both = "rows" if inside else "planes", written == GRADIENT
+    sums_dy = summed == GRADIENTS
     return (
         _body("start", dtype, False) if summed else 0,
-        _body("sum_" + family, dtype, summed == GRADIENTS, None, gated_sums) if summed else 0,
+        _body("sum_" + family, dtype, sums_dy, None, gated_sums, masked) if summed else 0,
         _body("finish", arithmetic(dtype), both),
-        _body("write_" + family, dtype, both, tail, gate) if written else 0,
+        _body("write_" + family, dtype, both, tail, gate, masked) if written else 0,
     )
 
 
@@ -1884,6 +2298,7 @@ def _call(
     threads: int,
     eps: float = 0.0,
     fused: _Fused | None = None,
+    selection: Selection | None = None,
 ) -> None:
     """Run the kernel where the arrays lie, or on dense copies; without dy, dy is x."""
     if x.dtype.itemsize == 2:
@@ -1903,12 +2318,13 @@ def _call(
     if summed == NOTHING:
         streamed = STREAM_MAPS
     kinds = fused[4:] if fused else (None, None, None)
+    masked = None if selection is None else True
     asked = (threads, x.itemsize, summed, written, *shape)
     asked += (L2, streamed, STREAMED_ROW, STRETCH, SPARSE, FETCH)
-    asked += _bodies(x.dtype, inside, summed, written, *kinds)
+    asked += _bodies(x.dtype, inside, summed, written, *kinds, masked)
     x_place, out_place = _place(x), _place(target)
     dy_place = x_place if dy is x else _place(dy)
-    asked += x_place + dy_place + out_place
+    asked += (*x_place, *dy_place, *out_place, _alike(selection))
     aside = through = None
     if fused:
         beside, through = fused.beside, fused.through
@@ -1917,6 +2333,8 @@ def _call(
         aside = fused.aside(beside, through, dy_place, out_place)
     words = np.zeros(_JOB.itemsize // 8 + 1, np.int64)
     scratch = np.empty(_plan(words, asked, aside, eps, table.reshape(TABLE, -1)))
+    # What the job points at lives until it is done.
+    _selected = None if selection is None else _selected_in(words, selection)
     _run(threads, words, scratch)
     if out is not None and target is not out:
         out[...] = target
@@ -2059,26 +2477,49 @@ class NumbaBackend(Backend):
     def channel_bytes(self, shape: tuple[int, int, int, int]) -> int:
         return _channel_bytes(shape[1], shape[3])
 
-    def moments(self, x: Array, threads: int) -> tuple[Table, Table]:
+    def moments(
+        self, x: Array, threads: int, selection: Selection | None = None
+    ) -> tuple[Table, Table]:
         table = _table_of(x)
-        _call(MOMENTS, NOTHING, x, x, None, table, threads)
+        _call(MOMENTS, NOTHING, x, x, None, table, threads, selection=selection)
         return table[MEAN], table[VAR]
 
     def normalize(
-        self, x: Array, affine: Affine, out: Array, threads: int, tail: Tail | None = None
+        self,
+        x: Array,
+        affine: Affine,
+        out: Array,
+        threads: int,
+        tail: Tail | None = None,
+        selection: Selection | None = None,
     ) -> None:
         mean, scale, beta = affine
-        self._map(x, _table_of(x, scale, beta, mean, 1.0), out, threads, tail)
+        self._map(x, _table_of(x, scale, beta, mean, 1.0), out, threads, tail, selection)
 
-    def _map(self, x: Array, table: Table, out: Array, threads: int, tail: Tail | None) -> None:
-        _call(NOTHING, AFFINE, x, x, out, table, threads, fused=_before(tail))
+    def _map(
+        self,
+        x: Array,
+        table: Table,
+        out: Array,
+        threads: int,
+        tail: Tail | None,
+        selection: Selection | None = None,
+    ) -> None:
+        fused = _before(tail)
+        _call(NOTHING, AFFINE, x, x, out, table, threads, fused=fused, selection=selection)
 
     def gradient_moments(
-        self, dy: Array, x: Array, mean: Table, threads: int, gate: Gate | None = None
+        self,
+        dy: Array,
+        x: Array,
+        mean: Table,
+        threads: int,
+        gate: Gate | None = None,
+        selection: Selection | None = None,
     ) -> tuple[Table, Table]:
         table = _table_of(x, 1.0, 0.0, mean, 1.0)
         fused = None if gate is None else _after(gate._replace(dresidual=None))
-        _call(GRADIENTS, NOTHING, x, dy, None, table, threads, fused=fused)
+        _call(GRADIENTS, NOTHING, x, dy, None, table, threads, fused=fused, selection=selection)
         return table[DBETA], table[DGAMMA]
 
     def input_gradient(
@@ -2089,14 +2530,15 @@ class NumbaBackend(Backend):
         out: Array,
         threads: int,
         gate: Gate | None = None,
+        selection: Selection | None = None,
     ) -> None:
         a, b, dy_mean, mean, rstd = coefficients
         if x is None:
-            table = _table_of(dy, a, 0.0, 0.0, 1.0)
-            _call(NOTHING, AFFINE, dy, dy, out, table, threads, fused=_after(gate))
+            written, x, table = AFFINE, dy, _table_of(dy, a, 0.0, 0.0, 1.0)
         else:
-            table = _table_of(x, a, b, mean, rstd, dy_mean)
-            _call(NOTHING, GRADIENT, x, dy, out, table, threads, fused=_after(gate))
+            written, table = GRADIENT, _table_of(x, a, b, mean, rstd, dy_mean)
+        fused = _after(gate)
+        _call(NOTHING, written, x, dy, out, table, threads, fused=fused, selection=selection)
 
     def forward(
         self,
@@ -2107,9 +2549,10 @@ class NumbaBackend(Backend):
         out: Array,
         threads: int,
         tail: Tail | None = None,
+        selection: Selection | None = None,
     ) -> tuple[Table, Table]:
         table = _table_of(x, gamma, beta)
-        _call(MOMENTS, AFFINE, x, x, out, table, threads, eps, _before(tail))
+        _call(MOMENTS, AFFINE, x, x, out, table, threads, eps, _before(tail), selection)
         return table[MEAN], table[VAR]
 
     def backward(
@@ -2124,9 +2567,10 @@ class NumbaBackend(Backend):
         out: Array,
         threads: int,
         gate: Gate | None = None,
+        selection: Selection | None = None,
     ) -> tuple[Table, Table]:
         table, written = _table_of(x, gamma, 0.0, mean, var), AFFINE if frozen else GRADIENT
-        _call(GRADIENTS, written, x, dy, out, table, threads, eps, _after(gate))
+        _call(GRADIENTS, written, x, dy, out, table, threads, eps, _after(gate), selection)
         return table[DGAMMA], table[DBETA]
 
     def plain_frozen(
