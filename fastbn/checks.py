@@ -133,9 +133,8 @@ def weights(value: Any, x_name: str, x: NDArray[Any]) -> NDArray[Any]:
             f"weights has shape {a.shape}, expected {x.shape[:1]}, one value a sample of {x_name}; "
             "for places use where"
         )
-    bad = ~((a >= 0) & np.isfinite(a))
-    if bad.any():
-        sample = int(bad.argmax())
+    if a.size and not 0 <= a.min() <= a.max() < np.inf:
+        sample = int((~((a >= 0) & np.isfinite(a))).argmax())
         raise ValueError(
             f"weights[{sample}] is {a[sample]}, expected a finite number, zero or more; it is how "
             "much a sample counts in the statistics"

@@ -108,6 +108,43 @@ def run_fused(
     return results | {"dx alone": lone.dx}
 
 
+def selection(shape: tuple[int, ...], layout: str) -> tuple[Array, Array]:
+    """A mask and weights for arrays of some shape; the last place counts."""
+    rng, axis = np.random.default_rng(1), channel_axis(len(shape), layout)
+    where = rng.random((*shape[:axis], 1, *shape[axis + 1 :])) < 0.7
+    weights = rng.uniform(0.5, 1.5, shape[0]) * (rng.random(shape[0]) < 0.9)
+    where.flat[-1], weights[-1] = True, 1.0
+    return where, weights
+
+
+def run_masked(
+    x: Array,
+    dy: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    layout: str = "NCHW",
+    eps: float = 1e-5,
+    place: Place = as_given,
+) -> Results:
+    """What the verbs give where some places count, weighed and not, by name."""
+    where, weights = selection(x.shape, layout)
+    fixed: dict[str, Any] = {"eps": eps, "layout": layout, "where": where}
+    results: Results = {}
+    for how, options in (("masked", fixed), ("weighed", fixed | {"weights": weights})):
+        a, _, out = place(x, dy)
+        y, mean, var = fastbn.batch_norm(a, gamma, beta, out=out, **options)
+        results |= {f"{how} y": y.copy(), f"{how} mean": mean, f"{how} var": var}
+        a, b, out = place(x, dy)
+        got = fastbn.batch_norm_backward(b, a, mean, var, gamma, out=out, **options)
+        results |= {f"{how} {name}": np.copy(value) for name, value in got._asdict().items()}
+    a, b, out = place(x, dy)
+    results["normalize"] = fastbn.normalize(a, mean, var, gamma, beta, out=out, **fixed).copy()
+    a, b, out = place(x, dy)
+    got = fastbn.normalize_backward(b, a, mean, var, gamma, out=out, **fixed)
+    return results | {f"normalize: {name}": value for name, value in got._asdict().items()}
+
+
 def of_channels(results: Results, chosen: Array, layout: str) -> Results:
     """The results of some channels alone."""
     return {

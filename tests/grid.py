@@ -13,7 +13,7 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from bits import Array, Place, Results, as_given, run_all, run_fused
+from bits import Array, Place, Results, as_given, run_all, run_fused, run_masked
 from variants import VARIANTS, Variant, activate
 
 import fastbn
@@ -63,20 +63,26 @@ class Point(NamedTuple):
     shape: tuple[int, ...]
     layout: str
     dtype: str
-    fused: bool = False
-    """With activations and a residual."""
+    kind: str = "plain"
+    """What is asked for, by the names of RUNS."""
 
     def __str__(self) -> str:
-        return f"{self.shape} {self.layout} {self.dtype}{' fused' if self.fused else ''}"
+        return f"{self.shape} {self.layout} {self.dtype} {self.kind}"
+
+
+RUNS = {"plain": run_all, "fused": run_fused, "masked": run_masked}
+"""Fused: with activations and a residual. Masked: with `where`, and with `weights`."""
 
 
 GRID = tuple(
-    Point(shape, layout, dtype, fused)
-    for shapes, dtypes, fused in (
-        (SHAPES, ("float32", "float64"), False),
-        (SHAPES[1::4], ("float16", "bfloat16"), False),
-        (SHAPES[2::5], ("float32", "bfloat16"), True),
-        (SHAPES[3::9], ("float64", "float16"), True),
+    Point(shape, layout, dtype, kind)
+    for shapes, dtypes, kind in (
+        (SHAPES, ("float32", "float64"), "plain"),
+        (SHAPES[1::4], ("float16", "bfloat16"), "plain"),
+        (SHAPES[2::5], ("float32", "bfloat16"), "fused"),
+        (SHAPES[3::9], ("float64", "float16"), "fused"),
+        (SHAPES[::3], ("float32",), "masked"),
+        (SHAPES[4::9], ("float64", "bfloat16"), "masked"),
     )
     for shape in shapes
     for layout in LAYOUTS
@@ -112,7 +118,7 @@ def way(*, threads: int = 1, place: Place = as_given) -> Way:
 
     def compute(active: Variant, point: Point) -> Results:
         with fastbn.use_num_threads(threads):
-            run = run_fused if point.fused else run_all
+            run = RUNS[point.kind]
             return run(*problem(point), layout=point.layout, place=place)
 
     return compute

@@ -270,7 +270,8 @@ cdef int set_scratch(Task* t, char** memory) except -1 nogil:
     if t.prepared != NULL and t.fold == 1:
         t.packed = t.prepared
         return 0
-    memory[0] = <char*> PyMem_RawMalloc(rows_of_sums(t) * table + packed + 3 * samples + 8 * LINE)
+    memory[0] = <char*> PyMem_RawMalloc(rows_of_sums(t) * table + packed + 3 * samples
+                                        + reducing * t.G * sizeof(Py_ssize_t) + 9 * LINE)
     if memory[0] == NULL:
         raise MemoryError("fastbn: no memory for the tables of sums")
     free = memory[0] + (-<size_t> memory[0] & (LINE - 1))
@@ -279,10 +280,25 @@ cdef int set_scratch(Task* t, char** memory) except -1 nogil:
     t.total = <double*> take(&free, reducing * 2 * table)
     t.partial = <double*> take(&free, reducing * 2 * t.chunks * table)
     t.packed = take(&free, packed)
+    t.starts = <Py_ssize_t*> take(&free, reducing * t.G * sizeof(Py_ssize_t))
     t.samples = <unsigned short*> take(&free, samples * sizeof(short))
     t.numbers = <unsigned char*> take(&free, samples)
+    if reducing:
+        set_starts(t)
     set_samples(t)
     return 0
+
+
+cdef void set_starts(Task* t) noexcept nogil:
+    cdef Py_ssize_t g, place, each = t.weight_samples * t.S
+    cdef const unsigned char* mask
+    cdef const double* weights
+    for g in range(t.G):
+        mask, weights, place = t.mask + g * t.mask_g, t.weights + g * t.weights_g, 0
+        # There is such a place: the count is more than 0.
+        while t.mask != NULL and (mask[place] == 0 or (each > 0 and weights[place // each] == 0)):
+            place += 1
+        t.starts[g] = place
 
 
 cdef Py_ssize_t columns_of_samples(Task* t) noexcept nogil:
@@ -336,6 +352,10 @@ cdef Task part_of(Task* t, Py_ssize_t g, Py_ssize_t G, Py_ssize_t c, Py_ssize_t 
         shift_operand(operands[i], g, c, t.itemsize)
     for i in range(10):
         shift_table(tables[i], g, c)
+    if t.mask != NULL:
+        part.mask += g * t.mask_g
+    if t.weights != NULL:
+        part.weights += g * t.weights_g
     part.G = G
     if t.fold == 1:
         part.C = part.channels = C
@@ -852,19 +872,13 @@ cdef Task new_task(cnp.ndarray x, int reduce, int map, object selection):
 
 
 cdef int select_places(Task* t, cnp.ndarray mask, object weights, double count) except -1:
-    """Which places count, and how much; samples that weigh are not folded."""
-    cdef Py_ssize_t samples = t.N * t.fold + t.tail // t.channels, each = 0
+    """Which places count, and how much."""
     t.mask, t.mask_g = <unsigned char*> cnp.PyArray_DATA(mask), cnp.PyArray_STRIDE(mask, 0)
     t.count = count
     if weights is not None:
-        t.N, t.C, t.fold, t.tail = samples, t.channels, 1, 0
-        set_pitch(t)
         t.weights = <double*> cnp.PyArray_DATA(weights)
         t.weights_g = cnp.PyArray_DIM(weights, 1)
-        t.weight_rows = samples // t.weights_g
-        each = t.weight_rows * t.S
-    while t.mask[t.start] == 0 or (each > 0 and t.weights[t.start // each] == 0):
-        t.start += 1    # there is one, for count is more than 0
+        t.weight_samples = cnp.PyArray_DIM(mask, 1) // t.weights_g
     return 0
 
 

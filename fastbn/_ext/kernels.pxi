@@ -62,12 +62,21 @@ cdef extern from "simd.h" nogil:
     ctypedef struct lanes:  # the same, as a mask
         pass
     picks picks_of(const unsigned char* p)
-    picks picks_by(const unsigned char* p, picks numbers)
+    picks picks_alike(const unsigned char* p)
+    picks picks_before(const unsigned char* end, const unsigned char* p)
+    picks picks_by(picks numbers, picks some)
     picks numbers_of(const unsigned char* p)
     lanes lanes_of(picks some)
     vec vand(vec v, lanes mask)
+    ctypedef struct weights:  # what samples weigh
+        const double* first
+        const double* end
+        long left, each
+    wide weights_by(const weights* p, picks numbers)
+    vec vweights_by(const weights* p, picks numbers)
+    vec vsplat(real a)
     vec affine(vec x, const vec* k)
-    vec gradient_weighed(vec dy, vec x, real w, const vec* k)
+    vec gradient_weighed(vec dy, vec x, vec w, const vec* k)
     vec gradient(vec dy, vec x, const vec* k)
     vec vadd(vec a, vec b)
     vec activate(vec v, const bends* b)
@@ -83,7 +92,7 @@ cdef extern from "simd.h" nogil:
     void add_moments(const element* x, long n, wide shift, wide unit, wide* first, wide* second)
     void add_gradients(const element* dy, const element* x, const element* y, long n, wide mean,
                        const bends* b, wide* first, wide* second)
-    void add_picked_moments(const element* x, picks some, double weight, long n, wide shift,
+    void add_picked_moments(const element* x, picks some, wide weight, long n, wide shift,
                             wide unit, wide* first, wide* second)
     void add_picked_gradients(const element* dy, const element* x, const element* y, picks some,
                               long n, wide mean, const bends* b, wide* first, wide* second)
@@ -148,13 +157,15 @@ cdef inline Chunk chunk(const Task* t, Py_ssize_t j) noexcept nogil:
 
 
 cdef struct Selected:
-    # Which places count: the mask where the work is, how a row is read, and what weighs there:
-    # `left` more samples weigh what this one does, and then `each` what the next weight says.
+    # Which places count, and what weighs there: the mask where the work is, how a row is read, the
+    # weights from its first sample on, how many samples a row has, and whether these sixteen
+    # columns are of one.
     const unsigned char* mask
-    Py_ssize_t mask_row
+    const unsigned char* mask_end
     picks numbers
-    const double* weight
-    Py_ssize_t left, each
+    weights weighs
+    Py_ssize_t samples
+    bint alike
 
 cdef double unweighed = 1
 
@@ -163,30 +174,44 @@ cdef inline Selected selected_at(const Task* t, Py_ssize_t g, Py_ssize_t n,
                                  Py_ssize_t s) noexcept nogil:
     """At value s of plane n, or at row n."""
     cdef Selected p
-    p.mask_row = t.fold if t.inside else t.S
-    p.mask = t.mask + g * t.mask_g + n * p.mask_row + s
+    cdef Py_ssize_t sample = n * t.fold
+    memset(&p.numbers, 0, sizeof(picks))
+    p.samples, p.alike = t.fold, t.fold == 1
+    p.mask, p.mask_end = t.mask + g * t.mask_g + sample * t.S + s, t.mask + t.G * t.mask_g
     if t.weights == NULL:
-        p.weight, p.each, p.left = &unweighed, t.N + 1, t.N + 1
+        p.weighs.first, p.weighs.end = &unweighed, &unweighed + 1
+        p.weighs.left = p.weighs.each = (t.N + 2) * t.fold
     else:
-        p.weight, p.each = t.weights + g * t.weights_g + n // t.weight_rows, t.weight_rows
-        p.left = p.each - n % p.each
+        p.weighs.first = t.weights + g * t.weights_g + sample // t.weight_samples
+        p.weighs.end = t.weights + t.G * t.weights_g
+        p.weighs.each = t.weight_samples
+        p.weighs.left = t.weight_samples - sample % t.weight_samples
     return p
+
+
+cdef inline void pass_samples(Selected* p, Py_ssize_t samples) noexcept nogil:
+    p.mask += samples
+    p.weighs.left -= samples
+    while p.weighs.left <= 0:
+        p.weighs.first += 1
+        p.weighs.left += p.weighs.each
 
 
 cdef inline Selected at_columns(const Task* t, const Selected* row, Py_ssize_t c) noexcept nogil:
     """At sixteen columns of a row: each is of the sample that it belongs to."""
     cdef Selected p = row[0]
-    p.mask += t.samples[c]
-    p.numbers = numbers_of(t.numbers + c)
+    if t.fold == 1 and c + 16 <= t.C:
+        return p
+    pass_samples(&p, t.samples[c])
+    p.alike, p.numbers = False, numbers_of(t.numbers + c)
     return p
 
 
-cdef inline void next_row(Selected* p) noexcept nogil:
-    p.mask += p.mask_row
-    p.left -= 1
-    if p.left == 0:
-        p.weight += 1
-        p.left = p.each
+cdef inline picks picks_at(const Selected* p) noexcept nogil:
+    """Of sixteen columns those that count."""
+    if p.alike:
+        return picks_alike(p.mask)
+    return picks_by(p.numbers, picks_before(p.mask_end, p.mask))
 
 
 # ---- Reductions ----
@@ -215,7 +240,7 @@ cdef struct Summed:
     bint fetch
     bends activation
     picks some      # of the next sixteen
-    double weight   # of moments
+    wide weight     # the same, for moments
 
 
 cdef inline void fetch_summed(int kind, const Summed* p, Py_ssize_t s) noexcept nogil:
@@ -271,9 +296,7 @@ cdef inline void sum_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0
             p.y_ahead = later(t, &t.other, n)
             if kind & SELECTED:
                 selected = selected_at(t, g, n, k.s0)
-                p.weight = selected.weight[0]
-                if not kind & WITH_X and p.weight == 0:
-                    continue
+                p.weight = wsplat(selected.weighs.first[0])
             for s in range(0, whole, 16):
                 fetch_summed(kind, &p, s)
                 if kind & SELECTED:
@@ -281,7 +304,7 @@ cdef inline void sum_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0
                 add(kind, &p, s, 16, shifts, units, &first, &second)
             if whole < size:
                 if kind & SELECTED:
-                    p.some = picks_of(selected.mask + whole)
+                    p.some = picks_before(selected.mask_end, selected.mask + whole)
                 add(kind, &p, whole, size - whole, shifts, units, &first, &second)
         sum[c], sum[t.pitch + c] = wsum(first), wsum(second)
 
@@ -296,10 +319,11 @@ cdef inline void sum_columns(int kind, Summed p, Selected selected, Py_ssize_t r
     for r in range(rows):
         fetch_summed(kind, &p, 0)
         if kind & SELECTED:
-            p.some, p.weight = picks_by(selected.mask, selected.numbers), selected.weight[0]
-            next_row(&selected)
-        if kind & WITH_X or not kind & SELECTED or p.weight != 0:
-            add(kind, &p, 0, width, k, u, &sum, &other)
+            p.some = picks_at(&selected)
+            if not kind & WITH_X:
+                p.weight = weights_by(&selected.weighs, selected.numbers)
+            pass_samples(&selected, selected.samples)
+        add(kind, &p, 0, width, k, u, &sum, &other)
         p.x += p.x_row
         p.dy += p.dy_row
         p.y += p.y_row
@@ -470,7 +494,7 @@ cdef inline void first_values(const element* x, Py_ssize_t stride, Py_ssize_t co
 cdef inline const element* first_place(const Task* t, Py_ssize_t g, Py_ssize_t c) noexcept nogil:
     """Channel c's first value that weighs anything."""
     cdef Py_ssize_t step = t.fold if t.inside else t.S
-    cdef Py_ssize_t n = t.start // step, rest = t.start % step
+    cdef Py_ssize_t n = t.starts[g] // step, rest = t.starts[g] % step
     if t.inside:
         return at(&t.x, g, n, c + rest * t.channels)
     return at(&t.x, g, n, c) + rest
@@ -805,7 +829,7 @@ cdef struct Place:
     bint fetch, stream_dresidual
     bends activation
     lanes kept      # of the next sixteen
-    real weight
+    vec weight      # the same, for the gradient of the statistics
 
 
 cdef inline Place place(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t c,
@@ -870,8 +894,10 @@ cdef inline int coefficients(int kind) noexcept nogil:
 
 cdef inline vec of_plane(int kind, Place* p, const Selected* selected, Py_ssize_t s, Py_ssize_t n,
                          const vec* k, bint whole) noexcept nogil:
-    if kind & SELECTED:
+    if kind & SELECTED and whole:
         p.kept = lanes_of(picks_of(selected.mask + s))
+    elif kind & SELECTED:
+        p.kept = lanes_of(picks_before(selected.mask_end, selected.mask + s))
     return result(kind, p, s, n, k, whole)
 
 
@@ -915,7 +941,7 @@ cdef inline void map_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0
         for c in range(c0, c1):
             p = place(t, g, n, c, k.s0)
             if kind & SELECTED:
-                p.weight = <real> selected.weight[0]
+                p.weight = vsplat(<real> selected.weighs.first[0])
             p.source_ahead, p.x_ahead = ahead * t.source.c, ahead * t.x.c
             p.other_ahead = ahead * t.other.c
             if t.stream and (c == c0 or not t.joined):
@@ -935,9 +961,10 @@ cdef inline void map_columns(int kind, Place p, Selected selected, Py_ssize_t ro
     for r in range(rows):
         fetch_place(kind, &p, 0)
         if kind & SELECTED:
-            p.kept = lanes_of(picks_by(selected.mask, selected.numbers))
-            p.weight = <real> selected.weight[0]
-            next_row(&selected)
+            p.kept = lanes_of(picks_at(&selected))
+            if kind & WITH_X:
+                p.weight = vweights_by(&selected.weighs, selected.numbers)
+            pass_samples(&selected, selected.samples)
         if stream:
             vstream(p.out, result(kind, &p, 0, 16, k, True))
         else:

@@ -271,14 +271,24 @@ INLINE picks picks_of(const uint8_t *p) {
     memcpy(&some, p, sizeof some);
     return some;
 }
+/* One byte, sixteen times. */
+INLINE picks picks_alike(const uint8_t *p) { return (picks){0} + *p; }
+/* Sixteen in a row, and zeros past the end. */
+INLINE picks picks_before(const uint8_t *end, const uint8_t *p) {
+    picks some = {0};
+    if (end - p >= LANES)
+        return picks_of(p);
+    memcpy(&some, p, end - p);
+    return some;
+}
 /* For each lane the byte of its number, from 0 to 15. */
-INLINE picks picks_by(const uint8_t *p, picks numbers) {
+INLINE picks picks_by(picks numbers, picks bytes) {
 #if FASTBN_WIDTH > 16 && !defined(FASTBN_PORTABLE)
-    return (picks)_mm_shuffle_epi8((__m128i)picks_of(p), (__m128i)numbers);
+    return (picks)_mm_shuffle_epi8((__m128i)bytes, (__m128i)numbers);
 #else
     picks some;
     for (int i = 0; i < LANES; i++)
-        some[i] = p[numbers[i]];
+        some[i] = bytes[numbers[i]];
     return some;
 #endif
 }
@@ -432,12 +442,12 @@ INLINE vec gradient(vec dy, vec x, const vec *k) {
     }
     return dy;
 }
-/* The same where a sample weighs w, of the means alone. */
-INLINE vec gradient_weighed(vec dy, vec x, real w, const vec *k) {
+/* The same where samples weigh w, of the means alone. */
+INLINE vec gradient_weighed(vec dy, vec x, vec w, const vec *k) {
     UNROLLED (int i = 0; i < VEC_REGISTERS; i++) {
         vec_register d = x.r[i] * k[3].r[i] - k[4].r[i] - k[5].r[i];
-        vec_register own = (dy.r[i] * k[0].r[i] - k[1].r[i] * w) * k[2].r[i];
-        dy.r[i] = own + (d * k[6].r[i] + k[7].r[i]) * w;
+        vec_register own = (dy.r[i] * k[0].r[i] - k[1].r[i] * w.r[i]) * k[2].r[i];
+        dy.r[i] = own + (d * k[6].r[i] + k[7].r[i]) * w.r[i];
     }
     return dy;
 }
@@ -641,6 +651,70 @@ INLINE double wsum(wide a) {
     return pair[0][0] + pair[0][1];
 }
 
+/* ---- Weights of samples ---- */
+
+INLINE vec vnarrow(wide w) {
+#ifdef FASTBN_F64
+    return w;
+#else
+    vec v;
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) {
+        f32_half half = __builtin_convertvector(w.r[i], f32_half);
+        memcpy((char *)&v + i * sizeof half, &half, sizeof half);
+    }
+    return v;
+#endif
+}
+
+/* Sixteen samples' weights: `left` of them have the first, then each has `each` samples. */
+typedef struct {
+    const double *first, *end;
+    long left, each;
+} weights;
+
+INLINE wide weights_permuted(const double *p, picks numbers) {
+    wide w;
+#if FASTBN_WIDTH == 64 && !defined(FASTBN_PORTABLE)
+    __m512d low = _mm512_loadu_pd(p), high = _mm512_loadu_pd(p + DOUBLES);
+    __m128i upper = _mm_unpackhi_epi64((__m128i)numbers, (__m128i)numbers);
+    w.r[0] = _mm512_permutex2var_pd(low, _mm512_cvtepu8_epi64((__m128i)numbers), high);
+    w.r[1] = _mm512_permutex2var_pd(low, _mm512_cvtepu8_epi64(upper), high);
+#elif FASTBN_WIDTH == 32 && !defined(FASTBN_PORTABLE)
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) {
+        __m128i four = _mm_cvtsi32_si128(((__v4si)numbers)[i]);
+        w.r[i] = _mm256_i32gather_pd(p, _mm_cvtepu8_epi32(four), sizeof *p);
+    }
+#else
+    UNROLLED (int i = 0; i < LANES; i++)
+        w.r[i / DOUBLES][i % DOUBLES] = p[numbers[i]];
+#endif
+    return w;
+}
+/* By a division for each lane: where few samples weigh alike, and at the end. */
+static __attribute__((noinline, unused)) wide weights_counted(const weights *p, picks numbers) {
+    wide w;
+    for (int i = 0; i < LANES; i++) {
+        long at = numbers[i] < p->left ? 0 : 1 + (numbers[i] - p->left) / p->each;
+        w.r[i / DOUBLES][i % DOUBLES] = p->first[at < p->end - p->first ? at : 0];
+    }
+    return w;
+}
+INLINE int weigh_alike(const weights *p, picks numbers) { return numbers[LANES - 1] < p->left; }
+/* Each lane's, by the number of its sample. */
+INLINE wide weights_by(const weights *p, picks numbers) {
+    if (weigh_alike(p, numbers))
+        return wsplat(p->first[0]);
+    if (p->each == 1 && p->end - p->first >= LANES)
+        return weights_permuted(p->first, numbers);
+    return weights_counted(p, numbers);
+}
+/* As reals. */
+INLINE vec vweights_by(const weights *p, picks numbers) {
+    if (weigh_alike(p, numbers))
+        return vsplat((real)p->first[0]);
+    return vnarrow(weights_by(p, numbers));
+}
+
 /* ---- What reductions add up, a register after the other: more would not fit at once ---- */
 
 /* The first n of 16 lanes' part in register i; the others become 0. */
@@ -680,15 +754,15 @@ INLINE void add_moments(const element *x, long n, wide shift, wide unit, wide *f
         second->r[i] += d * d;
     }
 }
-/* The same of those picked, times a weight. */
-INLINE void add_picked_moments(const element *x, picks some, double weight, long n, wide shift,
+/* The same of those picked that weigh anything, times their weights. */
+INLINE void add_picked_moments(const element *x, picks some, wide weight, long n, wide shift,
                                wide unit, wide *first, wide *second) {
     lanes mask = lanes_of(some);
-    f64_register w = weight - (f64_register){0};
     UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) {
         const element *p = x + i * DOUBLES;
         f64_register d = (IS_WHOLE(n) ? widen(p) : widen_part(p, n, i)) - shift.r[i];
-        d = picked(d, mask, some, i);
+        f64_register w = weight.r[i];
+        d = (f64_register)((i64_register)picked(d, mask, some, i) & (w != 0));
         if (!IS_WHOLE(n))
             d = first_lanes(d, n, i);
 #ifdef FASTBN_F64

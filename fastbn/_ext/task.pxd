@@ -44,12 +44,11 @@ cdef struct Task:
     # NULL data where there is none: y gates dy, and dresidual is what it lets through.
     Operand x, dy, out, residual, y, dresidual
     # Which places count, a byte each; NULL: all. Channels outside: byte s of sample n at n*S + s.
-    # Inside: one a sample. Padded, to be read in whole vectors. Of each `weight_rows` samples a
-    # weight; NULL: 1. The first place that weighs anything is `start`.
+    # Inside: one a sample. Of each `weight_samples` samples a weight; NULL: 1.
     const unsigned char* mask
-    Py_ssize_t mask_g, start
+    Py_ssize_t mask_g
     const double* weights
-    Py_ssize_t weights_g, weight_rows
+    Py_ssize_t weights_g, weight_samples
     # The activation, 1 and infinity for none.
     double slope, top
     # The kernels' own: what a map takes its main values from (dy, else x), and beside them (y, or
@@ -84,6 +83,7 @@ cdef struct Task:
     double* unit        # (G, pitch): a power of two that keeps float64 squares in range
     double* partial     # (G, chunks, 2, pitch): each chunk's two sums
     double* total       # (G, 2, pitch): the merged sums
+    Py_ssize_t* starts  # (G): the first place that weighs anything
     # (pitch + 16): which of a folded row's samples a column is of, and the same modulo 256.
     unsigned short* samples
     unsigned char* numbers

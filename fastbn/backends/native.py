@@ -49,7 +49,7 @@ class NativeBackend(Backend):
     def moments(
         self, x: Array, threads: int, selection: Selection | None = None
     ) -> tuple[Table, Table]:
-        return self._engine.moments(_walkable(x), threads, _padded(selection))
+        return self._engine.moments(_walkable(x), threads, selection)
 
     def normalize(
         self,
@@ -60,7 +60,7 @@ class NativeBackend(Backend):
         tail: Tail | None = None,
         selection: Selection | None = None,
     ) -> None:
-        target, fused = _target(out), (_walkable_tail(tail), _padded(selection))
+        target, fused = _target(out), (_walkable_tail(tail), selection)
         self._engine.normalize(_walkable(x), affine, target, threads, *fused)
         _deliver(target, out)
 
@@ -73,7 +73,7 @@ class NativeBackend(Backend):
         gate: Gate | None = None,
         selection: Selection | None = None,
     ) -> tuple[Table, Table]:
-        arrays, fused = (_walkable(dy), _walkable(x)), (_walkable_gate(gate), _padded(selection))
+        arrays, fused = (_walkable(dy), _walkable(x)), (_walkable_gate(gate), selection)
         return self._engine.gradient_moments(*arrays, mean, threads, *fused)
 
     def input_gradient(
@@ -87,11 +87,8 @@ class NativeBackend(Backend):
         selection: Selection | None = None,
     ) -> None:
         target, gated = _target(out), _walkable_gate(gate)
-        arrays, fused = (
-            (_walkable(dy), None if x is None else _walkable(x)),
-            (gated, _padded(selection)),
-        )
-        self._engine.input_gradient(*arrays, coefficients, target, threads, *fused)
+        arrays = _walkable(dy), None if x is None else _walkable(x)
+        self._engine.input_gradient(*arrays, coefficients, target, threads, gated, selection)
         _deliver(target, out)
         if gated is not None and gate is not None:
             _deliver(gated.dresidual, gate.dresidual)
@@ -107,7 +104,7 @@ class NativeBackend(Backend):
         tail: Tail | None = None,
         selection: Selection | None = None,
     ) -> tuple[Table, Table]:
-        target, fused = _target(out), (_walkable_tail(tail), _padded(selection))
+        target, fused = _target(out), (_walkable_tail(tail), selection)
         result = self._engine.forward(_walkable(x), gamma, beta, eps, target, threads, *fused)
         _deliver(target, out)
         return result
@@ -127,7 +124,7 @@ class NativeBackend(Backend):
         selection: Selection | None = None,
     ) -> tuple[Table, Table]:
         target, gated = _target(out), _walkable_gate(gate)
-        tables, fused = (mean, var, gamma), (gated, _padded(selection))
+        tables, fused = (mean, var, gamma), (gated, selection)
         result = self._engine.backward(
             _walkable(dy), _walkable(x), *tables, eps, frozen, target, threads, *fused
         )
@@ -136,9 +133,6 @@ class NativeBackend(Backend):
             _deliver(gated.dresidual, gate.dresidual)
         return result
 
-
-MASK_PADDING = 64
-"""Bytes behind a run's mask."""
 
 _variants: dict[str, NativeBackend] = {}
 
@@ -199,13 +193,3 @@ def _walkable_gate(gate: Gate | None) -> Gate | None:
         return None
     dresidual = None if gate.dresidual is None else _target(gate.dresidual)
     return Gate(gate.activation, _walkable(gate.y), dresidual)
-
-
-def _padded(selection: Selection | None) -> Selection | None:
-    """A selection whose mask the kernels may read in whole vectors, past its end too."""
-    if selection is None:
-        return None
-    g, n, s = selection.mask.shape
-    padded = np.zeros((g, n * s + MASK_PADDING), np.bool_)
-    padded[:, : n * s] = selection.mask.reshape(g, n * s)
-    return selection._replace(mask=padded)
