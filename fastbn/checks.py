@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fastbn import activations
 from fastbn.activations import Activation
-from fastbn.elements import ELEMENTS, FLOATS, is_element, is_float
+from fastbn.elements import ELEMENTS, FLOATS, is_element, is_float, is_half
 from fastbn.layouts import LAYOUTS, channel_axis
 from fastbn.results import GradientSums
 
@@ -28,7 +28,7 @@ MAX_THREADS = 1024
 def layout(value: Any) -> str:
     """One of the names in `LAYOUTS`."""
     if isinstance(value, str) and value in LAYOUTS:
-        return value
+        return str(value)
     raise _wrong_type_or_value(
         value,
         str,
@@ -155,6 +155,14 @@ def activation(value: Any) -> Activation:
     return known
 
 
+def activation_name(value: Any) -> str | tuple[str, float] | None:
+    """The same as a layer keeps it: of Python's own types, which print as they are written."""
+    slope = activation(value).slope
+    if isinstance(value, tuple):
+        return activations.LEAKY, slope
+    return None if value is None else str(value)
+
+
 def gate(y: Any, activation: Any, x_name: str, x: NDArray[Any]) -> NDArray[Any] | None:
     """The forward's y, which the gradient through an activation needs and no other."""
     if activation is None:
@@ -233,9 +241,8 @@ def statistic(
 
 def mean(value: NDArray[Any], name: str = "mean") -> NDArray[Any]:
     """A mean of each channel that will be used again and again: not NaN."""
-    bad = np.isnan(value)
-    if bad.any():
-        channel = int(bad.argmax())
+    channel = _first(np.isnan(value))
+    if channel is not None:
         raise ValueError(
             f"{name}[{channel}] is nan: not a number; expected a number; "
             f"look at how channel {channel}'s statistics were made"
@@ -245,9 +252,8 @@ def mean(value: NDArray[Any], name: str = "mean") -> NDArray[Any]:
 
 def variance(value: NDArray[Any], *, nan: bool, name: str = "var") -> NDArray[Any]:
     """A variance of each channel: not negative, and NaN only where `nan` allows it."""
-    bad = value < 0 if nan else ~(value >= 0)
-    if bad.any():
-        channel = int(bad.argmax())
+    channel = _first(value < 0 if nan else ~(value >= 0))
+    if channel is not None:
         expected = "zero or more" if nan else "zero or more, and no NaN"
         kind = "not a number" if math.isnan(value[channel]) else "a variance cannot be negative"
         raise ValueError(
@@ -255,6 +261,11 @@ def variance(value: NDArray[Any], *, nan: bool, name: str = "var") -> NDArray[An
             f"look at how channel {channel}'s statistics were made"
         )
     return value
+
+
+def _first(bad: NDArray[np.bool_]) -> int | None:
+    """The first channel that is bad."""
+    return int(bad.argmax()) if bad.any() else None
 
 
 def gradient_sums(
@@ -395,17 +406,32 @@ def layers(value: Any, kind: type[Any]) -> None:
         )
     for i, layer in enumerate(value):
         if not isinstance(layer, kind):
-            raise TypeError(f"layers[{i}] is {_described(layer)}, expected a {kind.__name__}")
+            raise TypeError(
+                f"layers[{i}] is {_described(layer)}, expected a {kind.__name__}; leave out what "
+                "is none"
+            )
         if any(layer is other for other in value[:i]):
             raise ValueError(f"layers[{i}] is there twice, expected each layer once; leave it out")
         tracked = layer.running_mean, layer.running_var, layer.num_batches_tracked
-        running(*tracked, layer.channels, writes=True, nan=True)
+        running(*tracked, layer.channels, writes=True, nan=True, of=f"layers[{i}].")
 
 
-def walks(batches: Any, number: int) -> None:
+def network(forward: Any) -> None:
+    """What takes a batch through a network."""
+    if not callable(forward):
+        raise TypeError(
+            f"forward is {_described(forward)}, expected a callable that takes a batch and calls "
+            "the layers on it; pass the network"
+        )
+
+
+def walks(batches: Any, number: int = 1) -> None:
     """Batches that can be walked over so many times."""
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"batches is {_described(batches)}, expected an iterable of batches")
+    if not (isinstance(batches, Iterable) or hasattr(type(batches), "__getitem__")):
+        raise TypeError(
+            f"batches is {_described(batches)}, expected an iterable of batches; pass [batch] for "
+            "one"
+        )
     if number > 1 and isinstance(batches, Iterator):
         raise TypeError(
             f"batches is {_described(batches)}, which can be walked over once, expected something "
@@ -431,7 +457,7 @@ NONFINITE = ("update", "raise", "skip")
 def option(name: str, value: Any, known: tuple[str, ...]) -> str:
     """One of a few words."""
     if isinstance(value, str) and value in known:
-        return value
+        return str(value)
     words = ", ".join(repr(word) for word in known)
     raise _wrong_type_or_value(
         value, str, f"{name} is {value!r}, expected one of {words}; pass one of them"
@@ -459,16 +485,24 @@ def momentum(momentum: Any, decay: Any, default: float) -> tuple[float | None, f
             "the weight of the new batch, decay the weight of the old; leave one out"
         )
     if decay is not None:
-        return None, _weight("decay", decay, "of the old statistics")
+        return None, weight_of_old(decay)
     if momentum is None:
         return None, None
     return _weight("momentum", momentum, "of the new batch"), None
 
 
+def weight_of_old(decay: Any) -> float:
+    """decay alone."""
+    return _weight("decay", decay, "of the old statistics")
+
+
 def _weight(name: str, value: Any, whose: str) -> float:
     """A number from 0 to 1."""
     if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} is {_described(value)}, expected a number from 0 to 1")
+        raise TypeError(
+            f"{name} is {_described(value)}, expected a number from 0 to 1; for the average of all "
+            "batches pass momentum=None"
+        )
     number = _as_float(value)
     if not 0 <= number <= 1:
         raise ValueError(
@@ -503,60 +537,108 @@ def parameter_type(value: Any) -> np.dtype[Any]:
     return found.newbyteorder("=")
 
 
-def several_values(policy: str, n: float) -> None:
+def several_values(policy: str, n: float, tracks: bool) -> None:
     """More than one value a channel, where the layer's policy asks for it."""
     if policy == "raise":
         came = "one value a channel" if n == 1 else f"values that weigh {n} a channel"
+        running = "'running' (use the running statistics) or " if tracks else ""
         raise ValueError(
             f"x has {came}, expected two or more: one value has no variance to normalize by; give "
-            "a larger batch, or make the layer with one_value='running' (use the running "
-            "statistics) or 'skip' (y = beta)"
+            f"a larger batch, or make the layer with one_value={running}'skip' (y = beta)"
         )
 
 
-def finite(mean: NDArray[Any], var: NDArray[Any]) -> None:
-    """Statistics of a batch without NaN and infinity."""
-    for name, a in (("mean", mean), ("variance", var)):
-        bad = ~np.isfinite(a)
-        if bad.any():
-            channel = int(bad.argmax())
+def finite(found: dict[str, NDArray[Any]], renewed: dict[str, NDArray[Any]]) -> None:
+    """Statistics of a batch, and running ones renewed by them, without NaN and infinity."""
+    for name, a in found.items():
+        channel = _first(~np.isfinite(a))
+        if channel is not None:
             raise ValueError(
                 f"x has a {name} of {a[channel]} in channel {channel}, expected finite statistics; "
                 "look for them in x, or make the layer with nonfinite='skip' or 'update'"
             )
+    for name, a in renewed.items():
+        channel = _first(~np.isfinite(a))
+        if channel is not None:
+            of_x = ", ".join(f"a {word} of {b[channel]}" for word, b in found.items())
+            raise ValueError(
+                f"{name}[{channel}] would be {a[channel]}, expected a finite number in {a.dtype}: "
+                f"x has {of_x} there; scale x, or make the layer with a wider dtype or with "
+                "nonfinite='skip' or 'update'"
+            )
 
 
 def running(
-    running_mean: Any, running_var: Any, batches: Any, channels: int, *, writes: bool, nan: bool
+    running_mean: Any,
+    running_var: Any,
+    batches: Any,
+    channels: int,
+    *,
+    writes: bool,
+    nan: bool,
+    of: str = "",
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """A layer's running statistics: of its channels, to be written where `writes` says so."""
+    """A layer's running statistics: of its channels, to be written where `writes` says so; `of`
+    tells whose, in names.
+
+    Infinity is let in where they are only used, as `normalize` lets it in; what is to be written
+    and may not become NaN has to be finite.
+    """
     if running_mean is None or running_var is None:
         raise ValueError(
-            "running_mean and running_var are None, expected arrays: the layer keeps no running "
-            "statistics; make it with track_running_stats=True"
+            f"{of}running_mean and {of}running_var are None, expected arrays: the layer keeps no "
+            "running statistics; make it with track_running_stats=True"
         )
     owner = Owner(channels, f"the layer has {channels} channels")
-    own = {"running_mean": running_mean, "running_var": running_var}
+    own = {f"{of}running_mean": running_mean, f"{of}running_var": running_var}
     for name, a in own.items():
         owned(name, a, owner)
     if writes:
-        for name, a in (own | _counter(batches)).items():
+        counted = counter(batches, f"{of}num_batches_tracked")
+        for name, a in (own | counted).items():
             _writeable(name, a, "training renews it; assign a copy, or set frozen_statistics")
     if not nan:
-        mean(running_mean, "running_mean")
-    return running_mean, variance(running_var, nan=nan, name="running_var")
+        mean(running_mean, f"{of}running_mean")
+    variance(running_var, nan=nan, name=f"{of}running_var")
+    if writes and not nan:
+        for name, a in own.items():
+            _renewable(name, a)
+    return running_mean, running_var
 
 
-def _counter(value: Any) -> dict[str, NDArray[Any]]:
-    """How many batches running statistics are of, by its name; nothing where that is not known."""
+def _renewable(name: str, a: NDArray[Any]) -> None:
+    """Running statistics that a batch can change."""
+    channel = _first(np.isinf(a))
+    if channel is not None:
+        raise ValueError(
+            f"{name}[{channel}] is {a[channel]}, expected a finite number: no batch makes it one "
+            "again; write a finite number, or make the layer with nonfinite='update'"
+        )
+
+
+_BATCHES = "expected a whole number, zero or more: how many batches the running statistics are of"
+
+
+def counter(value: Any, name: str = "num_batches_tracked") -> dict[str, NDArray[Any]]:
+    """How many batches running statistics are of, by its name: an array that can be written, made
+    of a number where one came; nothing where that is not known."""
     if value is None:
         return {}
-    if not isinstance(value, np.ndarray) or value.shape != ():
+    is_number = isinstance(value, Integral) and not isinstance(value, bool | np.bool_)
+    is_array = isinstance(value, np.ndarray) and value.shape == () and value.dtype.kind in "iu"
+    if not is_number and not is_array:
         raise TypeError(
-            f"num_batches_tracked is {_described(value)}, expected a numpy.ndarray of int64 and "
-            "shape (), or None; write a number into it: num_batches_tracked[...] = n"
+            f"{name} is {_described(value)}, expected a whole number, or a numpy.ndarray of int64 "
+            "and shape (), or None; it is how many batches the running statistics are of"
         )
-    return {"num_batches_tracked": value}
+    if not _is_whole(value):
+        raise ValueError(f"{name} is {value}, {_BATCHES}; set it to 0 to start anew")
+    return {name: value if is_array else np.array(int(value), np.int64)}
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a number of batches can be counted on from."""
+    return bool(0 <= value <= np.iinfo(np.int64).max)
 
 
 def _writeable(name: str, a: NDArray[Any], reason: str) -> None:
@@ -585,6 +667,14 @@ def forward(last: Any, dy: Any, params: bool) -> Any:
     return last
 
 
+def arrays(own: dict[str, Any]) -> dict[str, NDArray[Any]]:
+    """A layer's arrays as it has them, by their names in it."""
+    for name, a in own.items():
+        if name != "num_batches_tracked":  # which the layer checks when it is set
+            array(name, a)
+    return own
+
+
 def state(value: Any, own: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """A layer's arrays, by name: as many, of the shapes and kinds that it has."""
     if not isinstance(value, Mapping):
@@ -607,22 +697,27 @@ def state(value: Any, own: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 def _state_array(name: str, value: Any, own: NDArray[Any]) -> NDArray[Any]:
     """One of them, in the layer's type."""
-    given = np.asarray(value)
+    try:
+        given = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"state[{name!r}] is {_described(value)}, expected an array; NumPy says: {error}"
+        ) from error
     if given.shape != own.shape:
         raise ValueError(
             f"state[{name!r}] has shape {given.shape}, expected {own.shape}, as the layer has; "
             "pass the state of a layer with as many channels"
         )
-    if own.dtype.kind == "i":
-        if given.dtype.kind not in "iu" or not 0 <= given <= np.iinfo(own.dtype).max:
+    if own.dtype.kind in "iu":
+        if given.dtype.kind not in "iu" or not _is_whole(given):
             raise ValueError(
-                f"state[{name!r}] is {given}, expected a whole number, zero or more: how many "
-                "batches the running statistics are of"
+                f"state[{name!r}] is {given}, {_BATCHES}; pass the number that was saved"
             )
         return given
-    if given.dtype.kind not in "fiu":
+    if given.dtype.kind not in "fiu" and not is_half(given.dtype):
         raise TypeError(
-            f"state[{name!r}] has dtype {given.dtype}, expected {own.dtype} or what rounds to it"
+            f"state[{name!r}] has dtype {_named(given.dtype)}, expected {own.dtype} or what rounds "
+            f"to it; convert it to {own.dtype}"
         )
     if name == "running_var":
         variance(given, nan=False, name=name)

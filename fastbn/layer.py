@@ -94,11 +94,12 @@ class BatchNorm:
     track_running_stats : bool
         Whether there are running statistics; without, evaluation too uses the batch's own.
     one_value : {"raise", "running", "skip"}
-        What happens in training with one value a channel, which has no variance: an error;
-        normalization by the running statistics; or y = beta, and no update.
+        What happens where a batch is normalized by its own statistics (in training; without
+        running statistics in evaluation, too) and has one value a channel, which has no variance:
+        an error; normalization by the running statistics; or y = beta, and no update.
     nonfinite : {"update", "raise", "skip"}
-        What happens with NaN or infinity in the batch's statistics: an update as ever; an error;
-        or y, and no update.
+        What happens where NaN or infinity is in the batch's statistics, or would be in the running
+        ones after it: an update as ever; an error; or y, and no update.
     layout, activation
         As given to `fastbn.batch_norm`.
     dtype : {"float32", "float64"}
@@ -106,16 +107,18 @@ class BatchNorm:
 
     Attributes
     ----------
+    momentum, decay : float or None
+        As given. Either may be set, and the other is None then.
     gamma, beta : ndarray of `dtype`, shape (C,), or None
         The parameters, at first 1 and 0.
-    dgamma, dbeta : ndarray, shape (C,), or None
+    dgamma, dbeta : ndarray of `dtype`, shape (C,), or None
         Their gradients, of the last `backward`.
     dresidual : ndarray or None
         The residual's gradient, where the last `backward` was asked for it.
     running_mean, running_var : ndarray of `dtype`, shape (C,), or None
         At first 0 and 1.
     num_batches_tracked : ndarray of int64, shape ()
-        How many batches they are of; or None.
+        How many batches they are of; or None. A number that it is set to becomes such an array.
     training : bool
         Set by `train` and `eval`.
     frozen_statistics : bool
@@ -160,14 +163,13 @@ class BatchNorm:
     ) -> None:
         self.channels = checks.channels(channels)
         self.eps = checks.epsilon(eps)
-        self.momentum, self.decay = checks.momentum(momentum, decay, MOMENTUM)
+        self._momentum, self._decay = checks.momentum(momentum, decay, MOMENTUM)
         self.unbiased = checks.flag("unbiased", unbiased)
         tracks = checks.flag("track_running_stats", track_running_stats)
         self.one_value = checks.one_value(one_value, tracks)
         self.nonfinite = checks.option("nonfinite", nonfinite, checks.NONFINITE)
         self.layout = checks.layout(layout)
-        checks.activation(activation)
-        self.activation = activation
+        self.activation: ActivationName = checks.activation_name(activation)
         of_type = checks.parameter_type(dtype)
         self._dtype_name = of_type.name
         has_scale, has_shift = checks.flag("scale", scale), checks.flag("shift", shift)
@@ -175,7 +177,7 @@ class BatchNorm:
         self.beta: Array | None = np.zeros(self.channels, of_type) if has_shift else None
         self.running_mean: Array | None = np.zeros(self.channels, of_type) if tracks else None
         self.running_var: Array | None = np.ones(self.channels, of_type) if tracks else None
-        self.num_batches_tracked: Array | None = np.zeros((), np.int64) if tracks else None
+        self.num_batches_tracked = 0 if tracks else None
         self.training, self.frozen_statistics, self.frozen_affine = True, False, False
         self.dgamma: Array | None = None
         self.dbeta: Array | None = None
@@ -207,6 +209,32 @@ class BatchNorm:
         if "momentum" in options or "decay" in options:
             given = {name: v for name, v in given.items() if name not in ("momentum", "decay")}
         return cls(channels, **(given | options))
+
+    @property
+    def momentum(self) -> float | None:
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        self._momentum, self._decay = checks.momentum(value, None, MOMENTUM)
+
+    @property
+    def decay(self) -> float | None:
+        return self._decay
+
+    @decay.setter
+    def decay(self, value: float | None) -> None:
+        if value is None and self._decay is None:
+            return  # as where a layer's options are copied to another
+        self._momentum, self._decay = None, checks.weight_of_old(value)
+
+    @property
+    def num_batches_tracked(self) -> Array | None:
+        return self._tracked
+
+    @num_batches_tracked.setter
+    def num_batches_tracked(self, value: Array | int | None) -> None:
+        self._tracked = checks.counter(value).get("num_batches_tracked")
 
     def train(self, mode: bool = True) -> Self:
         """Use the batch's own statistics from now on, or the running ones; gives the layer."""
@@ -274,10 +302,10 @@ class BatchNorm:
         """Normalize by the batch's own statistics, and see to the running ones."""
         updates = self._updates(count)
         if self.nonfinite == "raise" and options["out"] is not None:
-            checks.finite(*moments(x, **selected))  # before anything is written
+            self._renewed(*moments(x, **selected), count, updates)  # before anything is written
         result = batch_norm(x, self.gamma, self.beta, **selected, **options)
-        if self._is_trusted(result.mean, result.var) and updates:
-            self._update(result.mean, result.var, count)
+        for name, a in self._renewed(result.mean, result.var, count, updates).items():
+            getattr(self, name)[...] = a
         if self._observe is not None:
             self._observe(Moments(count, result.mean, result.var))
         return result
@@ -309,13 +337,15 @@ class BatchNorm:
         params = not self.frozen_affine and (self.gamma is not None or self.beta is not None)
         last = checks.forward(self._forward, dy, params)
         verb: Callable[..., Any] = normalize_backward if last.is_frozen else batch_norm_backward
+        # It tells the gradients' type, too.
+        gamma = np.ones(self.channels, self._dtype_name) if self.gamma is None else self.gamma
         options: dict[str, Any] = {} if last.is_frozen else {"weights": last.weights}
         found = verb(
             dy,
             last.x,
             last.mean,
             last.var,
-            self.gamma,
+            gamma,
             eps=self.eps,
             layout=self.layout,
             params=params,
@@ -326,8 +356,8 @@ class BatchNorm:
             out=out,
             **options,
         )
-        self.dgamma = _gradient(found.dgamma, self.gamma)
-        self.dbeta = _gradient(found.dbeta, self.beta)
+        self.dgamma = None if self.gamma is None else found.dgamma
+        self.dbeta = None if self.beta is None else found.dbeta
         self.dresidual = getattr(found, "dresidual", None)
         return np.asarray(found.dx)
 
@@ -351,14 +381,16 @@ class BatchNorm:
         Parameters
         ----------
         state : mapping of str to array-like
-            As `state_dict` gives it, or PyTorch's `BatchNorm1d`, `2d` or `3d`. Values are copied
-            into the layer's arrays, and rounded to its dtype.
+            As `state_dict` gives it, or PyTorch's `BatchNorm1d`, `2d` or `3d`. Values, of half
+            types too, are copied into the layer's arrays and rounded to its dtype; what is too
+            large for it becomes infinite.
 
         Raises
         ------
         TypeError, ValueError
-            A name is missing or too many, or an array is of another shape, or is no mean, variance
-            or count. Nothing has been changed.
+            A name is missing or too many, an array is of another shape or holds no numbers, or
+            running statistics are NaN or a negative variance, by which evaluation could not go
+            either. Nothing has been changed.
         """
         self._restore(checks.state(state, self._arrays()))
 
@@ -377,8 +409,9 @@ class BatchNorm:
         )
 
     def _arrays(self) -> dict[str, Array]:
-        arrays = {name: getattr(self, ours) for name, ours in STATE.items()}
-        return {name: array for name, array in arrays.items() if array is not None}
+        own = {ours: getattr(self, ours) for ours in STATE.values()}
+        held = checks.arrays({ours: array for ours, array in own.items() if array is not None})
+        return {name: held[ours] for name, ours in STATE.items() if ours in held}
 
     @quiet
     def _restore(self, arrays: Mapping[str, Array]) -> None:
@@ -409,23 +442,31 @@ class BatchNorm:
         if self._observe is not None or count == 0:
             return False
         if count <= 1:
-            checks.several_values(self.one_value, count)
+            checks.several_values(self.one_value, count, self.running_mean is not None)
             return False
         if self.running_mean is None:
             return False
         self._running(writes=True)
         return True
 
-    def _is_trusted(self, mean: Array, var: Array) -> bool:
-        """Whether the policy lets a batch with these statistics into the running ones."""
+    def _renewed(self, mean: Array, var: Array, count: float, updates: bool) -> dict[str, Array]:
+        """The running arrays after a batch with these statistics; none where they stay.
+
+        The policy looks at both: what is finite here may be infinite in the layer's type.
+        """
+        if self._observe is not None:
+            return {}
+        renewed = self._average(mean, var, count) if updates else {}
         if self.nonfinite == "raise":
-            checks.finite(mean, var)
-        return self.nonfinite == "update" or bool(
-            np.isfinite(mean).all() and np.isfinite(var).all()
-        )
+            checks.finite({"mean": mean, "variance": var}, renewed)
+        elif self.nonfinite == "skip":
+            is_finite = all(np.isfinite(a).all() for a in (mean, var, *renewed.values()))
+            return renewed if is_finite else {}
+        return renewed
 
     def _running(self, *, writes: bool, nan: bool = False) -> tuple[Array, Array]:
-        """The running statistics, checked; NaN is let in where an update may have brought it."""
+        """The running statistics, checked; what is not finite is let in where an update may have
+        brought it."""
         return checks.running(
             self.running_mean,
             self.running_var,
@@ -436,10 +477,8 @@ class BatchNorm:
         )
 
     @quiet
-    def _update(self, mean: Array, var: Array, count: float) -> None:
+    def _average(self, mean: Array, var: Array, count: float) -> dict[str, Array]:
         """running = old * running + new * statistic, rounded once."""
-        if self.running_mean is None or self.running_var is None:
-            return
         tracked = self.num_batches_tracked
         batches = 1 if tracked is None else int(tracked) + 1
         if self.decay is not None:
@@ -449,12 +488,12 @@ class BatchNorm:
             old = 1 - new
         if self.unbiased:
             var = var * checks.unbiased_factor(count)
-        self.running_mean[...], self.running_var[...] = (
-            old * self.running_mean.astype(np.float64) + new * mean,
-            old * self.running_var.astype(np.float64) + new * var,
-        )
-        if tracked is not None:
-            tracked[...] = batches
+        renewed = {} if tracked is None else {"num_batches_tracked": np.array(batches)}
+        for name, statistic in (("running_mean", mean), ("running_var", var)):
+            running = getattr(self, name)
+            average = old * running.astype(np.float64) + new * statistic
+            renewed[name] = average.astype(running.dtype)
+        return renewed
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is of the layer, not of the arrays of its last call.
@@ -473,10 +512,3 @@ class BatchNorm:
             del told["momentum"]
         others = [f"{n}={told[n]!r}" for n in defaults if n in told and told[n] != defaults[n]]
         return f"BatchNorm({', '.join([str(self.channels), *others])})"
-
-
-def _gradient(gradient: Array | None, parameter: Array | None) -> Array | None:
-    """A parameter's gradient in its type; None where there is no parameter."""
-    if gradient is None or parameter is None:
-        return None
-    return gradient.astype(parameter.dtype, copy=False)

@@ -32,7 +32,8 @@ def reestimate(
         Those to renew, in the order in which `forward` calls them. Others do in these calls what
         they do in any.
     forward : callable
-        Takes a batch through the network: it calls the layers.
+        Takes a batch through the network: it calls the layers. What it sets their modes to
+        changes nothing, and they get theirs back.
     batches : iterable
         What `forward` takes. With `sequential` it is walked once a layer: a list, or something
         that starts anew, in the same order or another.
@@ -64,6 +65,7 @@ def reestimate(
     checks.option("method", method, checks.METHODS)
     sequential = checks.flag("sequential", sequential)
     checks.layers(layers, BatchNorm)
+    checks.network(forward)
     walks = [[layer] for layer in layers] if sequential else [list(layers)]
     checks.walks(batches, len(walks))
     with _restored(layers) as succeeded:
@@ -79,7 +81,7 @@ def reestimate(
                 found = population.statistics(f"layers[{layers.index(layer)}]")
                 layer._renew(found.mean, found.var, population.batches)
                 layer._observe = None
-                layer.eval()
+                layer.frozen_statistics = True  # whatever mode `forward` sets
         succeeded()
 
 
@@ -90,13 +92,15 @@ def _ignore(batch: Moments) -> None:
 @contextmanager
 def _restored(layers: Sequence[BatchNorm]) -> Iterator[Callable[[], None]]:
     """The layers with their modes and, if what this gives is not called, their arrays restored."""
-    before = [(layer, layer.training, layer.state_dict()) for layer in layers]
+    before = [
+        (layer, layer.training, layer.frozen_statistics, layer.state_dict()) for layer in layers
+    ]
     is_done = []
     try:
         yield lambda: is_done.append(True)
     finally:
-        for layer, training, arrays in before:
+        for layer, training, frozen, arrays in before:
             layer._observe = layer._forward = None
-            layer.train(training)
+            layer.training, layer.frozen_statistics = training, frozen
             if not is_done:
                 layer._restore(arrays)

@@ -141,14 +141,15 @@ def test_each_part_may_be_missing(scale: bool, shift: bool, tracks: bool) -> Non
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("own", DTYPES)
 def test_a_layers_type_is_its_own(own: Any, mode: str) -> None:
-    """Whatever the arrays are, the parameters' gradients are of the layer's type; where there is no
-    gamma dbeta is rounded to the arrays' first."""
+    """Whatever the arrays are, the parameters' gradients are rounded to the layer's type, and to no
+    other before, with a gamma and without."""
     for dtype in (*DTYPES, *HALVES):
         x, dy, z = batch((6, CHANNELS, 3), dtype=dtype)
         for scale in (True, False):
             bn = made(mode, dtype=own, scale=scale)
-            expected = of_verbs(bn, x, dy, z, fixed=mode != "training")
-            expected["dbeta"] = expected["dbeta"].astype(own)
+            like = made(mode, dtype=own)
+            like.load_state_dict({"weight": np.ones(CHANNELS)} | bn.state_dict())
+            expected = of_verbs(like, x, dy, z, fixed=mode != "training")
             if not scale:
                 del expected["dgamma"]
             got = of_layer(bn, x, dy, z)
@@ -171,6 +172,45 @@ def test_a_frozen_affine_part(mode: str) -> None:
         del expected[name]
     assert_same_bits(got, expected)
     np.testing.assert_array_equal((bn.gamma, bn.beta), before)
+
+
+@pytest.mark.parametrize("made_with", [{"momentum": 0.5}, {"decay": 0.5}, {"momentum": None}])
+@pytest.mark.parametrize("then", [{"momentum": 0.25}, {"momentum": None}, {"decay": 0.25}])
+def test_a_momentum_set_later(made_with: dict[str, Any], then: dict[str, Any]) -> None:
+    """It is what counts from then on, as of a layer made with it; and so is a decay."""
+    (name, value), (x, other, _) = *then.items(), batch((6, CHANNELS, 3))
+    bn, like = fastbn.BatchNorm(CHANNELS, **made_with), fastbn.BatchNorm(CHANNELS, **then)
+    bn(x)
+    like.load_state_dict(bn.state_dict())
+    setattr(bn, name, value)
+    assert repr(bn) == repr(like)
+    bn(other)
+    like(other)
+    assert_same_bits(bn.state_dict(), like.state_dict())
+    third = fastbn.BatchNorm(CHANNELS, **made_with)
+    third.momentum, third.decay = bn.momentum, bn.decay
+    assert repr(third) == repr(bn)
+
+
+def test_a_number_of_batches_set_later() -> None:
+    """However it is counted on or written, it is an array that training renews."""
+    x, _, _ = batch((6, CHANNELS, 3))
+    bn: Any = fastbn.BatchNorm(CHANNELS)
+    held = bn.num_batches_tracked
+    bn.num_batches_tracked += 1
+    assert bn.num_batches_tracked is held
+    for i, value in enumerate((bn.num_batches_tracked + 1, 7, np.int32(7), np.array(7)), 1):
+        bn.num_batches_tracked = value
+        before = int(value)
+        assert bn.state_dict()["num_batches_tracked"] == before
+        bn(x)
+        assert bn.num_batches_tracked == before + 1
+        assert bn.num_batches_tracked.shape == (), i
+        bn.load_state_dict(bn.state_dict() | {"num_batches_tracked": 3})
+        assert bn.num_batches_tracked == 3
+    bn.num_batches_tracked = None
+    bn(x)
+    assert list(bn.state_dict()) == ["weight", "bias", "running_mean", "running_var"]
 
 
 def test_modes() -> None:
@@ -258,6 +298,31 @@ def test_a_state_is_copied_and_rounded() -> None:
     assert (small.gamma != 7).all()
 
 
+@pytest.mark.parametrize("dtype", [*HALVES, np.dtype(np.float16).newbyteorder(), int, ">f8"])
+@pytest.mark.parametrize("own", DTYPES)
+def test_a_state_of_other_types(own: Any, dtype: Any) -> None:
+    """Half types, whole numbers and swapped bytes come with the values that they have."""
+    given = {name: a.astype(dtype) for name, a in made(dtype=own).state_dict().items() if a.ndim}
+    bn = made(dtype=own)
+    bn.load_state_dict(given | {"num_batches_tracked": 3})
+    expected = {name: a.astype(own) for name, a in given.items()}
+    assert_same_bits(bn.state_dict(), expected | {"num_batches_tracked": np.array(3)})
+
+
+def test_a_state_with_infinity() -> None:
+    """It is loaded, and evaluation goes by it as `normalize` does: an infinite variance leaves
+    beta."""
+    x, _, _ = batch((6, CHANNELS, 3))
+    bn = made("evaluation")
+    state = bn.state_dict()
+    state["running_var"][2] = state["weight"][1] = np.inf
+    bn.load_state_dict(state)
+    assert_same_bits(bn.state_dict(), state)
+    y = fastbn.normalize(x, state["running_mean"], state["running_var"], bn.gamma, bn.beta)
+    assert_same_bits({"y": bn(x)}, {"y": y})
+    assert (y[:, 2] == bn.beta[2]).all()
+
+
 def test_a_state_of_the_layers_own_arrays() -> None:
     """All are read before one is written."""
     bn = made()
@@ -326,6 +391,15 @@ def test_copies_and_pickles(how: str) -> None:
             {"one_value": "skip", "nonfinite": "raise", "layout": "NHWC", "activation": "relu"},
             "5, one_value='skip', nonfinite='raise', layout='NHWC', activation='relu'",
         ),
+        (
+            {"one_value": np.str_("skip"), "layout": np.str_("NHWC"), "eps": np.float32(0.5)},
+            "5, eps=0.5, one_value='skip', layout='NHWC'",
+        ),
+        (
+            {"activation": (np.str_("leaky_relu"), np.float64(0.5)), "decay": np.float32(0.5)},
+            "5, decay=0.5, activation=('leaky_relu', 0.5)",
+        ),
+        ({"activation": np.str_("relu")}, "5, activation='relu'"),
     ],
 )
 def test_repr(options: dict[str, Any], words: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from bits import assert_same_bits
@@ -14,6 +15,7 @@ import fastbn
 
 SHAPE = (4, CHANNELS, 6)
 Row = tuple[Any, type[Exception], str]
+SWAPPED = np.dtype(ml_dtypes.bfloat16).newbyteorder()
 
 
 def flags(name: str) -> list[Row]:
@@ -106,6 +108,41 @@ def test_momentum_and_decay(momentum: Any) -> None:
     for library in ("pytorch", "keras"):
         with fails(ValueError, message):
             fastbn.BatchNorm.like(library, 3, momentum=momentum, decay=0.9)
+
+
+def test_a_bad_momentum_set_later() -> None:
+    """It is refused as one that a layer is made with; and a decay is not taken back."""
+    bn, expected = made(decay=0.5), "expected a number from 0 to 1"
+    for name, value, kind in (
+        ("momentum", "0.5", "momentum is a str ('0.5')"),
+        ("momentum", 2, "momentum is 2.0"),
+        ("decay", -1, "decay is -1.0"),
+        ("decay", None, "decay is a NoneType (None)"),
+    ):
+        error = ValueError if isinstance(value, int) else TypeError
+        with refused(bn, error, f"{kind}, {expected}"):
+            setattr(bn, name, value)
+    with refused(bn, TypeError, "decay is ... the average of all batches pass momentum=None"):
+        bn.decay = None
+
+
+def test_bad_numbers_of_batches() -> None:
+    """They are refused where they are set."""
+    bn = made()
+    for value, words in (
+        (1.0, "a float (1.0), expected a whole number, or a numpy.ndarray of int64 and shape ()"),
+        (True, "a bool (True), expected a whole number"),
+        (np.ones(1, int), "an ndarray ... expected a whole number"),
+        (np.ones(()), "an ndarray ... expected a whole number"),
+    ):
+        with refused(bn, TypeError, f"num_batches_tracked is {words}"):
+            bn.num_batches_tracked = value
+    for value in (-1, 2**63, np.array(-1)):
+        with refused(bn, ValueError, f"num_batches_tracked is {value}, expected a whole"):
+            bn.num_batches_tracked = value
+    bn.num_batches_tracked[...] = -1
+    with refused(bn, ValueError, "num_batches_tracked is -1, expected a whole"):
+        bn(batch(SHAPE)[0])
 
 
 def test_words_of_layers() -> None:
@@ -285,13 +322,16 @@ RUNNING: dict[str, tuple[str, Callable[[Any], Any], dict[str, bool], type[Except
         ValueError,
         f"running_var[{LAST}] is -0.5: a variance cannot be negative; ... channel {LAST}'s",
     ),
-    "number of batches": (
-        "num_batches_tracked",
-        int,
-        TRAINING,
-        TypeError,
-        "num_batches_tracked is an int (4), expected a numpy.ndarray of int64 and shape ()",
-    ),
+    **{
+        f"infinite {name}": (
+            name,
+            with_last(value),
+            {"update": False, "raise": True, "skip": True, "evaluation": False},
+            ValueError,
+            f"{name}[{LAST}] is {value}, expected a finite number: no batch makes it one again",
+        )
+        for name, value in (("running_mean", -np.inf), ("running_var", np.inf))
+    },
 }
 
 
@@ -420,6 +460,16 @@ STATES: dict[str, tuple[dict[Any, Any], type[Exception], str]] = {
         TypeError,
         "state['bias'] has dtype complex128",
     ),
+    "ragged": (
+        {"bias": [1, [2, 3]]},
+        TypeError,
+        "state['bias'] is a list ([1, [2, 3]]), expected an array; NumPy says: setting an array",
+    ),
+    "swapped bfloat16": (
+        {"bias": np.ones(CHANNELS, ml_dtypes.bfloat16).view(SWAPPED)},
+        TypeError,
+        "state['bias'] has dtype byte-swapped bfloat16, expected float32",
+    ),
     "NaN mean": (
         {"running_mean": [0, 0, np.nan, 0, 0]},
         ValueError,
@@ -470,6 +520,18 @@ def test_what_is_no_state() -> None:
             bn.load_state_dict(other.state_dict())
         with refused(other, ValueError, "state has not the layer's names, ... not known are"):
             other.load_state_dict(bn.state_dict())
+
+
+def test_a_state_of_what_is_no_array() -> None:
+    """It is neither given nor taken."""
+    bn = used()
+    state = bn.state_dict()
+    bn.beta = bn.beta.tolist()
+    words = "beta is a list ... expected a numpy.ndarray of float32 or float64"
+    with refused(bn, TypeError, words):
+        bn.state_dict()
+    with refused(bn, TypeError, words):
+        bn.load_state_dict(state)
 
 
 @pytest.mark.parametrize("name", ["gamma", "running_var", "num_batches_tracked"])

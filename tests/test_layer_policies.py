@@ -23,11 +23,12 @@ def test_one_value_is_refused(shape: tuple[int, ...], layout: str) -> None:
     """In training, and in evaluation where there are no running statistics."""
     x, _, _ = batch(shape, layout)
     out = np.full_like(x, np.nan)
-    words = "x has one value a channel, expected two or more: ... larger batch, ... 'running' ... "
+    words = "x has one value a channel, expected two or more: ... larger batch, ... one_value="
     for tracks, mode in ((True, "training"), (False, "training"), (False, "evaluation")):
         bn = made(mode, layout=layout, track_running_stats=tracks)
         for into in (None, out, x):
-            with refused(bn, ValueError, words + "'skip'", x, out):
+            remedies = "'running' (use the running statistics) or 'skip'" if tracks else "'skip'"
+            with refused(bn, ValueError, words + remedies + " (y = beta)", x, out):
                 bn(x, out=into)
 
 
@@ -138,6 +139,51 @@ def test_nonfinite_statistics_are_refused(value: float, tracks: bool) -> None:
             bn(x, out=into)
     assert_same_bits({"dx": bn.backward(dy)}, {"dx": dx})
     assert np.isfinite(bn(clean, out=out)).all()
+
+
+BEYOND: dict[str, tuple[float, Any, str]] = {
+    "running_var": (1e30, np.float32, "x has a mean of ... variance of ... wider dtype"),
+    "running_mean": (1e40, np.float64, "x has a mean of 1e+40"),
+}
+"""Values whose statistics are finite in float64, and the layer's would not be in float32."""
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("name", BEYOND)
+def test_statistics_beyond_the_layers_type(name: str) -> None:
+    """The policy is heeded where the running statistics alone would be infinite; a layer of float64
+    takes them."""
+    value, dtype, words = BEYOND[name]
+    x = batch(SHAPE, dtype=dtype)[0]
+    x[:, BAD] = value if name == "running_mean" else x[:, BAD] * dtype(value)
+    bn = made(nonfinite="raise")
+    before, out = bn.state_dict(), np.full_like(x, np.nan)
+    for into in (None, out, x):
+        message = f"{name}[{BAD}] would be inf, expected a finite number in float32: {words}"
+        with refused(bn, ValueError, message, x, out):
+            bn(x, out=into)
+    bn = made(nonfinite="skip")
+    assert_same_bits({"y": bn(x)}, {"y": fastbn.batch_norm(x, bn.gamma, bn.beta).y})
+    assert_same_bits(bn.state_dict(), before)
+    bn = made()
+    bn(x)
+    assert np.isinf(getattr(bn, name)[BAD])
+    for policy in ("update", "raise", "skip"):
+        bn = made(nonfinite=policy, dtype="float64")
+        bn(x)
+        assert np.isfinite(getattr(bn, name)).all()
+        assert bn.num_batches_tracked == before["num_batches_tracked"] + 1
+
+
+def test_an_unbiased_variance_beyond_float64() -> None:
+    """It is refused though the biased one is finite."""
+    x = np.zeros((2, CHANNELS))
+    x[:, BAD] = 1.1e154, -1.1e154
+    bn = made(nonfinite="raise", dtype="float64")
+    with refused(bn, ValueError, f"running_var[{BAD}] would be inf, expected ... in float64"):
+        bn(x)
+    bn.unbiased = False
+    bn(x)
 
 
 def test_a_variance_alone_may_be_refused() -> None:

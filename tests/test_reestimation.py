@@ -160,6 +160,36 @@ def test_lost_statistics(policy: str) -> None:
     assert_sequential(network, data())
 
 
+@pytest.mark.parametrize("policy", ["update", "raise", "skip"])
+def test_batches_that_are_not_finite(policy: str) -> None:
+    """They spoil their channel's statistics, whatever a layer does with them in training."""
+    layer = BatchNorm(2, nonfinite=policy)
+    reestimate([layer], layer, [np.array([[1, np.nan], [3, 5]])])
+    np.testing.assert_array_equal(running(layer)["mean"], [2, np.nan])
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_forward_that_sets_modes(mode: bool, sequential: bool) -> None:
+    """Statistics are what they are without, and each layer has its own mode again."""
+    plain, network, batches = Network(), Network(), data()
+    network.layers[1].eval()
+    network.layers[2].frozen_statistics = True
+    before = modes(network)
+
+    def forward(x: Array) -> None:
+        for layer in network.layers:
+            layer.train(mode)
+        network(x)
+        for layer in network.layers:
+            layer.train(not mode)
+
+    reestimate(plain.layers, plain, batches, sequential=sequential)
+    reestimate(network.layers, forward, batches, sequential=sequential)
+    assert everything(network) == everything(plain)
+    assert modes(network) == before
+
+
 def test_statistics_beyond_the_layers_type() -> None:
     """They are infinite in float32, and nothing warns."""
     layer = BatchNorm(2)
@@ -309,12 +339,23 @@ BAD: dict[str, tuple[type[Exception], Callable[[Network], dict[str, Any]]]] = {
         lambda n: {"layers": [*n.layers, n.layers[1]]},
     ),
     r"layers\[0\] is an ufunc, expected a BatchNorm": (TypeError, lambda n: {"layers": [np.tanh]}),
+    r"layers\[0\] is an int \(1\), .* leave out": (TypeError, lambda n: {"layers": [1, *n.layers]}),
+    r"layers is an int \(5\), expected a list of BatchNorm": (TypeError, lambda n: {"layers": 5}),
+    r"layers is a dict": (TypeError, lambda n: {"layers": dict(enumerate(n.layers))}),
+    r"forward is a NoneType \(None\), expected a callable that takes a batch": (
+        TypeError,
+        lambda n: {"forward": None},
+    ),
+    r"forward is a list": (TypeError, lambda n: {"forward": data(), "batches": n}),
     r"layers\[0\] is a str": (TypeError, lambda n: {"layers": "bn"}),
     r"layers is a BatchNorm, .* pass \[layer\]": (TypeError, lambda n: {"layers": n.layers[0]}),
     r"layers is a list \(\[\]\)": (TypeError, lambda n: {"layers": []}),
     r"layers is a generator": (TypeError, lambda n: {"layers": (a for a in n.layers)}),
-    r"running_mean and running_var are None": (ValueError, without_statistics),
-    r"running_var is read-only": (ValueError, read_only),
+    r"layers\[3\]\.running_mean and layers\[3\]\.running_var are None": (
+        ValueError,
+        without_statistics,
+    ),
+    r"layers\[1\]\.running_var is read-only": (ValueError, read_only),
     r"batches is an int \(5\), expected an iterable": (TypeError, lambda n: {"batches": 5}),
     r"layers\[0\] had no batch with values": (ValueError, lambda n: {"batches": []}),
     r"layers\[0\] had no batch": (ValueError, lambda n: {"batches": NONE}),
