@@ -40,7 +40,8 @@ class Moments:
     Attributes
     ----------
     count, mean, var
-        As given; the arrays are float64 and read-only.
+        As given; the arrays are float64 and read-only. Moments with the same are equal, and NaN
+        is the same as NaN.
 
     Raises
     ------
@@ -156,6 +157,8 @@ class Moments:
         apart = self.mean - _about(about, self.mean)
         squares = self.var + apart * apart
         count = float(self.count)
+        if not count:
+            return np.zeros(1 + 2 * len(apart))
         return np.concatenate([[count], count * apart, count * squares])
 
     @classmethod
@@ -189,15 +192,24 @@ class Moments:
     def _set(self, count: float, mean: Array, var: Array) -> None:
         object.__setattr__(self, "count", count)
         for name, vector in (("mean", mean), ("var", var)):
-            own = np.array(vector, np.float64, subok=False)
-            own.flags.writeable = False
-            object.__setattr__(self, name, own)
+            own = np.asarray(vector, np.float64)
+            # Over bytes, which nobody can make writeable again.
+            locked = np.ndarray(own.shape, np.float64, own.tobytes())
+            object.__setattr__(self, name, locked)
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise AttributeError(f"Moments cannot be changed: {name!r} cannot be set; make others")
 
     def __delattr__(self, name: str) -> NoReturn:
         raise AttributeError(f"Moments cannot be changed: {name!r} cannot be deleted")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Moments):
+            return NotImplemented
+        pairs = (self.mean, other.mean), (self.var, other.var)
+        return self.count == other.count and all(
+            np.array_equal(a, b, equal_nan=True) for a, b in pairs
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Moments, (self.count, self.mean, self.var)
@@ -253,6 +265,7 @@ def population_statistics(
     (True, 320)
     """
     population = Population(checks.option("method", method, checks.METHODS))
+    checks.walks(batches)
     for x in batches:
         population.add(Moments.of(x, layout=layout))
     return population.statistics("batches")

@@ -270,9 +270,12 @@ def test_they_are_immutable() -> None:
             setattr(m, name, 1)
         with pytest.raises(AttributeError, match=f"^Moments cannot be changed: '{name}'"):
             delattr(m, name)
-    for array in (m.mean, m.var):
-        with pytest.raises(ValueError, match="read-only"):
-            array[0] = 1
+    for made in (m, m.merge(m), Moments.from_array(m.to_array())):
+        for array in (made.mean, made.var):
+            with pytest.raises(ValueError, match="read-only"):
+                array[0] = 1
+            with pytest.raises(ValueError, match="cannot set WRITEABLE"):
+                array.flags.writeable = True
     assert bits(m) == before
 
 
@@ -285,9 +288,36 @@ ODD = Moments(7, np.array([1.5, np.nan, -0.0]), np.array([0.0, np.nan, np.inf]))
 def test_copies(again: Callable[[Moments], Moments]) -> None:
     """Pickled or copied they are the same, NaN included, and still read-only."""
     got = again(ODD)
+    assert got == ODD
     assert type(got) is Moments
     assert bits(got) == bits(ODD)
     assert not got.mean.flags.writeable
+
+
+def test_equality() -> None:
+    """Of the same values they are equal, whatever those came as; and they have no hash."""
+    m = Moments(3, np.zeros(2), np.ones(2))
+    assert m == Moments(3.0, np.zeros(2, np.float32), np.ones(2, ">f8"))
+    for other in (
+        Moments(4, m.mean, m.var),
+        Moments(3, np.array([0.0, 1.0]), m.var),
+        Moments(3, m.mean, np.array([1.0, 0.0])),
+        Moments(3, np.zeros(1), np.ones(1)),
+        (3, m.mean, m.var),
+        None,
+    ):
+        assert m != other
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(m)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_no_values_have(value: float) -> None:
+    """Moments of a count of 0 add nothing, whatever else they hold."""
+    none, some = Moments(0, np.full(2, value), np.full(2, abs(value))), TWO
+    assert none.merge(some) == some.merge(none) == some
+    assert Moments.from_sums(none.to_sums() + some.to_sums()) == some
+    np.testing.assert_array_equal(none.to_sums(V), np.zeros(5))
 
 
 VALUES = st.floats(), st.one_of(st.floats(min_value=0), st.just(np.nan))
@@ -481,7 +511,7 @@ def test_a_population_is_the_callers() -> None:
 
 ONE, FIVE, NONE = np.ones((1, 3)), np.ones((5, 3)), np.ones((0, 3))
 
-BAD_POPULATIONS: list[tuple[list[Any], dict[str, Any], type[Exception], str]] = [
+BAD_POPULATIONS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     ([], {}, ValueError, "batches had no batch with values"),
     ([NONE, NONE], {}, ValueError, "batches had no batch with values"),
     ([NONE], {"method": "average"}, ValueError, "batches had no batch with values"),
@@ -498,12 +528,14 @@ BAD_POPULATIONS: list[tuple[list[Any], dict[str, Any], type[Exception], str]] = 
     ([FIVE, np.ones((5, 2))], {}, ValueError, "other has 2 channels, expected 3"),
     ([FIVE, np.ones((0, 2))], {}, ValueError, "other has 2 channels, expected 3"),
     ([FIVE, [1.0]], {}, TypeError, "x is a list"),
+    (5, {}, TypeError, r"batches is an int \(5\), expected an iterable of batches; pass \[batch\]"),
+    (None, {}, TypeError, "batches is a NoneType"),
 ]
 
 
 @pytest.mark.parametrize(("arrays", "options", "error", "message"), BAD_POPULATIONS)
 def test_bad_populations(
-    arrays: list[Any], options: dict[str, Any], error: type[Exception], message: str
+    arrays: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     """A clear error says what is wrong with them."""
     with pytest.raises(error, match=f"^{message}"):
