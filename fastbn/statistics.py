@@ -150,9 +150,10 @@ class Moments:
         Parameters
         ----------
         about : ndarray of float32 or float64, shape (C,), optional
-            The same for all parts; 0 where not given. The variance loses
-            ``log2(1 + ((mean - about) / s)**2)`` of its 52 bits, s the standard deviation: a
-            running mean, or the mean of any one part, keeps them all.
+            The same for all parts; 0 where not given. Of its 52 bits the variance loses
+            ``log2(1 + ((mean - about) / s)**2)``, s the standard deviation: hardly any about the
+            mean of a part or a running mean, most about 0 where |mean|/s is large. The means of the
+            parts are float64, too, which alone may change it by 2^-51 |mean|/s, relatively.
         """
         apart = self.mean - _about(about, self.mean)
         squares = self.var + apart * apart

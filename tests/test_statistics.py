@@ -189,6 +189,33 @@ def test_summed_parts_are_the_whole(parts: list[Array], near: str) -> None:
     assert_known(got, whole, summed(all_known, whole, about))
 
 
+def in_pairs(parts: list[Moments]) -> Moments:
+    """Merged in pairs, and pairs of pairs."""
+    while len(parts) > 1:
+        parts = [reduce(Moments.merge, parts[i : i + 2]) for i in range(0, len(parts), 2)]
+    return parts[0]
+
+
+@pytest.mark.parametrize("ratio", [0, 1e3, 1e6, 1e9, 1e12])
+def test_a_thousand_parts(ratio: float) -> None:
+    """What docs/numerics.md says of merging and of sums about a part's mean."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1000, 8, 5)) + rng.normal(size=(1000, 1, 5)) + ratio * np.sqrt(2)
+    mean, var = oracle.moments(wide(x.reshape(-1, 5), "NCHW"))
+    parts, s = list(map(Moments.of, x)), np.sqrt(var)
+    about = parts[0].mean
+    sums = reduce(np.add, (part.to_sums(about) for part in parts))
+    for got, merges in (
+        (reduce(Moments.merge, parts), 999),
+        (in_pairs(parts), 10),
+        (Moments.from_sums(sums, about), 1),
+    ):
+        e = (merges + 1) * U * np.abs(mean)
+        assert_within(got.mean, mean, e + 1e-12 * s, "mean")
+        relative = merges * (e / s + (e / s) ** 2) + 1e-10
+        assert_within(got.var, var, relative * var, "var")
+
+
 def test_empty_parts_change_nothing() -> None:
     """On either side, merging with no values gives the moments themselves."""
     some, none = (
