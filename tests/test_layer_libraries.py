@@ -1,10 +1,13 @@
-"""`BatchNorm.like`: what other libraries write, as formulas; and PyTorch, number for number."""
+"""`BatchNorm.like`: what other libraries write, as formulas; and those that are installed, number
+for number."""
 
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,7 +98,7 @@ def test_defaults_and_what_replaces_them(library: str, options: Any, words: str)
 
 def numpy_of(tensor: Any) -> Array:
     """A tensor's values."""
-    return np.asarray(tensor.detach())
+    return np.asarray(tensor.detach() if hasattr(tensor, "detach") else tensor)
 
 
 def assert_near(ours: Any, theirs: Any, roundings: int, what: str) -> None:
@@ -135,7 +138,7 @@ def test_pytorch_number_for_number(dtype: str, rank: int, momentum: float | None
         ours.train(training)
         for x in given:
             dy = np.sin(x)
-            roundings += 2 * x.size // CHANNELS + 8
+            roundings += roundings_of(x)
             leaf = torch.tensor(x, requires_grad=True)
             y = theirs(leaf)
             theirs.zero_grad()
@@ -146,6 +149,138 @@ def test_pytorch_number_for_number(dtype: str, rank: int, momentum: float | None
             assert_near(ours.dbeta, theirs.bias.grad, roundings, "dbeta")
             for name, tensor in theirs.state_dict().items():
                 assert_near(ours.state_dict()[name], tensor, roundings, name)
+
+
+def roundings_of(x: Array) -> int:
+    """Of two sums over a channel's values and a few products, as such a layer may make them."""
+    return 2 * x.size // CHANNELS + 8
+
+
+def with_parameters(library: str, **options: Any) -> Any:
+    """Our layer like theirs, whose parameters and running statistics are not 1 and 0."""
+    bn = fastbn.BatchNorm.like(library, CHANNELS, **options)
+    rng = np.random.default_rng(0)
+    bn.load_state_dict(
+        {name: rng.uniform(1, 2, a.shape).astype(a.dtype) for name, a in bn.state_dict().items()}
+    )
+    return bn
+
+
+def onnx_operator(onnx: Any, dtype: str, rank: int, training: bool) -> Any:
+    """BatchNormalization of opset 15, with the attributes that it has by default."""
+
+    def shape_of(name: str) -> list[None]:
+        return [None] * (rank if name in ("x", "y") else 1)
+
+    given = ["x", "gamma", "beta", "running_mean", "running_var"]
+    results = ["y", *(given[3:] if training else ())]
+    node = onnx.helper.make_node(
+        "BatchNormalization",
+        given,
+        ["y", *(f"new_{name}" for name in results[1:])],
+        training_mode=int(training),
+    )
+    kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    inputs, outputs = (
+        [onnx.helper.make_tensor_value_info(name, kind, shape_of(name)) for name in names]
+        for names in (given, node.output)
+    )
+    graph = onnx.helper.make_graph([node], "batch norm", inputs, outputs)
+    opset = onnx.helper.make_opsetid("", 15)
+    model = onnx.helper.make_model(graph, opset_imports=[opset])
+    onnx.checker.check_model(model)
+    return onnx.reference.ReferenceEvaluator(model)
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_onnx_number_for_number(dtype: str, rank: int) -> None:
+    """y and running statistics of several steps, and y in inference after them, as its reference
+    operator has them, whose attributes are float32."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnx.reference")
+    plain = fastbn.BatchNorm.like("onnx", CHANNELS)
+    rounded = {name: float(np.float32(getattr(plain, name))) for name in ("eps", "decay")}
+    ours = with_parameters("onnx", dtype=dtype, **rounded)
+    names = ("gamma", "beta", "running_mean", "running_var")
+    theirs = {name: getattr(ours, name).copy() for name in names}
+    given = batches((4, CHANNELS, 6, 5)[:rank], "NCHW", dtype)
+    roundings = 0
+    for training in (True, False):
+        ours.train(training)
+        operator = onnx_operator(onnx, dtype, rank, training)
+        for x in given:
+            roundings += roundings_of(x)
+            y, *renewed = operator.run(None, {"x": x} | theirs)
+            assert_near(ours(x), y, roundings, "y")
+            theirs |= dict(zip(names[2:], renewed, strict=False))
+            for name in names[2:]:
+                assert_near(getattr(ours, name), theirs[name], roundings, name)
+
+
+def masked(x: Array) -> Array:
+    """A mask of places, (N, ...), of channels-last arrays: some of each sample."""
+    mask = np.random.default_rng(0).random(x.shape[:-1]) < 0.6
+    mask[:2] = True
+    return mask
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("rank", [2, 3, 4])
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's own
+def test_keras_number_for_number(
+    rank: int, masks: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """y and moving statistics of several steps, and y in inference after them, with a mask and
+    without; on Keras's NumPy backend, if no other was chosen."""
+    monkeypatch.setenv("KERAS_BACKEND", os.environ.get("KERAS_BACKEND", "numpy"))
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    keras = pytest.importorskip("keras")
+    ours, theirs = with_parameters("keras"), keras.layers.BatchNormalization()
+    given = batches((4, CHANNELS, 6, 5)[:rank], "NHWC", np.float32)
+    theirs.build(given[0].shape)
+    theirs.set_weights([ours.gamma, ours.beta, ours.running_mean, ours.running_var])
+    roundings = 0
+    for training in (True, False):
+        ours.train(training)
+        for x in given:
+            roundings += roundings_of(x)
+            mask = masked(x) if masks else np.ones(x.shape[:-1], bool)
+            y = theirs(x, training=training, mask=mask if masks else None)
+            ours_y = ours(x, where=mask[..., None] if masks else None)
+            moving = theirs.moving_mean.value, theirs.moving_variance.value
+            y, mean, var = map(keras.ops.convert_to_numpy, (y, *moving))
+            assert_near(ours_y[mask], y[mask], roundings, "y")
+            assert_near(ours.running_mean, mean, roundings, "moving_mean")
+            assert_near(ours.running_var, var, roundings, "moving_variance")
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("rank", [2, 3, 4])
+def test_flax_number_for_number(rank: int, masks: bool) -> None:
+    """y and running averages of several steps, and y in inference after them, with a mask and
+    without."""
+    linen = pytest.importorskip("flax.linen")
+    ours = with_parameters("flax")
+    variables = {
+        "params": {"scale": ours.gamma.copy(), "bias": ours.beta.copy()},
+        "batch_stats": {"mean": ours.running_mean.copy(), "var": ours.running_var.copy()},
+    }
+    roundings = 0
+    for training in (True, False):
+        ours.train(training)
+        theirs = linen.BatchNorm(use_running_average=not training)
+        for x in batches((4, CHANNELS, 6, 5)[:rank], "NHWC", np.float32):
+            roundings += roundings_of(x)
+            mask = masked(x) if masks else np.ones(x.shape[:-1], bool)
+            y, renewed = theirs.apply(
+                variables, x, mask=mask[..., None] if masks else None, mutable=["batch_stats"]
+            )
+            variables |= renewed
+            ours_y = ours(x, where=mask[..., None] if masks else None)
+            assert_near(ours_y[mask], numpy_of(y)[mask], roundings, "y")
+            for name, running in (("mean", ours.running_mean), ("var", ours.running_var)):
+                assert_near(running, variables["batch_stats"][name], roundings, name)
 
 
 @pytest.mark.parametrize("tracks", [True, False])
