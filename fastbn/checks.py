@@ -539,7 +539,7 @@ def parameter_type(value: Any) -> np.dtype[Any]:
 
 def several_values(policy: str, n: float, tracks: bool) -> None:
     """More than one value a channel, where the layer's policy asks for it."""
-    if policy == "raise":
+    if one_value(policy, tracks) == "raise":
         came = "one value a channel" if n == 1 else f"values that weigh {n} a channel"
         running = "'running' (use the running statistics) or " if tracks else ""
         raise ValueError(

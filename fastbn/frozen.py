@@ -103,7 +103,7 @@ class FrozenBatchNorm:
             **{name: None if v is None else _kept(v) for name, v in given.items()},
             "eps": eps,
             "layout": checks.layout(layout),
-            "activation": activation,
+            "activation": checks.activation_name(activation),
             "_activation": checks.activation(activation),
             "_affine": affine,
             "scale": affine.scale,

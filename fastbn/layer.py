@@ -300,6 +300,7 @@ class BatchNorm:
         self, x: Array, count: float, selected: dict[str, Any], options: dict[str, Any]
     ) -> BatchNormResult:
         """Normalize by the batch's own statistics, and see to the running ones."""
+        checks.option("nonfinite", self.nonfinite, checks.NONFINITE)
         updates = self._updates(count)
         if self.nonfinite == "raise" and options["out"] is not None:
             self._renewed(*moments(x, **selected), count, updates)  # before anything is written

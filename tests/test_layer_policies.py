@@ -219,3 +219,15 @@ def test_an_empty_batch_passes_through(shape: tuple[int, ...], mode: str) -> Non
         assert bn(x).shape == bn.backward(x, dresidual=True).shape == shape
         np.testing.assert_array_equal((bn.dgamma, bn.dbeta), np.zeros((2, CHANNELS)))
         assert_same_bits(bn.state_dict(), before)
+
+
+@pytest.mark.no_kernel
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize(("policy", "samples"), [("nonfinite", 4), ("one_value", 1)])
+def test_a_policy_set_later_is_checked(policy: str, samples: int) -> None:
+    """A word that is none is not taken for another."""
+    x, _, _ = batch((samples, CHANNELS), "NCHW")
+    bn = made("training")
+    setattr(bn, policy, "warn")
+    with refused(bn, ValueError, f"{policy} is 'warn', expected one of", x):
+        bn(x)
