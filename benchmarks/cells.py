@@ -4,7 +4,7 @@
 2. Each of float64, a fresh output and one thread by itself, on a core of those shapes.
 3. One thread also where a library might leave cores idle: few or odd channels, one image.
 4. The series: one family of shapes from 1 KB to 400 MB, for the plot of time against size.
-5. Fused works, half types, and the smallest call.
+5. Fused works, half types, masked works, and the smallest call.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ MB = 1e6
 
 WORKS = ("forward", "inference", "backward", "frozen")
 FUSED = ("fused-forward", "fused-inference", "fused-backward")
+MASKED = (
+    "masked-forward",
+    "masked-inference",
+    "masked-backward",
+    "weighed-forward",
+    "weighed-backward",
+)
 
 Shape = tuple[int, ...]
 
@@ -35,7 +42,8 @@ class Cell:
     forward: y and the batch's statistics, with gamma and beta. inference: y by given statistics,
     with gamma and beta. backward: dx, dgamma, dbeta of forward. frozen: dx alone of inference.
     fused-forward, fused-inference: relu(y + residual). fused-backward: of the former, with the
-    residual's gradient.
+    residual's gradient. masked-...: of the places that a mask selects. weighed-...: of those, with
+    a weight for each sample.
     """
     layout: str
     """NCHW or NHWC; NC for an array of rank 2, which has one layout only."""
@@ -51,9 +59,17 @@ class Cell:
         return self.work in FUSED
 
     @property
+    def is_masked(self) -> bool:
+        return self.work in MASKED
+
+    @property
+    def is_weighed(self) -> bool:
+        return self.work.startswith("weighed-")
+
+    @property
     def plain_work(self) -> str:
-        """The work without what is fused with it."""
-        return self.work.removeprefix("fused-")
+        """The work without what is fused with it, without masks and weights."""
+        return self.work.rpartition("-")[2]
 
     @property
     def channels(self) -> int:
@@ -173,6 +189,7 @@ IN_SERIES = ("forward", "inference")
 FUSED_SHAPES: tuple[Shape, ...] = (*RESNET[:4], *CACHED)
 HALVES = ("float16", "bfloat16")
 HALF_SHAPES: tuple[Shape, ...] = (*RESNET[:2], RESNET[3], CACHED[1])
+MASKED_SHAPES: tuple[Shape, ...] = (*RESNET[:4], CACHED[1], (65536, 256))
 CALL: Shape = (1, 16)
 """The kernel takes some nanoseconds: the time of a call is what the call costs."""
 
@@ -210,6 +227,7 @@ def all_cells(threads: int) -> list[Cell]:
         *cells_of(alone, threads=1),
         *cells_of(FUSED_SHAPES, threads=threads, works=FUSED),
         *half_cells(HALF_SHAPES, threads, HALVES),
+        *cells_of(MASKED_SHAPES, threads=threads, works=MASKED),
         *cells_of([CALL], threads=threads, works=["inference"]),
     )
     return list(dict.fromkeys(listed))
@@ -222,10 +240,11 @@ def half_cells(shapes: Iterable[Shape], threads: int, dtypes: Iterable[str]) -> 
 
 
 def quick_cells(threads: int) -> list[Cell]:
-    """A look: a large, a cached and a small array, some fused, and a few points of the series."""
+    """A look: a large, a cached and a small array, some variants, a few points of the series."""
     return [
         *cells_of(QUICK, threads=threads),
         *cells_of(QUICK_SERIES, threads=threads, works=IN_SERIES),
         *cells_of(QUICK[:1], threads=threads, works=FUSED),
         *half_cells(QUICK[:1], threads, HALVES[1:]),
+        *cells_of(QUICK[:1], threads=threads, works=MASKED[:1]),
     ]

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.cells import FUSED, Cell, Shape
+from benchmarks.cells import Cell, Shape
 
 Array = NDArray[Any]
 
 BLOCK = 1_000_003
 """Values before the numbers repeat; a prime, so that no two channels get the same ones."""
+COUNTED = 0.7
+"""The part of all places that a mask selects."""
 TOLERANCE = 1e-3
 """Loose: it tells the right operation from a wrong one, not a good library from a bad one."""
 COARSE = 8e-3
@@ -67,15 +69,36 @@ class Data:
         """The ready output for the residual's gradient."""
         return np.full(self.shape, np.nan, self.dtype)
 
-    def moved(self, work: str) -> list[tuple[Array, ...]]:
+    @cached_property
+    def where(self) -> Array:
+        """The mask, the same for all channels; at least one place counts."""
+        shape = [*self.shape]
+        shape[self.axis] = 1
+        selected: Array = np.random.default_rng(8).random(shape) < COUNTED
+        selected.flat[0] = True
+        return selected
+
+    @cached_property
+    def weights(self) -> Array:
+        """One of each sample, none of them 0."""
+        return np.random.default_rng(9).uniform(0.5, 1.5, self.shape[0])
+
+    def places(self, cell: Cell) -> Array:
+        """What each place weighs in the cell's statistics, as one channel: 0 is not counted."""
+        if not cell.is_masked:
+            return np.ones(self.where.shape)
+        per_sample = (-1, *[1] * (len(self.shape) - 1))
+        return self.where * (self.weights.reshape(per_sample) if cell.is_weighed else 1.0)
+
+    def moved(self, cell: Cell) -> list[tuple[Array, ...]]:
         """The arrays that a work writes, each with those read for it: every array once."""
-        if work == "fused-backward":
+        if cell.work == "fused-backward":
             return [(self.dresidual, self.dy, self.y), (self.out, self.x)]
-        if work == "backward":
+        if cell.plain_work == "backward":
             return [(self.out, self.dy, self.x)]
-        if work == "frozen":
+        if cell.work == "frozen":
             return [(self.out, self.dy)]
-        return [(self.out, self.x, self.residual) if work in FUSED else (self.out, self.x)]
+        return [(self.out, self.x, self.residual) if cell.is_fused else (self.out, self.x)]
 
     @cached_property
     def out(self) -> Array:
@@ -103,10 +126,24 @@ class Data:
         """Mean and biased variance of x in float64, as a forward would have saved them."""
         over = tuple(axis for axis in range(self.x.ndim) if axis != self.axis)
         mean = self.x.mean(over, dtype=np.float64)
-        letters = "nchw"[: self.x.ndim] if self.axis == 1 else "nhwc"
-        squares = np.einsum(f"{letters},{letters}->c", self.x, self.x, dtype=np.float64)
+        squares = np.einsum(f"{self._axes},{self._axes}->c", self.x, self.x, dtype=np.float64)
         n = self.x.size // self.channels
         return mean, np.maximum(squares / n - mean * mean, 0)
+
+    def statistics(self, cell: Cell) -> tuple[Array, Array]:
+        """Those that a forward would have saved for the cell: of what counts, as it weighs."""
+        if not cell.is_masked:
+            return self.batch_statistics
+        places = self.places(cell).take(0, self.axis)
+        axes, kept = self._axes, self._axes.replace("c", "")
+        mean = np.einsum(f"{kept},{axes}->c", places, self.x) / places.sum()
+        squares = np.einsum(f"{kept},{axes},{axes}->c", places, self.x, self.x) / places.sum()
+        return mean, np.maximum(squares - mean * mean, 0)
+
+    @property
+    def _axes(self) -> str:
+        """The axes of x as einsum names them."""
+        return "nchw"[: len(self.shape)] if self.axis == 1 else "nhwc"
 
     def column(self, vector: Array) -> Array:
         """A vector of channels in a shape that broadcasts against x."""
@@ -161,21 +198,23 @@ def expected(cell: Cell, data: Data, channel: int) -> dict[str, Array]:
     )
     if cell.work == "frozen":
         return {"main": row(data.dy, channel, data.axis) * (gamma / np.sqrt(var + data.eps))}
-    x = row(data.x, channel, data.axis)
+    x, places = row(data.x, channel, data.axis), row(data.places(cell), 0, data.axis)
+    share = places / places.sum()
     if cell.plain_work != "inference":
-        mean, var = float(x.mean()), float(x.var())
+        mean = float(share @ x)
+        var = float(share @ (x - mean) ** 2)
     xhat = (x - mean) / np.sqrt(var + data.eps)
     if cell.plain_work != "backward":
         y = gamma * xhat + beta
         if cell.is_fused:
             y = np.maximum(y + row(data.residual, channel, data.axis), 0)
-        return {"main": y}
-    dy, more = row(data.dy, channel, data.axis), {}
+        return {"main": np.where(places > 0, y, 0)}
+    dy, more = np.where(places > 0, row(data.dy, channel, data.axis), 0), {}
     if cell.is_fused:
         dy = np.where(row(data.y, channel, data.axis) > 0, dy, 0)
         more = {"dresidual": dy}
     dbeta, dgamma = dy.sum(), (dy * xhat).sum()
-    dx = gamma / np.sqrt(var + data.eps) * (dy - dbeta / x.size - xhat * (dgamma / x.size))
+    dx = gamma / np.sqrt(var + data.eps) * (dy - share * (dbeta + xhat * dgamma))
     return {"main": dx, "dgamma": dgamma, "dbeta": dbeta} | more
 
 

@@ -114,7 +114,7 @@ class Run:
 
     @property
     def compared(self) -> list[Measured]:
-        """The cells that every peer took part in: all but the series."""
+        """All cells but the series, which is for the plot alone."""
         return [m for m in self.measured if not m.cell.in_series]
 
     @property

@@ -43,8 +43,6 @@ KEPT = 200 * MB
 """Arrays larger than this are made anew for each cell, lest all processes hold all of them."""
 ROOM = 8
 """Arrays that must fit in free memory before a process prepares: some libraries copy or cast."""
-LAST = ("peer", "other layout")
-"""Kinds of libraries that memory is given to last."""
 
 FOREIGN = ("OMP_", "GOMP_", "KMP_", "FASTBN_", "NUMBA_")
 """Variables that would change what is measured; they are not passed on."""
@@ -237,7 +235,7 @@ class Team:
                 elif answer["status"] != "cannot":
                     outcomes[name] = Outcome(answer["status"], answer["note"])
 
-        for name in sorted(libraries, key=lambda name: LIBRARIES[name].kind in LAST):
+        for name in sorted(libraries, key=lambda name: LIBRARIES[name].is_foreign):
             while preparing and available_memory() < room * (len(preparing) + 1):
                 collect(preparing.pop(0))
             if available_memory() < room:
@@ -343,5 +341,10 @@ def measure_all(
 
 
 def taking_part(cell: Cell, libraries: Sequence[str]) -> list[str]:
-    """The series is for the plot alone, and only some libraries are drawn in it."""
-    return [name for name in libraries if LIBRARIES[name].in_series or not cell.in_series]
+    """Not all: only some are drawn in the plot of the series, and masked works are fastbn's."""
+    return [
+        name
+        for name in libraries
+        if (LIBRARIES[name].in_series or not cell.in_series)
+        and not (LIBRARIES[name].is_foreign and cell.is_masked)
+    ]

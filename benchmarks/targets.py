@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
 
-from benchmarks.cells import CALL, HALVES, MB
-from benchmarks.libraries import FROZEN, OURS, SINGLE, UNFUSED
+from benchmarks.cells import CALL, HALVES, MASKED, MB
+from benchmarks.libraries import FROZEN, OURS, SINGLE, UNFUSED, UNMASKED
 from benchmarks.results import Measured, Run
 
 LEVEL = 0.97
@@ -196,6 +196,10 @@ def against_float32(run: Run, m: Measured) -> float | None:
     return m.ratio(OURS, SINGLE)
 
 
+def against_unmasked(run: Run, m: Measured) -> float | None:
+    return m.ratio(OURS, UNMASKED)
+
+
 def frozen_call(run: Run, m: Measured) -> float | None:
     return m.seconds(FROZEN)
 
@@ -363,7 +367,25 @@ def halves() -> list[Target]:
     return found
 
 
-TARGETS = [*ratios(ALL_PEERS), JIT, *limits(), *others(), *fused(), *halves(), *ratios(ONLY_TORCH)]
+def masked() -> list[Target]:
+    """The rows of masks and weights."""
+    unit = f"times {UNMASKED}"
+    return [
+        at_most(f"{work}, 50 MB and up", 1.5, where(work, EVERY, 50 * MB), against_unmasked, unit)
+        for work in MASKED
+    ]
+
+
+TARGETS = [
+    *ratios(ALL_PEERS),
+    JIT,
+    *limits(),
+    *others(),
+    *fused(),
+    *halves(),
+    *masked(),
+    *ratios(ONLY_TORCH),
+]
 
 IMPORT = Target(
     "import fastbn",

@@ -90,7 +90,7 @@ def verify(cell: Cell, data: Data, task: Task) -> Answer:
     if task.read is None:
         return {}
     if cell.output == "ready":
-        for out, *_ in data.moved(cell.work):
+        for out, *_ in data.moved(cell):
             out.fill(float("nan"))  # what an earlier cell left there proves nothing
     wrong = complaint(cell, data, task.read(task.call()))
     return {"status": "wrong", "note": wrong} if wrong else {}

@@ -21,6 +21,7 @@ from benchmarks import compare, report, rounds, targets
 from benchmarks.cells import (
     FUSED,
     HALVES,
+    MASKED,
     MB,
     ROWS,
     SERIES,
@@ -32,7 +33,7 @@ from benchmarks.cells import (
 )
 from benchmarks.cli import chosen
 from benchmarks.data import Data, Results, complaint, expected
-from benchmarks.libraries import FROZEN, LIBRARIES, OURS, SINGLE, UNFUSED, of_fastbn
+from benchmarks.libraries import FROZEN, LIBRARIES, OURS, SINGLE, UNFUSED, UNMASKED, of_fastbn
 from benchmarks.machine import Machine, cache_size
 from benchmarks.results import Measured, Outcome, Run
 
@@ -83,6 +84,14 @@ def test_cells_cover_fused_works_and_halves(layout: str) -> None:
             assert HALVES[-1] in {c.dtype for c in halves}
 
 
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
+def test_cells_cover_masked_works(layout: str) -> None:
+    cells = [c for c in all_cells(THREADS) if c.layout == layout]
+    for work in MASKED:
+        assert max(c.bytes for c in cells if c.work == work) > 50 * MB
+    assert any(c.is_masked and c.bytes > 50 * MB for c in quick_cells(THREADS))
+
+
 def test_rows_and_the_series_span_their_sizes() -> None:
     assert {shape[0] for shape in ROWS} >= {1, 65536}
     assert all(layouts_of(shape) == ("NC",) for shape in ROWS)
@@ -110,6 +119,9 @@ def test_only_takes_any_of_one_kind_and_all_of_several() -> None:
     fused, libraries = chosen(quick_cells(THREADS), ["fused-inference", OURS, UNFUSED])
     assert {c.work for c in fused} == {"fused-inference"}
     assert libraries == [OURS, UNFUSED]
+    masked, libraries = chosen(all_cells(THREADS), ["weighed-backward", UNMASKED])
+    assert {c.work for c in masked} == {"weighed-backward"}
+    assert libraries == [UNMASKED]
     with pytest.raises(ValueError, match=r"'sideways' is none of: .*; a library: fastbn cython"):
         chosen(cells, ["sideways"])
     with pytest.raises(ValueError, match="no cell is left by: NCHW, 60x100"):
@@ -127,13 +139,15 @@ SMALL = [
 ]
 PLAIN = [cell for cell in SMALL if (cell.dtype, cell.output) == ("float32", "ready")]
 HALF = [replace(c, dtype=dtype) for c in PLAIN for dtype in HALVES if c.work != "frozen"]
-SMALL += HALF + [replace(c, work=f"fused-{c.work}") for c in PLAIN if c.work != "frozen"]
+VARIANTS = [replace(c, work=w) for c in PLAIN if c.work == "forward" for w in (*FUSED, *MASKED)]
+SMALL += HALF + VARIANTS
 
 
 def has_nothing(name: str, cell: Cell) -> bool:
     """Where a library that is always there says that it cannot."""
     only = {
         UNFUSED: cell.is_fused,
+        UNMASKED: cell.is_masked,
         SINGLE: cell.is_half,
         FROZEN: cell.work == "inference",
         "NumPy": not (cell.is_fused or cell.is_half),
@@ -161,6 +175,8 @@ def test_a_library_is_right(worker: rounds.Worker, request: pytest.FixtureReques
     name = request.node.callspec.params["worker"]
     able = 0
     for cell in SMALL:
+        if not rounds.taking_part(cell, [name]):
+            continue
         if name == "fastbn numba" and cell.dtype != "float32":
             continue  # everything would be compiled once more
         answer = worker.ask(do="prepare", cell=cell.to_json())
@@ -174,6 +190,12 @@ def test_a_library_is_right(worker: rounds.Worker, request: pytest.FixtureReques
     assert able
 
 
+def test_masked_works_are_for_fastbn_and_the_limits() -> None:
+    for work in MASKED:
+        names = rounds.taking_part(replace(PLAIN[0], work=work), list(LIBRARIES))
+        assert names == [n for n, one in LIBRARIES.items() if one.is_fastbn or one.kind == "limit"]
+
+
 @pytest.mark.parametrize("cell", SMALL, ids=lambda cell: cell.name)
 def test_a_wrong_result_is_noticed(cell: Cell) -> None:
     data = Data(cell)
@@ -184,6 +206,12 @@ def test_a_wrong_result_is_noticed(cell: Cell) -> None:
     assert complaint(cell, data, results._replace(main=results.main * 1.01))
     assert complaint(cell, data, results._replace(main=results.main[:-1]))
     assert complaint(cell, data, results._replace(main=np.full_like(results.main, np.nan)))
+    if cell.is_masked:
+        less = replace(cell, work=cell.work.replace("weighed", "masked"))
+        for other in {replace(cell, work=cell.plain_work), less} - {cell}:
+            task = of_fastbn.prepare(other, data)
+            assert task.read is not None
+            assert complaint(cell, data, task.read(task.call()))
     if cell.is_fused and cell.plain_work == "backward":
         assert results.dresidual is not None
         assert complaint(cell, data, results._replace(dresidual=data.dy))
@@ -198,13 +226,13 @@ def test_a_wrong_result_is_noticed(cell: Cell) -> None:
 def test_a_copy_copies(kind: str, values: int) -> None:
     pytest.importorskip("benchmarks.libraries.copies", exc_type=ImportError)
     library = LIBRARIES[f"copy, {kind} stores"].load()
-    for work in (*WORKS, *FUSED):
+    for work in (*WORKS, *FUSED, *MASKED):
         cell = Cell(work, "NC", "float32", (1, values), "ready", THREADS)
         data = Data(cell)
         task = library.prepare(cell, data)
         assert task is not None
         task.call()
-        for out, *sources in data.moved(work):
+        for out, *sources in data.moved(cell):
             assert np.array_equal(out, sum(sources[1:], sources[0]))
 
 
@@ -217,6 +245,28 @@ def test_the_oracle_is_batch_norm() -> None:
     gradients = expected(cell, data, 1)
     assert abs(gradients["main"].mean()) < 1e-12
     assert gradients["dbeta"] == pytest.approx(data.dy[:, 1].sum())
+
+
+@pytest.mark.parametrize("kind", ["", "masked-", "weighed-"])
+def test_the_oracle_of_backward_is_the_gradient(kind: str) -> None:
+    """Of sum(dy * y), y the oracle of forward: that of x by small steps, two others exactly."""
+    backward = Cell(f"{kind}backward", "NC", "float64", (9, 3), "ready", 1)
+    forward, data = replace(backward, work=f"{kind}forward"), Data(backward)
+    assert 1 < data.where.sum() < data.where.size
+
+    def slope(place: int) -> float:
+        ends = []
+        for step in (1e-6, -1e-6):
+            data.x[place, 1] += step
+            ends.append(data.dy[:, 1] @ expected(forward, data, 1)["main"])
+            data.x[place, 1] -= step
+        return float(ends[0] - ends[1]) / 2e-6
+
+    gradients = expected(backward, data, 1)
+    assert gradients["main"] == pytest.approx([slope(place) for place in range(9)], abs=1e-7)
+    loss = data.dy[:, 1] @ expected(forward, data, 1)["main"]
+    exact = data.gamma[1] * gradients["dgamma"] + data.beta[1] * gradients["dbeta"]
+    assert exact == pytest.approx(loss)
 
 
 # --- a process that fails -----------------------------------------------------------------------
@@ -349,6 +399,15 @@ def test_halves_are_held_to_float32_and_to_pytorch() -> None:
     assert found[text, "faster than PyTorch"] == "no"
     found = answers(run_of(made_up(replace(cell, work="inference"), **seconds)))
     assert found["inference, bfloat16, 50 MB and up", "at most 0.65 of float32's time"] == "no"
+
+
+def test_masked_works_are_held_to_the_unmasked_ones() -> None:
+    for work in MASKED:
+        cell = replace(LARGE, work=work)
+        for seconds, answer in ((0.014, "yes"), (0.016, "no")):
+            run = run_of(made_up(cell, fastbn_cython=seconds, fastbn_unmasked=0.010))
+            row = f"{work}, 50 MB and up", "at most 1.5 times fastbn unmasked"
+            assert answers(run)[row] == answer
 
 
 def test_what_is_lost_comes_first() -> None:

@@ -21,8 +21,10 @@ from benchmarks.data import Data, Results
 
 OURS = "fastbn cython"
 """What is compared with the peers and held to the targets."""
-UNFUSED, SINGLE, FROZEN = "fastbn unfused", "fastbn in float32", "FrozenBatchNorm"
-"""What it is compared with besides, in fused cells and in halves, and inference as an object."""
+UNFUSED, SINGLE, UNMASKED = "fastbn unfused", "fastbn in float32", "fastbn unmasked"
+"""What it is compared with besides, in fused cells, in halves and in masked cells."""
+FROZEN = "FrozenBatchNorm"
+"""Inference as an object."""
 
 
 class Task(NamedTuple):
@@ -31,7 +33,7 @@ class Task(NamedTuple):
     call: Callable[[], Any]
     """Does the work once, to its end; what is timed."""
     read: Callable[[Any], Results] | None
-    """What a call returned, as arrays in the cell's layout; None for a limit."""
+    """What a call returned, as arrays in the cell's layout; None where it is another work's."""
     note: str = ""
     """What the library says about how it does this cell."""
 
@@ -61,6 +63,10 @@ class Library:
     def is_fastbn(self) -> bool:
         return self.kind in ("fastbn", "fastbn too")
 
+    @property
+    def is_foreign(self) -> bool:
+        return self.kind in ("peer", "other layout")
+
     def load(self) -> Module:
         """Its module; ImportError or another error where it cannot run here."""
         return cast(Module, importlib.import_module(f"{__name__}.{self.module}"))
@@ -82,6 +88,7 @@ LIBRARIES: dict[str, Library] = {
         _fastbn("fastbn numpy", FASTBN_BACKEND="numpy"),
         Library(UNFUSED, "fastbn_unfused", "fastbn too", CYTHON),
         Library(SINGLE, "fastbn_float32", "fastbn too", CYTHON),
+        Library(UNMASKED, "fastbn_unmasked", "fastbn too", CYTHON),
         Library(FROZEN, "fastbn_frozen", "fastbn too", CYTHON, in_series=True),
         Library("NumPy", "of_numpy", "peer"),
         Library("PyTorch", "of_torch", "peer", in_series=True),

@@ -32,7 +32,7 @@ def version() -> str:
 def prepare(cell: Cell, data: Data, *, streaming: bool) -> Task:
     """Every array that the work needs read once, every result written once."""
     jobs = []
-    for arrays in data.moved(cell.work):
+    for arrays in data.moved(cell):
         addresses = dict(zip(("out", "a", "b"), (a.ctypes.data for a in arrays), strict=False))
         options = {"n": cell.bytes // 4, "threads": cell.threads, "streaming": streaming}
         jobs.append(byref(Job(**addresses, **options)))

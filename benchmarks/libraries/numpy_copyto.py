@@ -14,7 +14,7 @@ def version() -> str:
 
 
 def prepare(cell: Cell, data: Data) -> Task | None:
-    (out, source, *more), *others = data.moved(cell.work)
+    (out, source, *more), *others = data.moved(cell)
     if more or others:
         return None
     return Task(lambda: np.copyto(out, source), None)

@@ -18,7 +18,11 @@ def version() -> str:
 
 def prepare(cell: Cell, data: Data) -> Task:
     gamma, beta = data.gamma, data.beta
-    named = options(cell, data) | (fused(cell, data) if cell.is_fused else {})
+    named = options(cell, data)
+    if cell.is_fused:
+        named |= fused(cell, data)
+    if cell.is_masked:
+        named |= selected(cell, data)
     if cell.plain_work == "forward":
         x = data.x
         return Task(lambda: fastbn.batch_norm(x, gamma, beta, **named), lambda r: Results(r.y))
@@ -27,7 +31,7 @@ def prepare(cell: Cell, data: Data) -> Task:
         return Task(lambda: fastbn.normalize(x, mean, var, gamma, beta, **named), Results)
     dy = data.dy
     if cell.plain_work == "backward":
-        x, (mean, var) = data.x, data.batch_statistics
+        x, (mean, var) = data.x, data.statistics(cell)
         return Task(
             lambda: fastbn.batch_norm_backward(dy, x, mean, var, gamma, **named),
             lambda r: Results(*r),
@@ -51,3 +55,9 @@ def fused(cell: Cell, data: Data) -> dict[str, Any]:
     if cell.plain_work == "backward":
         return {"activation": "relu", "y": data.y, "dresidual": data.dresidual}
     return {"activation": "relu", "residual": data.residual}
+
+
+def selected(cell: Cell, data: Data) -> dict[str, Any]:
+    """What makes a work a masked one."""
+    weighed = {"weights": data.weights} if cell.is_weighed else {}
+    return {"where": data.where} | weighed
