@@ -34,8 +34,9 @@
    call, more than some 1 MB of work. They answer None, having touched nothing, for everything else.
 11. A selection, too, has bodies of its own. Its mask is read as bytes, sixteen *picks* at a time;
     where they are 0, what was loaded becomes 0 before it is added, and what is stored is 0. In rows
-    a table tells each column's place in the mask. A weight belongs to a row: one holds several
-    samples only if they weigh alike.
+    tables tell each column's place in the mask, and its sample: where samples of sixteen columns do
+    not weigh alike, each lane has a weight of its own. Mask and weights are read where they lie; a
+    vector that reaches past their end is read from a copy of the end.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numba
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import prange, types
 from numba.core import extending
 
@@ -186,6 +187,10 @@ _define(operator.truediv, "fdiv")
 
 def _indices(start: int, count: int) -> ir.Constant:
     return ir.Constant(ir.VectorType(_INT32, count), list(range(start, start + count)))
+
+
+_HALVES = _indices(0, LANES // 2), _indices(LANES // 2, LANES // 2)
+"""The lanes of each half."""
 
 
 def _splat(builder: Any, value: Any) -> Any:
@@ -732,7 +737,8 @@ def _bytes(builder: Any, address: Any) -> Any:
 
 @_intrinsic
 def _numbers(context: Any, address: Any, first: Any) -> Any:
-    """LANES places, of which the last byte is in memory, counted from `first`: 0 to LANES - 1."""
+    """LANES places or samples, of which the last byte is in memory, counted from `first`: 0 to
+    LANES - 1."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         first = _splat(builder, builder.trunc(args[1], _INT8))
@@ -743,19 +749,92 @@ def _numbers(context: Any, address: Any, first: Any) -> Any:
 
 
 @_intrinsic
+def _number(context: Any, address: Any) -> Any:
+    """The byte at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte = builder.load(builder.inttoptr(args[0], _INT8.as_pointer()))
+        return builder.zext(byte, _INT64)
+
+    return types.int64(types.int64), generate
+
+
+@_intrinsic
 def _picks_by(context: Any, address: Any, numbers: Any) -> Any:
     """For each lane the byte of its number; one instruction, where the processor has it."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data, picks = _bytes(builder, args[0]), ir.Constant(_vector(types.uint8), ir.Undefined)
-        numbers = _opaque(builder, args[1])
-        for lane in range(LANES):
-            at = ir.Constant(_INT32, lane)
-            number = builder.zext(builder.extract_element(numbers, at), _INT64)
-            picks = builder.insert_element(picks, builder.extract_element(data, number), at)
-        return picks
+        return _permuted(builder, _bytes(builder, args[0]), _opaque(builder, args[1]))
 
     return _PICKS(types.int64, _PICKS), generate
+
+
+@_intrinsic
+def _weights_by(context: Any, address: Any, numbers: Any, few: Any, element: Any) -> Any:
+    """For each lane the weight of its number, in the type in which `element` is worked on; numbers
+    are below LANES / 2 if `few` is not None."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        narrow, lanes = element != types.float64, _vector(element)
+        if not _permutes():
+            weights = _gathered(builder, args[0], args[1])
+            return builder.fptrunc(weights, lanes) if narrow else weights
+        numbers, pointer = _opaque(builder, args[1]), _pointer(builder, args[0], types.float64)
+        if few != types.none and not narrow:
+            half = ir.VectorType(_FLOAT64, LANES // 2)
+            weights = builder.load(builder.bitcast(pointer, half.as_pointer()), align=8)
+            return _permuted_halves(builder, weights, numbers)
+        weights = builder.load(pointer, align=8)
+        if narrow:
+            return _permuted(builder, builder.fptrunc(weights, lanes), numbers)
+        lower, upper = (builder.shuffle_vector(weights, weights, part) for part in _HALVES)
+        most = ir.Constant(numbers.type, [LANES // 2 - 1] * LANES)
+        from_upper = builder.icmp_unsigned(">", numbers, most)
+        both = (_permuted_halves(builder, values, numbers) for values in (upper, lower))
+        return builder.select(from_upper, *both)
+
+    return _lanes(element)(types.int64, _PICKS, few, element), generate
+
+
+@cache
+def _permutes() -> bool:
+    """Whether one instruction gives `_permuted` weights, in half the time of gathering them. Others
+    would store and load them one by one."""
+    features = _numba.config.CPU_FEATURES or binding.get_host_cpu_features().flatten()
+    return "+avx512f" in features.split(",")
+
+
+def _gathered(builder: Any, address: Any, numbers: Any) -> Any:
+    """LANES float64 of such numbers, counted from an address."""
+    offsets = builder.zext(numbers, ir.VectorType(_INT64, LANES))
+    offsets = builder.shl(offsets, ir.Constant(offsets.type, [3] * LANES))
+    addresses = builder.add(_splat(builder, address), offsets)
+    pointers = builder.inttoptr(addresses, ir.VectorType(_FLOAT64.as_pointer(), LANES))
+    every = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [1] * LANES)
+    lanes = _vector(types.float64)
+    args = [pointers, ir.Constant(_INT32, 8), every, ir.Constant(lanes, ir.Undefined)]
+    name = f"llvm.masked.gather.v{LANES}f64.v{LANES}p0"
+    known = builder.module.globals.get(name)
+    kind = ir.FunctionType(lanes, [arg.type for arg in args])
+    return builder.call(known or ir.Function(builder.module, kind, name), args)
+
+
+def _permuted(builder: Any, data: Any, numbers: Any) -> Any:
+    """The values of such numbers, spelled as LLVM knows it."""
+    permuted = ir.Constant(data.type, ir.Undefined)
+    for lane in range(data.type.count):
+        at = ir.Constant(_INT32, lane)
+        number = builder.zext(builder.extract_element(numbers, at), _INT64)
+        permuted = builder.insert_element(permuted, builder.extract_element(data, number), at)
+    return permuted
+
+
+def _permuted_halves(builder: Any, data: Any, numbers: Any) -> Any:
+    """LANES of LANES / 2 values, whose numbers begin again at LANES / 2."""
+    most = ir.Constant(ir.VectorType(_INT8, LANES // 2), [LANES // 2 - 1] * (LANES // 2))
+    halves = (builder.shuffle_vector(numbers, numbers, part) for part in _HALVES)
+    permuted = [_permuted(builder, data, builder.and_(half, most)) for half in halves]
+    return builder.shuffle_vector(*permuted, _indices(0, LANES))
 
 
 def _opaque(builder: Any, numbers: Any) -> Any:
@@ -779,13 +858,17 @@ def _pick(context: Any, value: Any, picks: Any) -> Any:
 
 
 @_intrinsic
-def _first_of(context: Any, count: Any, then: Any, other: Any) -> Any:
-    """The first `count` lanes of one, then those of another."""
+def _pick_weighed(context: Any, value: Any, weight: Any) -> Any:
+    """The float64 lanes that weigh anything, and zeros; bit by bit, for LLVM would join picks and
+    comparisons, at some expense."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.select(_mask(builder, builder.trunc(args[0], _INT32)), *args[1:])
+        (value, weight), lanes = args, ir.VectorType(_INT64, LANES)
+        weighs = builder.fcmp_ordered(">", weight, ir.Constant(weight.type, [0.0] * LANES))
+        bits = builder.and_(builder.bitcast(value, lanes), builder.sext(weighs, lanes))
+        return builder.bitcast(bits, value.type)
 
-    return then(types.int64, then, then), generate
+    return _DOUBLES(_DOUBLES, _DOUBLES), generate
 
 
 # ---- Compiling -----------------------------------------------------------------------------------
@@ -909,12 +992,16 @@ _JOB = np.dtype(
         # coefficients; the next block; the bodies.
         *((name, np.int64) for name in ("pitch", "table", "work", "sums", "packed", "counter")),
         *((name, np.int64) for name in ("here", "start", "sum", "finish", "write")),
-        # A selection: bytes from a run's mask to the next and from a row's, rows that weigh alike;
-        # addresses: of each run the first place that counts, of each column the first place of the
-        # picks that begin there, and its own.
-        *((name, np.int64) for name in ("mask", "mask_run", "mask_row")),
-        *((name, np.int64) for name in ("weights", "weights_run", "alike")),
-        *((name, np.int64) for name in ("firsts", "bases", "places")),
+        # A selection: its addresses; bytes from a run's to the next, and of the mask from a row's;
+        # the last place from which a whole vector may be read, and how far what lies behind it is
+        # from a copy with zeros behind.
+        *((name, np.int64) for name in ("mask", "mask_run", "mask_row", "mask_last", "mask_end")),
+        *((name, np.int64) for name in ("weights", "weights_run", "weights_last", "weights_end")),
+        # Samples that weigh alike; from a row to the next, bytes of weights and samples over.
+        *((name, np.int64) for name in ("alike", "weights_row", "over")),
+        # Addresses: of each run the first place that counts; of each column the first place of the
+        # picks that begin there, its own, and its sample; how many weights further a sample is.
+        *((name, np.int64) for name in ("firsts", "bases", "places", "samples", "further")),
         # What sums are divided by, for a mean.
         ("count", np.float64),
         *((name, np.float64) for name in ("eps", "slope", "top")),
@@ -974,13 +1061,11 @@ def _cut(rows: int, size: int) -> tuple[int, int, int, int]:
 
 
 @_inline
-def _set_shape(job: Any, shape: tuple[int, int, int, int], alike: int) -> None:
-    """Rows, columns and chunks: they follow from the shape and the element type, and from how many
-    samples weigh alike, 0 if all do."""
+def _set_shape(job: Any, shape: tuple[int, int, int, int]) -> None:
+    """Rows, columns and chunks: they follow from the shape and the element type."""
     runs, samples, channels, s = shape
     inside = s < LANES
     fold = _fold(samples, channels, s) if inside else 1
-    fold = 1 if alike % fold else fold
     spread, size = (s, 1) if inside else (1, s)
     columns, rows = fold * channels * spread, samples // fold
     height, piece, pieces, chunks = _cut(rows, size)
@@ -1047,7 +1132,7 @@ def _plan(words: Array, asked: Any, aside: Any, eps: float, table: Table) -> int
         beside, through = aside[0][3:7], aside[0][7:11]
         job.residual, job.gated, job.lets = aside[0][:3]
         job.slope, job.top = aside[1:]
-    _set_shape(job, asked[4:8], asked[30])
+    _set_shape(job, asked[4:8])
     _schedule(job, threads, size, asked[8:14])
     job.table, job.eps, job.here = table.ctypes.data, eps, words.ctypes.data
     job.start, job.sum, job.finish, job.write = asked[14:18]
@@ -1067,8 +1152,8 @@ def _plan(words: Array, asked: Any, aside: Any, eps: float, table: Table) -> int
 @_inline
 def _first_place(mask: Array, weights: Table, places: int) -> int:
     """The first of a run's places that weighs in its statistics."""
-    alike = places // (weights.size - 1)
-    for part in range(weights.size - 1):
+    alike = places // weights.size
+    for part in range(weights.size):
         for place in range(part * alike, (part + 1) * alike if weights[part] > 0.0 else 0):
             if mask[place]:
                 return place
@@ -1076,41 +1161,66 @@ def _first_place(mask: Array, weights: Table, places: int) -> int:
 
 
 @_inline
-def _set_places(job: Any, bases: Array, places: Array) -> None:
-    """Of each column the place of its value in the mask of its row, and the first place of the
-    LANES columns from there on: a sample's, where they go round the end of a tiny plane."""
+def _set_places(job: Any, bases: Array, places: Array, samples: Array) -> None:
+    """Of each column its sample, the place of its value in the mask of its row, and the first place
+    of the LANES columns from there on: a sample's, where they go round the end of a tiny plane."""
     spread, channels, channel, sample = job.spread, job.channels, 0, 0
     for start in range(0, bases.size, spread):
         channel += 1
+        first = sample * spread
         for s in range(spread):
             around = s + LANES > spread and channel < channels
-            bases[start + s] = sample if around else sample + s
-            places[start + s] = (sample + s) & 0xFF
+            bases[start + s] = first if around else first + s
+            places[start + s] = (first + s) & 0xFF
+            samples[start + s] = sample
         if channel == channels:
-            channel, sample = 0, sample + spread
+            channel, sample = 0, sample + 1
+
+
+@_inline
+def _set_further(job: Any, further: Array) -> None:
+    """Of samples -LANES to LANES - 1, counted from the next weight on, which weight they have."""
+    for number in range(2 * LANES):
+        further[number] = 0 if number < LANES else 1 + (number - LANES) // job.alike
+
+
+@_inline
+def _copy_end(values: Array, copy: Array) -> tuple[int, int]:
+    """The last address at which a vector of `values` may begin, and how far those that begin behind
+    it are from their `copy`."""
+    size, kept = values.itemsize, min(values.size, LANES - 1)
+    copy[:] = 0
+    copy[:kept] = values[values.size - kept :]
+    end = values.ctypes.data + values.size * size
+    return end - LANES * size, copy.ctypes.data + kept * size - end
 
 
 @_compile
-def _select(words: Array, mask: Array, weights: Table, alike: int, count: float) -> Any:
+def _select(words: Array, mask: Array, weights: Table, count: float) -> Any:
     """Tell a job which places count; gives the tables that it needs for that. Its own count is of
     all places until then."""
     job = _job_at(words.ctypes.data)
     # Picks may go round a row's end.
     width = _ceil(job.columns + 2 * LANES, job.spread) * job.spread if job.inside else 0
-    tables = np.empty(job.runs + width + _ceil(width, 8), np.int64)
+    firsts, bases = np.empty(job.runs, np.int64), np.empty(width, np.int64)
+    numbers, ends = np.empty(2 * width + 4 * LANES, np.uint8), np.empty(2 * LANES)
     for run in range(job.runs):
-        tables[run] = _first_place(mask[run], weights[run], int(job.count))
-    places = tables[job.runs + width :].view(np.uint8)
-    _set_places(job, tables[job.runs : job.runs + width], places)
-    job.firsts = tables.ctypes.data
-    job.bases = job.firsts + job.runs * 8
-    job.places = job.bases + width * 8
+        firsts[run] = _first_place(mask[run], weights[run], int(job.count))
+    places, samples, further = numbers[:width], numbers[width : 2 * width], numbers[2 * width :]
+    _set_places(job, bases, places, samples)
+    job.firsts, job.bases, job.places = firsts.ctypes.data, bases.ctypes.data, places.ctypes.data
+    job.samples, job.further = samples.ctypes.data, further.ctypes.data + LANES
     job.mask, job.mask_run = mask.ctypes.data, mask.strides[0]
     job.mask_row = job.fold * job.spread * job.size
+    job.mask_last, job.mask_end = _copy_end(mask.reshape(-1), further[2 * LANES :])
     job.weights, job.weights_run = weights.ctypes.data, weights.strides[0]
-    job.alike = alike // job.fold if alike else job.rows + 1
+    job.weights_last, job.weights_end = _copy_end(weights.reshape(-1), ends)
+    each = job.spread * job.size
+    job.alike = mask.shape[1] // each // weights.shape[1]
+    job.weights_row, job.over = job.fold // job.alike * 8, job.fold % job.alike
+    _set_further(job, further)
     job.count = count
-    return tables
+    return firsts, bases, numbers, ends
 
 
 @_inline
@@ -1156,37 +1266,48 @@ def _sums(job: Any) -> Any:
 
 
 # ---- Selections ----------------------------------------------------------------------------------
-# `masked` is True or None, which numba tells apart as it compiles: None leaves no trace.
+# `masked`, and `weighed` where weights matter, are True or None, which numba tells apart as it
+# compiles: None leaves no trace.
 
 
 class _Row(NamedTuple):
-    """A row's places: where their mask is, from a row to the next, where their weight is, and how
-    many rows weigh as much from this one on, and from the next weight on."""
+    """A row's places, or those of columns: where their mask is, where the weight of the first
+    sample is, in how many samples the next one begins, and whether weights matter."""
 
     mask: int
-    step: int
     weight: int
     left: int
-    alike: int
+    weighed: Any
 
 
 class _Columns(NamedTuple):
-    """LANES columns of a row: the first place of their picks, which they are, and how many columns
-    there are before the row's end."""
+    """LANES columns: their first place and sample, which places and samples they are from there on,
+    and the last of these samples."""
 
-    row: _Row
+    first: _Row
     numbers: Any
-    before: int
+    samples: Any
+    last: int
+
+
+class _Picked(NamedTuple):
+    """LANES picks, weights if they matter, and these again where values that weigh nothing may not
+    be looked at."""
+
+    picks: Any
+    weight: Any
+    seen: Any
 
 
 @_inline
-def _row_selected(job: Any, masked: Any, run: int, n: int, s: int) -> Any:
+def _row_selected(job: Any, masked: Any, weighed: Any, run: int, n: int, s: int) -> Any:
     """A row, or a plane from value s on."""
     if masked is None:
         return None
     mask = job.mask + run * job.mask_run + n * job.mask_row + s
-    weight = job.weights + run * job.weights_run + n // job.alike * 8
-    return _Row(mask, job.mask_row, weight, job.alike - n % job.alike, job.alike)
+    sample = n * job.fold
+    weight = job.weights + run * job.weights_run + sample // job.alike * 8
+    return _Row(mask, weight, job.alike - sample % job.alike, weighed)
 
 
 @_inline
@@ -1194,65 +1315,109 @@ def _columns_selected(job: Any, masked: Any, row: Any, c: int) -> Any:
     """Columns of a row from c on."""
     if masked is None:
         return None
-    base = _integer(job.bases + c * 8)
-    row = _Row(row.mask + base, row.step, row.weight, row.left, row.alike)
-    return _Columns(row, _numbers(job.places + c, base), job.columns - c)
+    mask, weight, left, weighed = row
+    base, sample = _integer(job.bases + c * 8), _number(job.samples + c)
+    further = _number(job.further + sample - left) if sample >= left else 0
+    left += further * job.alike - sample
+    first = _Row(mask + base, weight + further * 8, left, weighed)
+    samples = _numbers(job.samples + c, sample)
+    last = _number(job.samples + c + LANES - 1) - sample
+    return _Columns(first, _numbers(job.places + c, base), samples, last)
 
 
 @_inline
-def _next_row(masked: Any, row: Any) -> Any:
+def _next_row(job: Any, masked: Any, row: Any) -> Any:
     """The next row, or plane."""
     if masked is None:
         return None
-    mask, step, weight, left, alike = row
-    if left == 1:
-        return _Row(mask + step, step, weight + 8, alike, alike)
-    return _Row(mask + step, step, weight, left - 1, alike)
+    mask, weight, left, weighed = row
+    mask, weight, left = mask + job.mask_row, weight + job.weights_row, left - job.over
+    if left <= 0:
+        return _Row(mask, weight + 8, left + job.alike, weighed)
+    return _Row(mask, weight, left, weighed)
 
 
 @_inline
-def _next_columns(masked: Any, columns: Any) -> Any:
+def _next_columns(job: Any, masked: Any, columns: Any) -> Any:
     """The same columns of the next row."""
     if masked is None:
         return None
-    return _Columns(_next_row(masked, columns.row), columns.numbers, columns.before)
+    first, numbers, samples, last = columns
+    return _Columns(_next_row(job, masked, first), numbers, samples, last)
 
 
 @_inline
-def _weighs(masked: Any, row: Any) -> Any:
-    """Whether a row is looked at for moments."""
-    if masked is None:
-        return True
-    return _value(row.weight, 0.0) != 0.0
+def _inside(address: int, last: int, end: int) -> int:
+    """The address of a vector; of its copy, if it does not end before its array does."""
+    return address if address <= last else address + end
 
 
 @_inline
-def _columns_weigh(masked: Any, columns: Any) -> Any:
-    """The same of the row that columns are in."""
-    if masked is None:
-        return True
-    return _weighs(masked, columns.row)
-
-
-@_inline
-def _plane_picked(masked: Any, plane: Any, s: int, element: Any) -> Any:
-    """The picks of a plane's values from s on, and their weight."""
+def _plane_picked(job: Any, masked: Any, plane: Any, s: int, count: int, element: Any) -> Any:
+    """The picks of up to `count` values of a plane from s on, and their weight."""
     if masked is None:
         return None
-    return _picks(plane.mask + s), _narrow(_spread(_value(plane.weight, 0.0)), element)
+    mask = plane.mask + s
+    if count < LANES:
+        mask = _inside(mask, job.mask_last, job.mask_end)
+    return _Picked(_picks(mask), _weight(plane.weighed, plane, element), None)
 
 
 @_inline
-def _columns_picked(masked: Any, columns: Any, element: Any) -> Any:
-    """The picks of columns, and their weight: beyond the row's end the next one's."""
+def _columns_picked(job: Any, masked: Any, columns: Any, element: Any) -> Any:
+    """The picks of columns, and their weights."""
     if masked is None:
         return None
-    row = columns.row
-    weight = _spread(_value(row.weight, 0.0))
-    if columns.before < LANES:
-        below = row.weight + 8 if row.left == 1 else row.weight
-        weight = _first_of(columns.before, weight, _spread(_value(below, 0.0)))
-    return _picks_by(row.mask, columns.numbers), _narrow(weight, element)
+    mask = _inside(columns.first.mask, job.mask_last, job.mask_end)
+    picks = _picks_by(mask, columns.numbers)
+    return _Picked(picks, _weights(job, columns.first.weighed, columns, element), None)
+
+
+@_inline
+def _weight(weighed: Any, row: Any, element: Any) -> Any:
+    """The first weight in all lanes."""
+    if weighed is None:
+        return None
+    return _narrow(_spread(_value(row.weight, 0.0)), element)
+
+
+@_inline
+def _weights(job: Any, weighed: Any, columns: Any, element: Any) -> Any:
+    """Each lane's weight."""
+    if weighed is None:
+        return None
+    first = columns.first
+    if columns.last < first.left:
+        return _weight(weighed, first, element)
+    further = _picks_by(job.further - first.left, columns.samples)
+    weights = _inside(first.weight, job.weights_last, job.weights_end)
+    if columns.last < LANES // 2:
+        return _weights_by(weights, further, True, element)
+    return _weights_by(weights, further, None, element)
+
+
+@_inline
+def _weighs(masked: Any, plane: Any) -> Any:
+    """Whether a plane is looked at for moments."""
+    if masked is None:
+        return True
+    return _is_weighed(plane.weighed, plane)
+
+
+@_inline
+def _is_weighed(weighed: Any, plane: Any) -> Any:
+    """Whether it weighs anything, if that matters."""
+    if weighed is None:
+        return True
+    return _value(plane.weight, 0.0) != 0.0
+
+
+@_inline
+def _looked_at(some: Any) -> Any:
+    """Picked columns, of which moments look at those that weigh anything."""
+    if some is None:
+        return None
+    return _Picked(some.picks, some.weight, some.weight)
 
 
 @_inline
@@ -1260,15 +1425,31 @@ def _kept(value: Any, some: Any) -> Any:
     """Zeros where nothing counts."""
     if some is None:
         return value
-    return _pick(value, some[0])
+    return _kept_of(value, some.picks, some.seen)
+
+
+@_inline
+def _kept_of(value: Any, picks: Any, seen: Any) -> Any:
+    """The same of picked values."""
+    if seen is None:
+        return _pick(value, picks)
+    return _pick_weighed(_pick(value, picks), seen)
 
 
 @_inline
 def _weighed(value: Any, some: Any) -> Any:
-    """Times the weight."""
+    """Times the weight, if that matters."""
     if some is None:
         return value
-    return value * some[1]
+    return _times_weight(value, some.weight)
+
+
+@_inline
+def _times_weight(value: Any, weight: Any) -> Any:
+    """The same of picked values."""
+    if weight is None:
+        return value
+    return value * weight
 
 
 # ---- Reductions ----------------------------------------------------------------------------------
@@ -1375,12 +1556,12 @@ def _sum_plane(
     size = _itemsize(element)
     whole = (count - count % LANES) * size
     for s in range(0, whole, LANES * size):
-        here, some = _by(at, s, s, s), _plane_picked(masked, plane, s // size, 0.0)
+        here, some = _by(at, s, s, s), _plane_picked(job, masked, plane, s // size, LANES, 0.0)
         _fetch_summed(job.fetch, _by(here, ahead[0], ahead[1], ahead[2]), with_dy, gate)
         sums = _add(here, LANES, about, sums, with_dy, gate, some, element)
     if count % LANES:
         here = _by(at, whole, whole, whole)
-        some = _plane_picked(masked, plane, whole // size, 0.0)
+        some = _plane_picked(job, masked, plane, whole // size, count % LANES, 0.0)
         sums = _add(here, count % LANES, about, sums, with_dy, gate, some, element)
     return sums
 
@@ -1395,6 +1576,7 @@ def _sum_planes(
     with_dy: bool,
     gate: Any,
     masked: Any,
+    weighed: Any,
     element: Any,
 ) -> None:
     """The sums of channels c0 to c1 over a chunk."""
@@ -1405,15 +1587,15 @@ def _sum_planes(
         column = run * job.pitch + c
         about = _spread(work[0, column]), _spread(work[1, column])
         both = _spread(0.0), _spread(0.0)
-        plane = _row_selected(job, masked, run, n0, s0)
+        plane = _row_selected(job, masked, weighed, run, n0, s0)
         for n in range(n0, n1):
             at = _by(_summed(job, run, n, c), s0 * size, s0 * size, s0 * size)
             ahead = _later(job, x, n, size), _later(job, dy, n, size), _later(job, y, n, size)
-            if with_dy or _weighs(masked, plane):
+            if _weighs(masked, plane):
                 both = _sum_plane(
                     job, at, s1 - s0, about, both, ahead, with_dy, lanes, masked, plane, element
                 )
-            plane = _next_row(masked, plane)
+            plane = _next_row(job, masked, plane)
         sums[index, 0, column], sums[index, 1, column] = _total(both[0]), _total(both[1])
 
 
@@ -1427,6 +1609,7 @@ def _sum_rows(
     with_dy: bool,
     gate: Any,
     masked: Any,
+    weighed: Any,
     element: Any,
 ) -> None:
     """The sums of columns c0 to c1 over a chunk, a few rows at a time; each has its own lanes."""
@@ -1445,7 +1628,7 @@ def _sum_rows(
         rows, width = min(few, n1 - n), c1 - c0
         if n == job.rows:
             rows, width = 1, min(c1, job.rest) - c0
-        row = _row_selected(job, masked, run, n, 0)
+        row = _row_selected(job, masked, weighed, run, n, 0)
         for c in range(0, width, LANES):
             at = _summed(job, run, n, c0 + c)
             columns = _columns_selected(job, masked, row, c0 + c)
@@ -1455,14 +1638,12 @@ def _sum_rows(
             for _ in range(rows):
                 later = _by(at, ahead * x_row, ahead * dy_row, ahead * y_row)
                 _fetch_summed(job.fetch, later, with_dy, gate)
-                some = _columns_picked(masked, columns, 0.0)
-                if not (with_dy or _columns_weigh(masked, columns)):
-                    pass
-                elif width - c >= LANES:
+                some = _looked_at(_columns_picked(job, masked, columns, 0.0))
+                if width - c >= LANES:
                     both = _add(at, LANES, about, both, with_dy, lanes, some, element)
                 else:
                     both = _add(at, width - c, about, both, with_dy, lanes, some, element)
-                at, columns = _by(at, x_row, dy_row, y_row), _next_columns(masked, columns)
+                at, columns = _by(at, x_row, dy_row, y_row), _next_columns(job, masked, columns)
             _store(total, both[0], 0.0)
             _store(total + pitch, both[1], 0.0)
         n += rows
@@ -1829,17 +2010,18 @@ def _map_plane(
     size = _itemsize(element)
     head = _head(at[4], count, stream, size)
     if head > 0:
-        some = _plane_picked(masked, plane, 0, element)
+        some = _plane_picked(job, masked, plane, 0, head, element)
         _write(at, head, k, 0, both, tail, gate, some, element)
     whole = (head + (count - head) // LANES * LANES) * size
     for s in range(head * size, whole, LANES * size):
         here = _along(at, s)
         _fetch_mapped(job.fetch, _moved(here, ahead), both, tail, gate)
-        some = _plane_picked(masked, plane, s // size, element)
+        some = _plane_picked(job, masked, plane, s // size, LANES, element)
         _write(here, LANES, k, stream, both, tail, gate, some, element)
     rest = count - whole // size
     if rest > 0:
-        here, some = _along(at, whole), _plane_picked(masked, plane, whole // size, element)
+        here = _along(at, whole)
+        some = _plane_picked(job, masked, plane, whole // size, rest, element)
         _write(here, rest, k, 0, both, tail, gate, some, element)
 
 
@@ -1855,6 +2037,7 @@ def _map_planes(
     tail: Any,
     gate: Any,
     masked: Any,
+    weighed: Any,
     element: Any,
 ) -> None:
     """A chunk of some channels. Short planes are streamed as one run of lines; what is let
@@ -1871,7 +2054,7 @@ def _map_planes(
     for n in range(n0, n1):
         values, waiting = buffer.ctypes.data, 0
         twin = values + BUFFER * 8
-        plane = _row_selected(job, masked, run, n, s0)
+        plane = _row_selected(job, masked, weighed, run, n, s0)
         sent_to, twin_to = _at(out, run, n, c0), _at(job.through, run, n, c0)
         for c in range(c0, c1):
             k = _eight(job.packed + run * 8 * pitch + c * wide, pitch, True, element)
@@ -1927,9 +2110,9 @@ def _map_columns(
     step = _rows(job)
     for _ in range(rows):
         _fetch_mapped(job.fetch, _along(at, AHEAD * 2), both, tail, gate)
-        some = _columns_picked(masked, columns, element)
+        some = _columns_picked(job, masked, columns, element)
         _write(at, count, k, stream, both, tail, gate, some, element)
-        at, columns = _moved(at, step), _next_columns(masked, columns)
+        at, columns = _moved(at, step), _next_columns(job, masked, columns)
 
 
 @_inline
@@ -1944,12 +2127,13 @@ def _map_few(
     tail: Any,
     gate: Any,
     masked: Any,
+    weighed: Any,
     element: Any,
 ) -> None:
     """`width` columns from column c on, of a few rows."""
     size, wide = _itemsize(element), _worksize(element)
     lines = job.packed + (run * 8 * job.pitch + c) * wide
-    at, row = _places(job, run, n, c), _row_selected(job, masked, run, n, 0)
+    at, row = _places(job, run, n, c), _row_selected(job, masked, weighed, run, n, 0)
     head = _head(at[4], width, job.stream, size)
     if head > 0:
         columns = _columns_selected(job, masked, row, c)
@@ -1961,7 +2145,7 @@ def _map_few(
         if rows == 1:  # a loop over rows would be unrolled, and cost more than it does
             k = _eight(line, job.pitch * wide, None, element)
             _fetch_mapped(job.fetch, _along(here, AHEAD * 2), both, tail, gate)
-            some = _columns_picked(masked, columns, element)
+            some = _columns_picked(job, masked, columns, element)
             _write(here, LANES, k, job.stream, both, tail, gate, some, element)
         else:
             stream = job.stream
@@ -1993,6 +2177,7 @@ def _map_rows(
     tail: Any,
     gate: Any,
     masked: Any,
+    weighed: Any,
     element: Any,
 ) -> None:
     """A chunk of some columns. Where lines begin at the same column in every row, dense rows are
@@ -2017,7 +2202,9 @@ def _map_rows(
             rows, start, width = 1, c0, min(c1, job.rest) - c0
         elif n == last:
             rows, width = 1, c1 - c
-        _map_few(job, run, n, rows, start, width, both, after_tail, at_gate, masked, element)
+        _map_few(
+            job, run, n, rows, start, width, both, after_tail, at_gate, masked, weighed, element
+        )
         n, lead = n if lead else n + rows, False
 
 
@@ -2026,30 +2213,36 @@ def _map_rows(
 
 @cache
 def _body(
-    name: str, dtype: Any, both: bool, tail: Any = None, gate: Any = None, masked: Any = None
+    name: str,
+    dtype: Any,
+    both: bool,
+    tail: Any = None,
+    gate: Any = None,
+    masked: Any = None,
+    weighed: Any = None,
 ) -> int:
-    """The address of a body, compiled when it is first asked for; for a tail, a gate or a
-    selection, if they are not None, it is one of its own."""
+    """The address of a body, compiled when it is first asked for; for a tail, a gate, a mask or
+    weights, if they are not None, it is one of its own."""
     element = dtype.type(0)
 
     def start(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
         _set_shifts(_job_at(at), run, c0, c1, element)
 
     def sum_planes(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
-        _sum_planes(_job_at(at), run, c0, c1, index, both, gate, masked, element)
+        _sum_planes(_job_at(at), run, c0, c1, index, both, gate, masked, weighed, element)
 
     def sum_rows(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
-        _sum_rows(_job_at(at), run, c0, c1, index, both, gate, masked, element)
+        _sum_rows(_job_at(at), run, c0, c1, index, both, gate, masked, weighed, element)
 
     def finish(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
         _small_step(_job_at(at), run, c0, c1, both, element)
 
     def write_planes(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
         job = _job_at(at)
-        _map_planes(job, run, c0, c1, index, ahead, both, tail, gate, masked, element)
+        _map_planes(job, run, c0, c1, index, ahead, both, tail, gate, masked, weighed, element)
 
     def write_rows(at: int, run: int, c0: int, c1: int, index: int, ahead: int) -> None:
-        _map_rows(_job_at(at), run, c0, c1, index, both, tail, gate, masked, element)
+        _map_rows(_job_at(at), run, c0, c1, index, both, tail, gate, masked, weighed, element)
 
     bodies = (start, sum_planes, sum_rows, finish, write_planes, write_rows)
     (function,) = (body for body in bodies if body.__name__ == name)
@@ -2238,25 +2431,13 @@ def _after(gate: Gate | None) -> _Fused | None:
     return _Fused(slope, top, y, through, gate=True, gated_sums=True)
 
 
-def _alike(selection: Selection | None) -> int:
-    """Samples to a weight, 0 where all weigh alike."""
-    if selection is None or selection.weights is None:
-        return 0
-    return int(selection.mask.shape[1] // selection.weights.shape[1])
-
-
 def _selected_in(words: Array, selection: Selection) -> tuple[Array, ...]:
     """Tell a job what it needs of a selection; gives the arrays that it will look at."""
-    runs, places = len(selection.mask), selection.mask[0].size
-    # Picks are read in whole vectors, past the end too.
-    mask = np.zeros((runs, places + 3 * LANES), np.uint8)
-    mask[:, :places] = selection.mask.reshape(runs, places)
-    # Behind the last weight is another, for picks that go round the end of the last row.
-    weights = np.ones((runs, 2))
-    if selection.weights is not None:
-        weights = np.pad(selection.weights, ((0, 0), (0, 1)))
-    tables = _select(words, mask, weights, _alike(selection), float(selection.count))
-    return mask, weights, tables
+    runs, weights = len(selection.mask), selection.weights
+    mask = selection.mask.view(np.uint8).reshape(runs, -1)
+    if weights is None:
+        weights = np.ones((runs, 1))
+    return mask, weights, *_select(words, mask, weights, float(selection.count))
 
 
 def _stored(a: Any) -> Any:
@@ -2276,15 +2457,19 @@ def _bodies(
     gate: Any,
     gated_sums: Any,
     masked: Any,
+    weighed: Any,
 ) -> tuple[int, int, int, int]:
-    """The addresses of what a job calls."""
+    """The addresses of what a job calls. Weights matter to moments, and to gradients through
+    them."""
     family, both = "rows" if inside else "planes", written == GRADIENT
     sums_dy = summed == GRADIENTS
+    sums = masked, None if sums_dy else weighed
+    maps = masked, weighed if both else None
     return (
         _body("start", dtype, False) if summed else 0,
-        _body("sum_" + family, dtype, sums_dy, None, gated_sums, masked) if summed else 0,
+        _body("sum_" + family, dtype, sums_dy, None, gated_sums, *sums) if summed else 0,
         _body("finish", arithmetic(dtype), both),
-        _body("write_" + family, dtype, both, tail, gate, masked) if written else 0,
+        _body("write_" + family, dtype, both, tail, gate, *maps) if written else 0,
     )
 
 
@@ -2319,12 +2504,13 @@ def _call(
         streamed = STREAM_MAPS
     kinds = fused[4:] if fused else (None, None, None)
     masked = None if selection is None else True
+    weighed = None if selection is None or selection.weights is None else True
     asked = (threads, x.itemsize, summed, written, *shape)
     asked += (L2, streamed, STREAMED_ROW, STRETCH, SPARSE, FETCH)
-    asked += _bodies(x.dtype, inside, summed, written, *kinds, masked)
+    asked += _bodies(x.dtype, inside, summed, written, *kinds, masked, weighed)
     x_place, out_place = _place(x), _place(target)
     dy_place = x_place if dy is x else _place(dy)
-    asked += (*x_place, *dy_place, *out_place, _alike(selection))
+    asked += (*x_place, *dy_place, *out_place)
     aside = through = None
     if fused:
         beside, through = fused.beside, fused.through
