@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 from checks import assert_within, judge_backward, judge_forward
 from grid import TYPES
+from machines import ALWAYS_STREAM, pretend
 from variants import Variant
 
 import fastbn
@@ -25,6 +29,7 @@ from benchmarks.oracle import (
     stored,
     wide,
 )
+from fastbn.backends.base import Selection
 
 SHAPES = (
     (4, 3, 5, 5),
@@ -42,6 +47,8 @@ SHAPES = (
     (40, 3000),
 )
 """As NCHW words: planes, chunks of them, pieces; rows, folded and not, and in parts."""
+SEVERAL = ((900, 5, 3), (301, 1, 3), (1001, 3), (130, 12), (33, 24), (700, 100), (70, 2, 1, 7))
+"""The same, of several samples in a row or a vector; in NHWC some of them weigh alike."""
 Test = TypeVar("Test", bound=Callable[..., None])
 
 
@@ -82,18 +89,18 @@ class Masked:
         return not a[~np.broadcast_to(self.where, a.shape)].astype(np.float64).any()
 
 
-def problems() -> Callable[[Test], Test]:
+def problems(*shapes: tuple[int, ...]) -> Callable[[Test], Test]:
     """Every shape and type once, the layouts in turn."""
     listed = [
         (shape, ("NCHW", "NHWC")[(i + j) % 2], dtype)
-        for i, shape in enumerate(SHAPES)
+        for i, shape in enumerate(shapes)
         for j, dtype in enumerate(TYPES)
     ]
     return pytest.mark.parametrize(("shape", "layout", "dtype"), listed)
 
 
 @pytest.mark.parametrize("activation", [None, "relu6"])
-@problems()
+@problems(*SHAPES)
 def test_masked_forward_and_backward(
     variant: Variant, shape: tuple[int, ...], layout: str, dtype: str, activation: Any
 ) -> None:
@@ -121,7 +128,7 @@ def test_masked_forward_and_backward(
         assert all(p.is_zero_elsewhere(a) for a in (y, got.dx, got.dresidual))
 
 
-@problems()
+@problems(*SHAPES, *SEVERAL)
 def test_weighed_statistics(
     variant: Variant, shape: tuple[int, ...], layout: str, dtype: str
 ) -> None:
@@ -136,7 +143,7 @@ def test_weighed_statistics(
         assert_within(got[1], var, bound_var(var), "var")
 
 
-@problems()
+@problems(*SHAPES, *SEVERAL)
 def test_gradient_through_weighed_statistics(
     variant: Variant, shape: tuple[int, ...], layout: str, dtype: str
 ) -> None:
@@ -191,6 +198,76 @@ def test_whatever_is_masked(
         found = everything(p, weights=weights)
     for name, a in expected.items():
         assert np.array_equal(found[name], a), name
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3, 13])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((700, 4), "NCHW"),
+        ((130, 16), "NCHW"),
+        ((700, 100), "NCHW"),
+        ((70, 256), "NCHW"),
+        ((50, 4, 8), "NCHW"),
+        ((50, 8, 7), "NHWC"),
+        ((20, 3, 50), "NCHW"),
+    ],
+)
+def test_streamed_to_any_address(
+    variant: Variant, shape: tuple[int, ...], layout: str, offset: int
+) -> None:
+    """Vectors that go round the end of a row have the weights and masks of both its sides."""
+    p = Masked(shape, layout, np.float32)
+    options: dict[str, Any] = {"layout": layout, "where": p.where, "weights": p.weights}
+    y, mean, var = fastbn.batch_norm(p.x, **options)
+    dx = fastbn.batch_norm_backward(p.dy, p.x, mean, var, **options).dx
+    buffer = np.zeros(p.x.size + 32, np.float32)
+    first = -buffer.ctypes.data % 64 // 4 + offset
+    out = buffer[first : first + p.x.size].reshape(p.x.shape)
+    with pretend(**ALWAYS_STREAM):
+        fastbn.batch_norm(p.x, out=out, **options)
+        assert np.array_equal(out, y)
+        fastbn.batch_norm_backward(p.dy, p.x, mean, var, out=out, **options)
+        assert np.array_equal(out, dx)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no mprotect")
+@pytest.mark.parametrize(
+    "shape", [(1, 5, 3, 1), (1, 901, 1, 1), (1, 77, 20, 1), (2, 41, 3, 5), (1, 9, 2, 17)]
+)
+def test_nothing_is_read_past_the_end(variant: Variant, shape: tuple[int, ...]) -> None:
+    """Of a mask and weights that lie before a page that nobody may read."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, *shape))
+    runs, samples, channels, size = shape
+    mask = last_of_memory(rng.random((runs, samples, size)) < 0.7)
+    weights = last_of_memory(rng.uniform(0.5, 1.5, (runs, samples)))
+    weights[..., -1], mask[..., -1] = 1.0, True
+    one, out = np.ones((runs, channels)), np.empty_like(x)
+    for run in range(runs):
+        weights[run] *= 100 / (mask[run].sum(1) @ weights[run])
+    selection = Selection(mask, weights, 100.0)
+    mean, var = variant.backend.forward(x, one, one, 1e-5, out, 1, selection=selection)
+    counted = np.broadcast_to((mask * weights[..., None])[:, :, None], shape) / 100
+    expected = (counted * x).sum((1, 3))
+    assert np.allclose(mean, expected, rtol=1e-12)
+    assert np.allclose(var, (counted * (x - expected[:, None, :, None]) ** 2).sum((1, 3)))
+    assert not out[~np.broadcast_to(mask[:, :, None], shape)].any()
+    given = dy, x, mean, var, one, 1e-5
+    _, dbeta = variant.backend.backward(*given, False, out, 1, selection=selection)
+    assert np.allclose(dbeta, (dy * mask[:, :, None]).sum((1, 3)))
+
+
+def last_of_memory(a: Array) -> Array:
+    """The array; after its last byte comes a page that nobody may read."""
+    size = -(-a.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = np.frombuffer(mmap.mmap(-1, size + mmap.PAGESIZE), np.uint8)
+    libc = ctypes.CDLL(None)
+    end = ctypes.c_void_p(pages.ctypes.data + size)
+    assert libc.mprotect(end, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    view = pages[size - a.nbytes : size].view(a.dtype).reshape(a.shape)
+    view[...] = a
+    return view
 
 
 @pytest.mark.parametrize("weights", [False, True])
