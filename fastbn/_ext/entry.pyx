@@ -26,8 +26,8 @@ from libc.math cimport INFINITY, isfinite
 from libc.string cimport memset
 
 from fastbn._ext.task cimport (
-    AFFINE, AHEAD, GRADIENT_MOMENTS, INPUT_GRADIENT, MOMENTS, NO_MAP, NO_REDUCE, PACKED,
-    Map, Operand, Reduce, Run, Table, Task,
+    AFFINE, AHEAD, GRADIENT_MOMENTS, INPUT_GRADIENT, MOMENTS, NO_MAP, NO_REDUCE, PACKED, ROWS_PICKED,
+    WIDE, Map, Operand, Reduce, Run, Table, Task,
 )
 
 cnp.import_array()
@@ -234,6 +234,10 @@ cdef void set_rows(Task* t) noexcept nogil:
     t.together = max(1, (sparse if t.large else tuning.stretch) // t.C)
     if overflows or not t.large:
         t.together = max(t.together, 4)
+    if t.mask != NULL:
+        t.few = min(t.few, ROWS_PICKED)
+        # Row by row they are but one stream.
+        t.together = ROWS_PICKED if t.C >= WIDE else min(t.together, ROWS_PICKED)
 
 
 cdef Py_ssize_t even_block(Task* t, Py_ssize_t most) noexcept nogil:

@@ -34,8 +34,8 @@ from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy, memset
 
 from fastbn._ext.task cimport (
-    ACTIVE, AFFINE, AHEAD, GATED, GRADIENT_MOMENTS, INPUT_GRADIENT, KEEPS, MOMENTS, NO_MAP,
-    NO_REDUCE, PACKED, RESIDUAL, SELECTED, WITH_X, Operand, Table, Task,
+    ACTIVE, AFFINE, AHEAD, GATED, GRADIENT_MOMENTS, INPUT_GRADIENT, KEEPS, KINDS, MOMENTS, NO_MAP,
+    NO_REDUCE, PACKED, RESIDUAL, ROWS_PICKED, SELECTED, WIDE, WITH_X, Operand, Table, Task,
 )
 
 cdef extern from "simd.h" nogil:
@@ -157,15 +157,20 @@ cdef inline Chunk chunk(const Task* t, Py_ssize_t j) noexcept nogil:
 
 
 cdef struct Selected:
-    # Which places count, and what weighs there: the mask where the work is, how a row is read, the
-    # weights from its first sample on, how many samples a row has, and whether these sixteen
-    # columns are of one.
+    # Which places count, and what weighs there: the mask where the work is, whether vectors of it
+    # end before it does, how a row is read, the weights from its first sample on, if there are any,
+    # and how many samples a row has.
     const unsigned char* mask
     const unsigned char* mask_end
+    bint inside, weighed
     picks numbers
     weights weighs
     Py_ssize_t samples
-    bint alike
+
+cdef struct Marked:
+    # The same of a few rows of one sample each.
+    picks[ROWS_PICKED] some
+    double[ROWS_PICKED] weight
 
 cdef double unweighed = 1
 
@@ -176,12 +181,11 @@ cdef inline Selected selected_at(const Task* t, Py_ssize_t g, Py_ssize_t n,
     cdef Selected p
     cdef Py_ssize_t sample = n * t.fold
     memset(&p.numbers, 0, sizeof(picks))
-    p.samples, p.alike = t.fold, t.fold == 1
+    p.samples, p.weighed = t.fold, t.weights != NULL
     p.mask, p.mask_end = t.mask + g * t.mask_g + sample * t.S + s, t.mask + t.G * t.mask_g
-    if t.weights == NULL:
-        p.weighs.first, p.weighs.end = &unweighed, &unweighed + 1
-        p.weighs.left = p.weighs.each = (t.N + 2) * t.fold
-    else:
+    p.inside = p.mask_end - p.mask >= (ROWS_PICKED + 1) * t.fold + 16
+    p.weighs.first, p.weighs.end, p.weighs.left, p.weighs.each = &unweighed, &unweighed + 1, 16, 16
+    if p.weighed:
         p.weighs.first = t.weights + g * t.weights_g + sample // t.weight_samples
         p.weighs.end = t.weights + t.G * t.weights_g
         p.weighs.each = t.weight_samples
@@ -191,27 +195,35 @@ cdef inline Selected selected_at(const Task* t, Py_ssize_t g, Py_ssize_t n,
 
 cdef inline void pass_samples(Selected* p, Py_ssize_t samples) noexcept nogil:
     p.mask += samples
-    p.weighs.left -= samples
-    while p.weighs.left <= 0:
-        p.weighs.first += 1
-        p.weighs.left += p.weighs.each
+    if p.weighed:
+        p.weighs.left -= samples
+        while p.weighs.left <= 0:
+            p.weighs.first += 1
+            p.weighs.left += p.weighs.each
 
 
 cdef inline Selected at_columns(const Task* t, const Selected* row, Py_ssize_t c) noexcept nogil:
     """At sixteen columns of a row: each is of the sample that it belongs to."""
     cdef Selected p = row[0]
-    if t.fold == 1 and c + 16 <= t.C:
-        return p
     pass_samples(&p, t.samples[c])
-    p.alike, p.numbers = False, numbers_of(t.numbers + c)
+    p.numbers = numbers_of(t.numbers + c)
     return p
 
 
 cdef inline picks picks_at(const Selected* p) noexcept nogil:
     """Of sixteen columns those that count."""
-    if p.alike:
-        return picks_alike(p.mask)
-    return picks_by(p.numbers, picks_before(p.mask_end, p.mask))
+    return picks_by(p.numbers, picks_of(p.mask) if p.inside else picks_before(p.mask_end, p.mask))
+
+
+cdef inline Py_ssize_t mark(const Task* t, Selected p, Py_ssize_t rows, Marked* marked) noexcept nogil:
+    """A few rows from this one on; how many columns they tell all of."""
+    cdef Py_ssize_t r
+    if t.fold > 1:
+        return 0
+    for r in range(rows):
+        marked.some[r], marked.weight[r] = picks_alike(p.mask), p.weighs.first[0]
+        pass_samples(&p, 1)
+    return t.C
 
 
 # ---- Reductions ----
@@ -309,18 +321,21 @@ cdef inline void sum_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0
         sum[c], sum[t.pitch + c] = wsum(first), wsum(second)
 
 
-cdef inline void sum_columns(int kind, Summed p, Selected selected, Py_ssize_t rows, Py_ssize_t width,
-                             const double* shift, const double* unit, double* first,
+cdef inline void sum_columns(int kind, Summed p, Selected selected, const Marked* marked,
+                             Py_ssize_t rows, Py_ssize_t width, const double* shift, const double* unit, double* first,
                              double* second) noexcept nogil:
     """Up to 16 columns of a few rows, whose tables start here."""
     cdef wide k = wload_table(shift), u = wload_table(unit)
     cdef wide sum = wload_table(first), other = wload_table(second)
     cdef Py_ssize_t r
+    p.weight = wsplat(1)
     for r in range(rows):
         fetch_summed(kind, &p, 0)
-        if kind & SELECTED:
+        if kind & SELECTED and marked != NULL:
+            p.some, p.weight = marked.some[r], wsplat(marked.weight[r])
+        elif kind & SELECTED:
             p.some = picks_at(&selected)
-            if not kind & WITH_X:
+            if not kind & WITH_X and selected.weighed:
                 p.weight = weights_by(&selected.weighs, selected.numbers)
             pass_samples(&selected, selected.samples)
         add(kind, &p, 0, width, k, u, &sum, &other)
@@ -340,23 +355,26 @@ cdef inline void sum_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t n, P
     cdef const double* unit = t.unit + g * t.pitch
     cdef Summed p = summed_at(t, g, n, c0, 0)
     cdef Selected row, selected
-    cdef Py_ssize_t c, end = c0 + width, whole = end - width % 16
+    cdef Marked marked
+    cdef Py_ssize_t c, end = c0 + width, whole = end - width % 16, known = 0
     cdef double* second = sum + t.pitch
     p.x_ahead, p.dy_ahead, p.y_ahead = ahead * p.x_row, ahead * p.dy_row, ahead * p.y_row
     if kind & SELECTED:
         row = selected_at(t, g, n, 0)
+        known = mark(t, row, rows, &marked)
     for c in range(c0, whole, 16):
-        if kind & SELECTED:
+        if kind & SELECTED and not known:
             selected = at_columns(t, &row, c)
-        sum_columns(kind, p, selected, rows, 16, shift + c, unit + c, sum + c, second + c)
+        sum_columns(kind, p, selected, &marked if known else NULL, rows, 16, shift + c, unit + c,
+                    sum + c, second + c)
         p.x += 16
         p.dy += 16
         p.y += 16
     if whole < end:
-        if kind & SELECTED:
+        if kind & SELECTED and not known:
             selected = at_columns(t, &row, whole)
-        sum_columns(kind, p, selected, rows, end - whole, shift + whole, unit + whole, sum + whole,
-                    second + whole)
+        sum_columns(kind, p, selected, &marked if known else NULL, rows, end - whole, shift + whole,
+                    unit + whole, sum + whole, second + whole)
 
 
 cdef inline void sum_chunk_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
@@ -772,6 +790,11 @@ cdef void finish(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noex
 
 # ---- Maps ----
 
+cdef struct Piece:
+    # Chunk j of channels [c0, c1) of run g, while that of the channels `ahead` is fetched.
+    Py_ssize_t g, c0, c1, j, ahead
+
+
 cdef inline Py_ssize_t unaligned(const element* p, Py_ssize_t n) noexcept nogil:
     """How many of the n elements from p on lie before the first place where streaming may begin."""
     return min((-(<uintptr_t> p) & (BOUND - 1)) // sizeof(element), <size_t> n)
@@ -951,29 +974,85 @@ cdef inline void map_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0
                 end_run(&line, p.out + size)
 
 
-cdef inline void map_columns(int kind, Place p, Selected selected, Py_ssize_t rows,
+cdef inline void next_row(Place* p) noexcept nogil:
+    p.source += p.source_row
+    p.x += p.x_row
+    p.other += p.other_row
+    p.out += p.out_row
+    p.dresidual += p.dresidual_row
+
+
+cdef inline void pick_columns(int kind, Place* p, const Selected* here) noexcept nogil:
+    """What counts, and weighs, of sixteen columns."""
+    p.kept = lanes_of(picks_at(here))
+    if kind & WITH_X:
+        p.weight = vweights_by(&here.weighs, here.numbers)
+
+
+cdef inline void map_columns(int kind, Place p, const Selected* selected, Py_ssize_t rows,
                              Py_ssize_t width, const real* row, Py_ssize_t pitch,
                              bint stream) noexcept nogil:
-    """Up to 16 columns of a few rows; the columns' coefficients stand in rows `pitch` apart."""
+    """Up to 16 columns of a few rows; the columns' coefficients stand in rows `pitch` apart. NULL
+    in place of what is selected: it is picked already."""
     cdef vec[PACKED] k
+    cdef Selected here
     cdef Py_ssize_t r
     vload_each(k, row, pitch, coefficients(kind))
+    if kind & SELECTED and selected != NULL:
+        here = selected[0]
     for r in range(rows):
         fetch_place(kind, &p, 0)
-        if kind & SELECTED:
-            p.kept = lanes_of(picks_at(&selected))
-            if kind & WITH_X:
-                p.weight = vweights_by(&selected.weighs, selected.numbers)
-            pass_samples(&selected, selected.samples)
+        if kind & SELECTED and selected != NULL:
+            pick_columns(kind, &p, &here)
+            pass_samples(&here, here.samples)
         if stream:
             vstream(p.out, result(kind, &p, 0, 16, k, True))
         else:
             vstore_some(p.out, result(kind, &p, 0, width, k, False), width)
-        p.source += p.source_row
-        p.x += p.x_row
-        p.other += p.other_row
-        p.out += p.out_row
-        p.dresidual += p.dresidual_row
+        next_row(&p)
+
+
+cdef inline Py_ssize_t map_picked(int kind, const Task* t, Place p, Selected selected,
+                                  Py_ssize_t rows, Py_ssize_t c, Py_ssize_t width,
+                                  const real* row) noexcept nogil:
+    """Whole vectors of a few rows from column c on, row by row: what is picked of a row is the same
+    as far as its columns are of one sample. How many columns that were."""
+    cdef Py_ssize_t r, s, whole = width // 16 * 16
+    cdef Py_ssize_t pitch = t.pitch, alike = min(t.C - c, whole) // 16 * 16 if t.fold == 1 else 0
+    cdef Place line
+    cdef Selected here
+    cdef bint stream = t.stream
+    for r in range(rows):
+        line = p
+        line.kept = lanes_of(picks_alike(selected.mask))
+        line.weight = vsplat(<real> selected.weighs.first[0])
+        for s in range(0, alike, 16):
+            map_columns(kind, line, NULL, 1, 16, row + s, pitch, stream)
+            forward(&line, 16)
+        for s in range(alike, whole, 16):
+            here = at_columns(t, &selected, c + s)
+            map_columns(kind, line, &here, 1, 16, row + s, pitch, stream)
+            forward(&line, 16)
+        next_row(&p)
+        pass_samples(&selected, t.fold)
+    return whole
+
+
+cdef inline void map_selected_few(int kind, const Task* t, Place p, const Selected* first,
+                                  Py_ssize_t rows, Py_ssize_t c, Py_ssize_t head, Py_ssize_t width,
+                                  const real* row) noexcept nogil:
+    """Columns of a few rows from column c on, of which the head is not streamed."""
+    cdef Py_ssize_t s = 0, n = head if head > 0 else min(16, width)
+    cdef Selected here
+    while s < width:
+        if n == 16 and t.C >= WIDE:
+            n = map_picked(kind, t, p, first[0], rows, c + s, width - s, row + s)
+        else:
+            here = at_columns(t, first, c + s)
+            map_columns(kind, p, &here, rows, n, row + s, t.pitch, t.stream and n == 16)
+        forward(&p, n)
+        s += n
+        n = min(16, width - s)
 
 
 cdef inline void map_few(int kind, const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t rows,
@@ -982,25 +1061,22 @@ cdef inline void map_few(int kind, const Task* t, Py_ssize_t g, Py_ssize_t n, Py
     cdef const real* row = packed(t, g) + c
     cdef bint stream = t.stream
     cdef Place p = place(t, g, n, c, 0)
-    cdef Selected first, here
+    cdef Selected first
     cdef Py_ssize_t pitch = t.pitch, s = unaligned(p.out, width) if stream else 0
     p.source_ahead = p.x_ahead = p.other_ahead = 2 * ahead_values()
     if kind & SELECTED:
         first = selected_at(t, g, n, 0)
-        here = at_columns(t, &first, c)
+        map_selected_few(kind, t, p, &first, rows, c, s, width, row)
+        return
     if s > 0:
-        map_columns(kind, p, here, rows, s, row, pitch, False)
+        map_columns(kind, p, NULL, rows, s, row, pitch, False)
         forward(&p, s)
     while s + 16 <= width:
-        if kind & SELECTED:
-            here = at_columns(t, &first, c + s)
-        map_columns(kind, p, here, rows, 16, row + s, pitch, stream)
+        map_columns(kind, p, NULL, rows, 16, row + s, pitch, stream)
         forward(&p, 16)
         s += 16
     if s < width:
-        if kind & SELECTED:
-            here = at_columns(t, &first, c + s)
-        map_columns(kind, p, here, rows, width - s, row + s, pitch, False)
+        map_columns(kind, p, NULL, rows, width - s, row + s, pitch, False)
 
 
 cdef inline bint is_dense(const Task* t) noexcept nogil:
@@ -1036,55 +1112,73 @@ cdef inline void map_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0, 
         map_few(kind, t, g, t.N, 1, c0, min(c1, t.tail) - c0)
 
 
-cdef inline void map_chunk_of(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
-                              Py_ssize_t j, Py_ssize_t ahead) noexcept nogil:
+cdef inline void map_chunk_of(int kind, const Task* t, const Piece* p) noexcept nogil:
     if t.inside:
-        map_rows(kind, t, g, c0, c1, j)
+        map_rows(kind, t, p.g, p.c0, p.c1, p.j)
     else:
-        map_planes(kind, t, g, c0, c1, j, ahead)
+        map_planes(kind, t, p.g, p.c0, p.c1, p.j, p.ahead)
 
 
-cdef void map_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t j,
-                    Py_ssize_t ahead) noexcept nogil:
-    if t.kind == 0:
-        map_chunk_of(0, t, g, c0, c1, j, ahead)
-    elif t.kind == WITH_X:
-        map_chunk_of(WITH_X, t, g, c0, c1, j, ahead)
-    elif t.kind == ACTIVE:
-        map_chunk_of(ACTIVE, t, g, c0, c1, j, ahead)
-    elif t.kind == (ACTIVE | RESIDUAL):
-        map_chunk_of(ACTIVE | RESIDUAL, t, g, c0, c1, j, ahead)
-    elif t.kind == (WITH_X | GATED):
-        map_chunk_of(WITH_X | GATED, t, g, c0, c1, j, ahead)
-    elif t.kind == (WITH_X | GATED | KEEPS):
-        map_chunk_of(WITH_X | GATED | KEEPS, t, g, c0, c1, j, ahead)
-    elif t.kind == GATED:
-        map_chunk_of(GATED, t, g, c0, c1, j, ahead)
-    elif t.kind == (GATED | KEEPS):
-        map_chunk_of(GATED | KEEPS, t, g, c0, c1, j, ahead)
-    else:
-        map_selected(t, g, c0, c1, j, ahead)
+# Each kind is a function of its own: compilers take twice as long over one that holds them all.
+cdef void map_plain(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(0, t, p)
+cdef void map_gradient(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(WITH_X, t, p)
+cdef void map_active(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(ACTIVE, t, p)
+cdef void map_residual(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(ACTIVE | RESIDUAL, t, p)
+cdef void map_gated_gradient(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(WITH_X | GATED, t, p)
+cdef void map_kept_gradient(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(WITH_X | GATED | KEEPS, t, p)
+cdef void map_gated(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(GATED, t, p)
+cdef void map_kept(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(GATED | KEEPS, t, p)
+cdef void map_masked_plain(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(SELECTED, t, p)
+cdef void map_masked_gradient(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(SELECTED | WITH_X, t, p)
+cdef void map_masked_active(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(SELECTED | ACTIVE, t, p)
+cdef void map_masked_residual(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(SELECTED | ACTIVE | RESIDUAL, t, p)
+cdef void map_masked_gated_gradient(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(SELECTED | WITH_X | GATED, t, p)
+cdef void map_masked_kept_gradient(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(SELECTED | WITH_X | GATED | KEEPS, t, p)
+cdef void map_masked_gated(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(SELECTED | GATED, t, p)
+cdef void map_masked_kept(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(SELECTED | GATED | KEEPS, t, p)
+
+ctypedef void (*MapChunk)(const Task*, const Piece*) noexcept nogil
+
+cdef MapChunk[KINDS] maps
+maps[0] = map_plain
+maps[WITH_X] = map_gradient
+maps[ACTIVE] = map_active
+maps[ACTIVE | RESIDUAL] = map_residual
+maps[WITH_X | GATED] = map_gated_gradient
+maps[WITH_X | GATED | KEEPS] = map_kept_gradient
+maps[GATED] = map_gated
+maps[GATED | KEEPS] = map_kept
+maps[SELECTED] = map_masked_plain
+maps[SELECTED | WITH_X] = map_masked_gradient
+maps[SELECTED | ACTIVE] = map_masked_active
+maps[SELECTED | ACTIVE | RESIDUAL] = map_masked_residual
+maps[SELECTED | WITH_X | GATED] = map_masked_gated_gradient
+maps[SELECTED | WITH_X | GATED | KEEPS] = map_masked_kept_gradient
+maps[SELECTED | GATED] = map_masked_gated
+maps[SELECTED | GATED | KEEPS] = map_masked_kept
 
 
-cdef void map_selected(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t j,
-                       Py_ssize_t ahead) noexcept nogil:
-    """The kinds of maps with a mask."""
-    if t.kind == SELECTED:
-        map_chunk_of(SELECTED, t, g, c0, c1, j, ahead)
-    elif t.kind == (SELECTED | ACTIVE):
-        map_chunk_of(SELECTED | ACTIVE, t, g, c0, c1, j, ahead)
-    elif t.kind == (SELECTED | ACTIVE | RESIDUAL):
-        map_chunk_of(SELECTED | ACTIVE | RESIDUAL, t, g, c0, c1, j, ahead)
-    elif t.kind == (SELECTED | WITH_X):
-        map_chunk_of(SELECTED | WITH_X, t, g, c0, c1, j, ahead)
-    elif t.kind == (SELECTED | WITH_X | GATED):
-        map_chunk_of(SELECTED | WITH_X | GATED, t, g, c0, c1, j, ahead)
-    elif t.kind == (SELECTED | WITH_X | GATED | KEEPS):
-        map_chunk_of(SELECTED | WITH_X | GATED | KEEPS, t, g, c0, c1, j, ahead)
-    elif t.kind == (SELECTED | GATED):
-        map_chunk_of(SELECTED | GATED, t, g, c0, c1, j, ahead)
-    else:
-        map_chunk_of(SELECTED | GATED | KEEPS, t, g, c0, c1, j, ahead)
+cdef inline void map_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t j,
+                           Py_ssize_t ahead) noexcept nogil:
+    cdef Piece p
+    p.g, p.c0, p.c1, p.j, p.ahead = g, c0, c1, j, ahead
+    maps[t.kind](t, &p)
 
 
 # ---- Order of work ----

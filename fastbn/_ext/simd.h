@@ -673,31 +673,35 @@ typedef struct {
 } weights;
 
 INLINE wide weights_permuted(const double *p, picks numbers) {
-    wide w;
 #if FASTBN_WIDTH == 64 && !defined(FASTBN_PORTABLE)
+    wide w;
     __m512d low = _mm512_loadu_pd(p), high = _mm512_loadu_pd(p + DOUBLES);
     __m128i upper = _mm_unpackhi_epi64((__m128i)numbers, (__m128i)numbers);
     w.r[0] = _mm512_permutex2var_pd(low, _mm512_cvtepu8_epi64((__m128i)numbers), high);
     w.r[1] = _mm512_permutex2var_pd(low, _mm512_cvtepu8_epi64(upper), high);
+    return w;
 #elif FASTBN_WIDTH == 32 && !defined(FASTBN_PORTABLE)
+    wide w;
     UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) {
         __m128i four = _mm_cvtsi32_si128(((__v4si)numbers)[i]);
         w.r[i] = _mm256_i32gather_pd(p, _mm_cvtepu8_epi32(four), sizeof *p);
     }
-#else
-    UNROLLED (int i = 0; i < LANES; i++)
-        w.r[i / DOUBLES][i % DOUBLES] = p[numbers[i]];
-#endif
     return w;
+#else
+    double w[LANES];
+    UNROLLED (int i = 0; i < LANES; i++)
+        w[i] = p[numbers[i]];
+    return wload_table(w);
+#endif
 }
 /* By a division for each lane: where few samples weigh alike, and at the end. */
 static __attribute__((noinline, unused)) wide weights_counted(const weights *p, picks numbers) {
-    wide w;
+    double w[LANES];
     for (int i = 0; i < LANES; i++) {
         long at = numbers[i] < p->left ? 0 : 1 + (numbers[i] - p->left) / p->each;
-        w.r[i / DOUBLES][i % DOUBLES] = p->first[at < p->end - p->first ? at : 0];
+        w[i] = p->first[at < p->end - p->first ? at : 0];
     }
-    return w;
+    return wload_table(w);
 }
 INLINE int weigh_alike(const weights *p, picks numbers) { return numbers[LANES - 1] < p->left; }
 /* Each lane's, by the number of its sample. */

@@ -31,6 +31,7 @@ cdef enum:
     GATED = 8           # dy is multiplied by the slope of the activation where it gave y
     KEEPS = 16          # that product is stored, as the residual's gradient
     SELECTED = 32       # places are masked and, in moments and their gradient, samples weighed
+    KINDS = 64          # above all sums of these
 
 cdef struct Task:
     Reduce reduce
@@ -95,4 +96,6 @@ ctypedef void (*Run)(Task*) noexcept nogil
 
 cdef enum:
     PACKED = 8          # the most coefficients that a map has
+    ROWS_PICKED = 16    # the most rows that are worked on together where a mask picks places
+    WIDE = 48           # columns; rows at least as wide are picked one by one
     AHEAD = 4096        # bytes from a value to the one fetched meanwhile; rows are mapped with twice that
