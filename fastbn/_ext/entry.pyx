@@ -296,11 +296,11 @@ cdef int set_scratch(Task* t, char** memory) except -1 nogil:
 cdef void set_starts(Task* t) noexcept nogil:
     cdef Py_ssize_t g, place, each = t.weight_samples * t.S
     cdef const unsigned char* mask
-    cdef const double* weights
-    for g in range(t.G):
-        mask, weights, place = t.mask + g * t.mask_g, t.weights + g * t.weights_g, 0
+    memset(t.starts, 0, t.G * sizeof(Py_ssize_t))
+    for g in range(t.G if t.mask != NULL else 0):
+        mask, place = t.mask + g * t.mask_g, 0
         # There is such a place: the count is more than 0.
-        while t.mask != NULL and (mask[place] == 0 or (each > 0 and weights[place // each] == 0)):
+        while mask[place] == 0 or (each > 0 and t.weights[g * t.weights_g + place // each] == 0):
             place += 1
         t.starts[g] = place
 

@@ -21,7 +21,8 @@
 #    the way out, on the way back the activation's slope where it gave y. Loops take what they do
 #    as a constant, `kind`; each is compiled once for each kind, without a branch in it.
 #    Places that do not count are masked: of what was loaded, and of what is stored, only their
-#    bits are cleared, so that nothing that stands there gets anywhere. All channels share a mask.
+#    bits are cleared, so that nothing that stands there gets anywhere. All channels share a mask:
+#    what counts of a row is known once if it is one sample; else each column's sample tells.
 # 6. A trip over planes runs both passes on one block of channels, the second walk in reverse, so
 #    that it starts on what the cache still holds. Rows are walked in the order of memory, by all
 #    threads together, which meet between the passes; so are planes where single blocks would leave
@@ -215,15 +216,15 @@ cdef inline picks picks_at(const Selected* p) noexcept nogil:
     return picks_by(p.numbers, picks_of(p.mask) if p.inside else picks_before(p.mask_end, p.mask))
 
 
-cdef inline Py_ssize_t mark(const Task* t, Selected p, Py_ssize_t rows, Marked* marked) noexcept nogil:
-    """A few rows from this one on; how many columns they tell all of."""
+cdef inline bint mark(const Task* t, Selected p, Py_ssize_t rows, Marked* marked) noexcept nogil:
+    """A few rows from this one on, and whether they are of one sample each."""
     cdef Py_ssize_t r
     if t.fold > 1:
-        return 0
+        return False
     for r in range(rows):
         marked.some[r], marked.weight[r] = picks_alike(p.mask), p.weighs.first[0]
         pass_samples(&p, 1)
-    return t.C
+    return True
 
 
 # ---- Reductions ----
@@ -322,8 +323,8 @@ cdef inline void sum_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0
 
 
 cdef inline void sum_columns(int kind, Summed p, Selected selected, const Marked* marked,
-                             Py_ssize_t rows, Py_ssize_t width, const double* shift, const double* unit, double* first,
-                             double* second) noexcept nogil:
+                             Py_ssize_t rows, Py_ssize_t width, const double* shift,
+                             const double* unit, double* first, double* second) noexcept nogil:
     """Up to 16 columns of a few rows, whose tables start here."""
     cdef wide k = wload_table(shift), u = wload_table(unit)
     cdef wide sum = wload_table(first), other = wload_table(second)
@@ -356,7 +357,8 @@ cdef inline void sum_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t n, P
     cdef Summed p = summed_at(t, g, n, c0, 0)
     cdef Selected row, selected
     cdef Marked marked
-    cdef Py_ssize_t c, end = c0 + width, whole = end - width % 16, known = 0
+    cdef bint known = False
+    cdef Py_ssize_t c, end = c0 + width, whole = end - width % 16
     cdef double* second = sum + t.pitch
     p.x_ahead, p.dy_ahead, p.y_ahead = ahead * p.x_row, ahead * p.dy_row, ahead * p.y_row
     if kind & SELECTED:
