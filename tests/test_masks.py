@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -231,7 +230,6 @@ def test_streamed_to_any_address(
         assert np.array_equal(out, dx)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no mprotect")
 @pytest.mark.parametrize(
     "shape", [(1, 5, 3, 1), (1, 901, 1, 1), (1, 77, 20, 1), (2, 41, 3, 5), (1, 9, 2, 17)]
 )
