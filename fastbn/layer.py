@@ -17,12 +17,12 @@ from numpy.typing import DTypeLike, NDArray
 
 from fastbn import checks
 from fastbn.backends.base import quiet
+from fastbn.call import count_of
 from fastbn.frozen import FrozenBatchNorm
 from fastbn.functional import (
     ActivationName,
     batch_norm,
     batch_norm_backward,
-    count_of,
     moments,
     normalize,
     normalize_backward,

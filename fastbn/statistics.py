@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from fastbn import checks
 from fastbn.backends.base import quiet
-from fastbn.functional import count_of, moments
+from fastbn.call import count_of
+from fastbn.functional import moments
 from fastbn.results import PopulationStatistics
 
 Array = NDArray[Any]

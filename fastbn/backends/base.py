@@ -128,6 +128,13 @@ def gradient_coefficients(
     return GradientCoefficients(a, -a * (sum_dy_xhat / count), sum_dy / count, mean, rstd)
 
 
+@quiet
+def frozen_coefficients(mean: Table, rstd: Table, gamma: Table) -> GradientCoefficients:
+    """dx = gamma * rstd * dy: through fixed statistics."""
+    zero = np.zeros_like(rstd)
+    return GradientCoefficients(gamma * rstd, zero, zero, mean, rstd)
+
+
 def _never_plain(*arguments: Any) -> None:
     """For a backend without plain entries no arguments are plain."""
 
