@@ -142,6 +142,27 @@ def textbook_frozen(
     return y
 
 
+def textbook_backward(
+    dy: Array, x: Array, gamma: Array, eps: float, layout: str, fixed: tuple[Array, Array] | None
+) -> tuple[Array, Array, Array]:
+    """dx, dgamma and dbeta as they are printed, for complex arrays too; the mean and variance are
+    x's own, or fixed."""
+    channel = channel_axis(x.ndim, layout)
+    over = tuple(axis for axis in range(x.ndim) if axis != channel)
+    shape = [-1 if axis == channel else 1 for axis in range(x.ndim)]
+
+    def mean(a: Array) -> Array:
+        return np.asarray(a.mean(over, keepdims=True))
+
+    m, v = (
+        (mean(x), mean((x - mean(x)) ** 2)) if fixed is None else (a.reshape(shape) for a in fixed)
+    )
+    xhat = (x - m) / np.sqrt(v + eps)
+    through = 0 if fixed is not None else mean(dy) + xhat * mean(dy * xhat)
+    dx = gamma.reshape(shape) / np.sqrt(v + eps) * (dy - through)
+    return dx, (dy * xhat).sum(over), dy.sum(over)
+
+
 def _bends(activation: Any) -> tuple[float, float]:
     """The slope below 0 and the largest value of an activation."""
     if isinstance(activation, tuple):
@@ -162,6 +183,68 @@ def gated(dy: Wide, y: Wide, activation: Any) -> Wide:
     slope, top = _bends(activation)
     passed = np.where(y <= 0, dy * np.longdouble(slope) if slope else 0, dy)
     return passed if top == np.inf else np.where(y >= top, 0, passed)
+
+
+class SecondProblem(NamedTuple):
+    """What second derivatives are of, in extended precision; None where nothing was given."""
+
+    ddx: Wide | None
+    ddgamma: Wide | None
+    ddbeta: Wide | None
+    dy: Wide
+    x: Wide
+    mean: Wide
+    var: Wide
+    gamma: Wide
+    eps: float
+    frozen: bool
+
+    @property
+    def rstd(self) -> Wide:
+        """1 / sqrt(var + eps) of each row."""
+        return rstd_of(self.var, self.eps)[:, None]
+
+    @property
+    def xhat(self) -> Wide:
+        """The normalized x."""
+        return (self.x - self.mean[:, None]) * self.rstd
+
+    def columns(self) -> tuple[Wide, Wide, Wide, Wide]:
+        """ddx, and ddgamma, ddbeta and gamma as columns, with zeros for what was not given."""
+        zero = np.zeros_like(self.mean)
+        vectors = (zero if a is None else a for a in (self.ddgamma, self.ddbeta))
+        a, b, g = (v[:, None] for v in (*vectors, self.gamma))
+        return np.zeros_like(self.x) if self.ddx is None else self.ddx, a, b, g
+
+
+class WideSecond(NamedTuple):
+    """Second derivatives, or how far each may be off."""
+
+    ddy: Wide
+    dx: Wide
+    dgamma: Wide
+
+
+def _mean(a: Wide) -> Wide:
+    """Of each row, as a column."""
+    return np.asarray(a.mean(1, keepdims=True))
+
+
+def second(p: SecondProblem) -> WideSecond:
+    """The gradients of sum(ddx * dx) + sum(ddgamma * dgamma) + sum(ddbeta * dbeta)."""
+    v, a, b, g = p.columns()
+    s, xhat = p.rstd, p.xhat
+    if p.frozen:
+        return WideSecond(g * s * v + a * xhat + b, a * s * p.dy, (s * v * p.dy).sum(1))
+
+    def centred(f: Wide) -> Wide:
+        return f - _mean(f) - xhat * _mean(f * xhat)
+
+    of_v, of_dy = centred(v), centred(p.dy)
+    product = _mean(v * of_dy)
+    dx = xhat * product + _mean(p.dy * xhat) * of_v + _mean(v * xhat) * of_dy
+    dgamma = (s * v * of_dy).sum(1)
+    return WideSecond(g * s * of_v + a * xhat + b, a * s * of_dy - g * s**2 * dx, dgamma)
 
 
 # --- bounds -------------------------------------------------------------------------------------
@@ -266,6 +349,42 @@ def bound_dgamma(dtype: Any, exact: WideGradients, mean: Wide, var: Wide, eps: f
 def bound_dbeta(dtype: Any, exact: WideGradients, mean: Wide, var: Wide, eps: float) -> Wide:
     """How far each dbeta, stored as `dtype`, may be off."""
     return _bound_sum(dtype, exact.dbeta, exact, mean, var, eps)
+
+
+def terms_of_second(p: SecondProblem) -> WideSecond:
+    """How large the terms are that second derivatives are made of, and their parts."""
+    v, a, b, g = (np.abs(column) for column in p.columns())
+    dy, s, xhat, n = np.abs(p.dy), p.rstd, np.abs(p.xhat), p.x.shape[1]
+    if p.frozen:
+        return WideSecond(g * s * v + a * (1 + xhat) + b, a * s * dy, (s * v * dy).sum(1))
+    of_v, of_dy = (f + _mean(f) + xhat * _mean(f * xhat) for f in (v, dy))
+    sum_v, sum_dy = (_mean(f) + _mean(f * xhat) for f in (v, dy))
+    product = _mean(v * dy) + 2 * sum_v * sum_dy
+    dx = a * s * of_dy + g * s**2 * (xhat * product + sum_dy * of_v + sum_v * of_dy)
+    return WideSecond(g * s * of_v + a * (1 + xhat) + b, dx, (n * s * product)[:, 0])
+
+
+def bound_second(dtype: Any, of_gamma: Any, p: SecondProblem) -> WideSecond:
+    """How far second derivatives may be off, stored as `dtype` and dgamma as `of_gamma`."""
+    exact, terms, ratio = second(p), terms_of_second(p), np.abs(p.mean) * p.rstd[:, 0]
+    k = 2 * factor(dtype, p.mean, p.rstd[:, 0])[:, None]
+    of_sum = np.longdouble(1e-12) + (0 if p.frozen else 4 * 2.0**-52) * ratio
+    ddy, dx = _stored_second(dtype, p, exact, k * terms.ddy, k * terms.dx)
+    return WideSecond(ddy, dx, unit(of_gamma) * np.abs(exact.dgamma) + of_sum * terms.dgamma)
+
+
+def _stored_second(
+    dtype: Any, p: SecondProblem, exact: WideSecond, ddy: Wide, dx: Wide
+) -> tuple[Wide, Wide]:
+    """The bounds of ddy and dx, which are stored before ddbeta or a third array is added, too."""
+    if p.ddx is not None and p.ddbeta is not None:
+        before = exact.ddy - p.ddbeta[:, None]
+        ddy = stored(dtype, before, ddy)
+    if p.ddx is not None and not p.frozen:
+        _, a, _, g = p.columns()
+        share = p.rstd * (a - g * p.rstd * _mean(p.ddx * p.xhat))
+        dx = stored(dtype, exact.dx - share * (p.dy - _mean(p.dy)), dx)
+    return stored(dtype, exact.ddy, ddy), stored(dtype, exact.dx, dx)
 
 
 # --- units --------------------------------------------------------------------------------------

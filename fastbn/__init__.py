@@ -30,8 +30,10 @@ from fastbn.results import (
     GradientSums,
     PopulationStatistics,
     ResidualGradients,
+    SecondGradients,
     Statistics,
 )
+from fastbn.second import batch_norm_double_backward, normalize_double_backward
 from fastbn.statistics import Moments, population_statistics
 
 __all__ = [
@@ -45,9 +47,11 @@ __all__ = [
     "Moments",
     "PopulationStatistics",
     "ResidualGradients",
+    "SecondGradients",
     "Statistics",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_double_backward",
     "fold_into_conv",
     "fold_into_linear",
     "get_backend",
@@ -57,6 +61,7 @@ __all__ = [
     "moments",
     "normalize",
     "normalize_backward",
+    "normalize_double_backward",
     "population_statistics",
     "reestimate",
     "set_backend",

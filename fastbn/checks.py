@@ -74,6 +74,7 @@ def batch(name: str, value: Any) -> NDArray[Any]:
 
 _COMPANIONS = {
     "dy": "the gradient with respect to y, which has x's shape",
+    "ddx": "the gradient with respect to the dx of the backward function, which has x's shape",
     "residual": "an array of x's shape: numpy.broadcast_to makes one of a smaller one",
     "y": "what the forward returned",
 }
@@ -81,7 +82,7 @@ _COMPANIONS = {
 
 
 def companion(name: str, value: Any, x_name: str, x: NDArray[Any]) -> NDArray[Any]:
-    """dy, residual or y: of x's shape and dtype (byte order apart)."""
+    """dy, ddx, residual or y: of x's shape and dtype (byte order apart)."""
     a = array(name, value, halves=True)
     if a.shape != x.shape:
         raise ValueError(
@@ -178,6 +179,26 @@ def gate(y: Any, activation: Any, x_name: str, x: NDArray[Any]) -> NDArray[Any] 
             f"{activation!r} follows from it; pass y=y"
         )
     return companion("y", y, x_name, x)
+
+
+def no_activation(value: Any) -> None:
+    """None, where an activation would have to be differentiated twice."""
+    if value is not None:
+        error = ValueError if isinstance(value, str | tuple) else TypeError
+        raise error(
+            f"activation is {value!r}, expected None: an activation has no second derivative at "
+            "its kinks; apply it apart: multiply dy by its slope where it gave y, and afterwards "
+            "ddy too"
+        )
+
+
+def some_gradient(**given: Any) -> None:
+    """Gradients of which not all are absent."""
+    if all(value is None for value in given.values()):
+        raise TypeError(
+            f"{', '.join(given)} are all None, expected an array in place of one or more: the "
+            "gradients with respect to what the backward function gave; pass those that there are"
+        )
 
 
 def may_lack_x(x: Any, *, frozen: bool, params: bool) -> bool:

@@ -48,6 +48,14 @@ class GradientSums(NamedTuple):
     count: float  # type: ignore[assignment]  # in place of tuple.count, which nobody misses
 
 
+class SecondGradients(NamedTuple):
+    """What the double backward functions return: gradients with respect to dy, x and gamma."""
+
+    ddy: NDArray[Any]
+    dx: NDArray[Any]
+    dgamma: NDArray[Any]
+
+
 class PopulationStatistics(NamedTuple):
     """What `fastbn.population_statistics` returns: float64 mean and unbiased variance of each
     channel, and how many values they are of."""

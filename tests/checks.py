@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,8 @@ from benchmarks.oracle import (
     wide,
 )
 
+COMPLEX_STEP = 1e-200
+
 
 def assert_within(actual: Array, expected: Any, bound: Any, what: str) -> None:
     """Every value is as near what is expected as its bound allows; a NaN anywhere fails."""
@@ -46,6 +49,16 @@ def assert_within(actual: Array, expected: Any, bound: Any, what: str) -> None:
             f"{what}{[int(i) for i in worst]} is {actual[worst]!r}, expected {expected[worst]!r}: "
             f"{off[worst]} times what is allowed; {int(wrong.sum())} of {off.size} wrong"
         )
+
+
+def derivative(loss: Callable[[Array], complex], at: Array) -> Array:
+    """d loss / d at, value by value; exact to rounding, because nothing is subtracted."""
+    gradient = np.empty(at.shape)
+    for index in np.ndindex(at.shape):
+        moved = at.astype(np.complex128)
+        moved[index] += 1j * COMPLEX_STEP
+        gradient[index] = loss(moved).imag / COMPLEX_STEP
+    return gradient
 
 
 class Judged(NamedTuple):

@@ -40,29 +40,27 @@ def bad(
     return Bad(label, lambda: value, error, pieces, verbs)
 
 
-ARRAYS = {
-    "x": (
-        "batch_norm",
-        "normalize",
-        "batch_norm_backward",
-        "normalize_backward",
-        "moments",
-        "gradient_sums",
-    ),
-    "dy": ("batch_norm_backward", "normalize_backward", "gradient_sums"),
-    "gamma": ("batch_norm", "normalize", "batch_norm_backward", "normalize_backward"),
-    "beta": ("batch_norm", "normalize"),
-    "mean": ("normalize", "batch_norm_backward", "normalize_backward", "gradient_sums"),
-    "var": ("normalize", "batch_norm_backward", "normalize_backward", "gradient_sums"),
-    "residual": ("batch_norm", "normalize"),
-    "y": ("batch_norm_backward", "normalize_backward", "gradient_sums"),
-}
 FORWARD = ("batch_norm", "normalize")
 BACKWARD = ("batch_norm_backward", "normalize_backward")
+SECOND = ("batch_norm_double_backward", "normalize_double_backward")
 WRITING = (*FORWARD, *BACKWARD)
+ARRAYS = {
+    "x": (*WRITING, *SECOND, "moments", "gradient_sums"),
+    "dy": (*BACKWARD, *SECOND, "gradient_sums"),
+    "ddx": SECOND,
+    "gamma": (*WRITING, *SECOND),
+    "beta": FORWARD,
+    "ddgamma": SECOND,
+    "ddbeta": SECOND,
+    "mean": ("normalize", *BACKWARD, *SECOND, "gradient_sums"),
+    "var": ("normalize", *BACKWARD, *SECOND, "gradient_sums"),
+    "residual": FORWARD,
+    "y": (*BACKWARD, "gradient_sums"),
+}
 FLOATS = "float32 or float64"
-OF_HALF_TYPES = ("x", "dy", "residual", "y")
+OF_HALF_TYPES = ("x", "dy", "ddx", "residual", "y")
 """Arrays that may be of half types as well."""
+OPTIONAL = ("gamma", "beta", "residual", "y", "ddx", "ddgamma", "ddbeta")
 
 
 def not_an_array(name: str) -> list[Bad]:
@@ -90,7 +88,7 @@ def not_an_array(name: str) -> list[Bad]:
         remedy = remedies.get(dtype, ".astype(numpy.float32)")
         pieces = (f"{name} has dtype {array.dtype}", f"expected {known}", remedy)
         rows.append(bad(dtype, array, TypeError, *pieces))
-    if name not in ("gamma", "beta", "residual", "y"):
+    if name not in OPTIONAL:
         lacking = tuple(v for v in ARRAYS[name] if (name, v) != ("x", "normalize_backward"))
         rows.append(bad("None", None, TypeError, f"{name} is a NoneType", known, verbs=lacking))
     return rows
@@ -217,8 +215,11 @@ BAD: dict[str, list[Bad]] = {
         *not_an_array("dy"),
         *not_like_x("dy", "pass the gradient"),
     ],
-    "gamma": [*not_an_array("gamma"), *not_of_the_channels("gamma")],
-    "beta": [*not_an_array("beta"), *not_of_the_channels("beta")],
+    "ddx": [*not_an_array("ddx"), *not_like_x("ddx", "pass the gradient with respect to the dx")],
+    **{
+        name: [*not_an_array(name), *not_of_the_channels(name)]
+        for name in ("gamma", "beta", "ddgamma", "ddbeta")
+    },
     "mean": [
         *not_an_array("mean"),
         *not_of_the_channels("mean"),
@@ -228,7 +229,7 @@ BAD: dict[str, list[Bad]] = {
             TypeError,
             "mean has dtype float32, expected float64",
             "mean.astype(numpy.float64)",
-            verbs=("batch_norm_backward", "gradient_sums"),
+            verbs=("batch_norm_backward", "batch_norm_double_backward", "gradient_sums"),
         ),
     ],
     "var": [
@@ -240,7 +241,7 @@ BAD: dict[str, list[Bad]] = {
             TypeError,
             "var has dtype float32, expected float64",
             "var.astype(numpy.float64)",
-            verbs=("batch_norm_backward", "gradient_sums"),
+            verbs=("batch_norm_backward", "batch_norm_double_backward", "gradient_sums"),
         ),
         *(
             bad(
@@ -260,7 +261,7 @@ BAD: dict[str, list[Bad]] = {
             "var[1] is nan: not a number",
             "expected zero or more, and no NaN",
             "channel 1",
-            verbs=("normalize", "normalize_backward"),
+            verbs=("normalize", "normalize_backward", "normalize_double_backward"),
         ),
     ],
     "eps": [
@@ -300,6 +301,18 @@ BAD: dict[str, list[Bad]] = {
             bad(str(slope), ("leaky_relu", slope), ValueError, "0 < slope < 1", "afterwards")
             for slope in (0, 1, -0.5, 1.5, float("nan"), "0.1", True, None)
         ),
+        *(
+            bad(
+                f"{value} differentiated twice",
+                value,
+                TypeError if value == 1 else ValueError,
+                f"activation is {value!r}, expected None",
+                "no second derivative at its kinks",
+                "multiply dy by its slope",
+                verbs=SECOND,
+            )
+            for value in ("relu", "relu6", ("leaky_relu", 0.1), "gelu", 1)
+        ),
     ],
     "residual": [*not_an_array("residual"), *not_like_x("residual", "numpy.broadcast_to")],
     "y": [
@@ -320,8 +333,8 @@ BAD: dict[str, list[Bad]] = {
 }
 
 TAKEN_BY = ARRAYS | {
-    "eps": (*WRITING, "gradient_sums"),
-    "layout": (*WRITING, "moments", "gradient_sums"),
+    "eps": (*WRITING, *SECOND, "gradient_sums"),
+    "layout": (*WRITING, *SECOND, "moments", "gradient_sums"),
     "params": BACKWARD,
     "activation": (*WRITING, "gradient_sums"),
     "sums": ("batch_norm_backward",),
@@ -342,9 +355,10 @@ CASES = [
 def arguments(verb: str) -> dict[str, Any]:
     """Good arguments, all of them given, with an `out` that shows whether it was written."""
     rng = np.random.default_rng(0)
-    names = ("x", "dy", "residual", "y")
-    arrays = dict(zip(names, rng.normal(size=(4, *SHAPE)).astype(np.float32), strict=True))
-    vectors = dict(zip(("gamma", "beta", "mean"), rng.normal(size=(3, 10)), strict=True))
+    names = OF_HALF_TYPES
+    arrays = dict(zip(names, rng.normal(size=(5, *SHAPE)).astype(np.float32), strict=True))
+    names = ("gamma", "beta", "mean", "ddgamma", "ddbeta")
+    vectors = dict(zip(names, rng.normal(size=(5, 10)), strict=True))
     options = {"eps": 1e-5, "layout": "NCHW", "params": True, "activation": "relu"}
     written = {name: np.full_like(arrays["x"], 77) for name in ("out", "dresidual")}
     every = {**arrays, **vectors, "var": np.ones(10), **options, **written}
@@ -376,13 +390,21 @@ def test_bad_argument(variant: Variant, verb: str, argument: str, row: Bad) -> N
 
 
 @pytest.mark.no_kernel
-@pytest.mark.parametrize("verb", WRITING)
+@pytest.mark.parametrize("verb", [*WRITING, *SECOND])
 def test_good_arguments_are_good(verb: str) -> None:
     """The arguments that every case starts from are accepted: a case fails for its own reason."""
     with fastbn.use_backend("numpy"):
         given = arguments(verb)
         getattr(fastbn, verb)(**given)
-        assert not (given["out"] == 77).any()
+        assert not (given.get("out", np.zeros(1)) == 77).any()
+
+
+@pytest.mark.no_kernel
+@pytest.mark.parametrize("verb", SECOND)
+def test_nothing_to_differentiate(variant: Variant, verb: str) -> None:
+    """Without any of the three gradients there is no loss."""
+    message = refuse(verb, {"ddx": None, "ddgamma": None, "ddbeta": None}, TypeError)
+    assert message.startswith("ddx, ddgamma, ddbeta are all None, expected an array in place of")
 
 
 @pytest.mark.no_kernel

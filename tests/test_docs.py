@@ -25,6 +25,8 @@ DOCUMENTED = (
     "normalize",
     "batch_norm_backward",
     "normalize_backward",
+    "batch_norm_double_backward",
+    "normalize_double_backward",
     "moments",
     "fold_into_conv",
     "fold_into_linear",

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from checks import assert_within
+from checks import assert_within, derivative
 from variants import Variant
 
 import fastbn
 from benchmarks import oracle
 from benchmarks.oracle import DTYPES, LAYOUTS, Array, vector, wide
-
-STEP = 1e-200
-
-
-def derivative(loss: Callable[[Array], complex], at: Array) -> Array:
-    """d loss / d at, value by value; exact to rounding, because nothing is subtracted."""
-    gradient = np.empty(at.shape)
-    for index in np.ndindex(at.shape):
-        moved = at.astype(np.complex128)
-        moved[index] += 1j * STEP
-        gradient[index] = loss(moved).imag / STEP
-    return gradient
 
 
 @pytest.mark.parametrize("params", [True, False])

@@ -21,6 +21,8 @@ BESIDE = ("channel_bytes", "plain_frozen")
 EXTRAS = {"cython": {"isa", "calls"}}
 """What a backend may have beyond the interface: how Cython tells its instruction sets apart."""
 
+SECOND = "ddx ddgamma ddbeta dy x mean var gamma=None * eps=1e-05 layout='NCHW' activation=None"
+
 SIGNATURES = {
     "batch_norm": (
         "x gamma=None beta=None * eps=1e-05 layout='NCHW' activation=None residual=None "
@@ -38,6 +40,8 @@ SIGNATURES = {
         "dy x mean var gamma=None * eps=1e-05 layout='NCHW' params=True activation=None y=None "
         "dresidual=False where=None out=None"
     ),
+    "batch_norm_double_backward": SECOND,
+    "normalize_double_backward": SECOND,
     "FrozenBatchNorm": ("mean var gamma=None beta=None * eps=1e-05 layout='NCHW' activation=None"),
     "moments": "x * layout='NCHW' where=None weights=None",
     "gradient_sums": (
@@ -113,13 +117,14 @@ def test_signature(name: str) -> None:
 def test_public_names() -> None:
     """The package exports these functions, the results' types and the error, and nothing else."""
     types = {"BackendError", "BatchNormResult", "Folded", "Gradients", "Statistics"}
-    types |= {"GradientSums", "PopulationStatistics", "ResidualGradients"}
+    types |= {"GradientSums", "PopulationStatistics", "ResidualGradients", "SecondGradients"}
     assert set(fastbn.__all__) == set(SIGNATURES) | types
     assert issubclass(fastbn.BackendError, RuntimeError)
     assert fastbn.BatchNormResult._fields == ("y", "mean", "var")
     assert fastbn.Folded._fields == ("weight", "bias")
     assert fastbn.Gradients._fields == ("dx", "dgamma", "dbeta")
     assert fastbn.ResidualGradients._fields == ("dx", "dgamma", "dbeta", "dresidual")
+    assert fastbn.SecondGradients._fields == ("ddy", "dx", "dgamma")
     assert fastbn.GradientSums._fields == ("dgamma", "dbeta", "count")
     assert fastbn.PopulationStatistics._fields == ("mean", "var", "count")
     assert fastbn.Statistics._fields == ("mean", "var")
