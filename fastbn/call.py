@@ -2,10 +2,17 @@
 
 Every verb that a plain entry did not do begins by making a `Call`, which refuses what is wrong
 before anything is written, and then asks it for views, tables and results.
+
+1. Its *spans* are samples whose runs are alike: all of them as one run, or whole virtual batches as
+   so many runs, and what is left of the samples as a smaller one.
+2. Statistics are tables with a row for each run.
+3. A span is worked on in *parts*, some of its runs or channels, whose tables stay small.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -15,7 +22,7 @@ from numpy.typing import NDArray
 from fastbn import checks
 from fastbn._caches import CALLS_SHARE, parts, scratch
 from fastbn.activations import LINEAR
-from fastbn.backends.base import Backend, Gate, Selection, Table, Tail
+from fastbn.backends.base import Backend, Gate, Part, Selection, Table, Tail
 from fastbn.elements import arithmetic
 from fastbn.layouts import Arrangement, channel_axis
 
@@ -25,6 +32,8 @@ CHANNEL_BYTES = 160
 """Of the tables that a call makes here, for a channel: up to twenty float64 vectors at a time."""
 WEIGHED = 16384
 """Samples whose weights are added up at a time."""
+SMALLEST = 1 << 20
+"""Bytes of x whose runs are worked on at once, however large their tables."""
 
 
 def count(x: Array, channels: int, where: Array | None, weights: Array | None) -> float:
@@ -53,8 +62,61 @@ def count_of(x: Array, layout: str, where: Array | None, weights: Array | None) 
     return count(x, x.shape[channel_axis(layout, x.ndim)], selected, weights)
 
 
+@dataclass(frozen=True)
+class Span:
+    """Samples whose runs are alike, and how their memory is arranged."""
+
+    samples: slice
+    runs: slice
+    """Their rows in tables of statistics."""
+    arrangement: Arrangement
+    selection: Selection | None
+
+    def view(self, a: Array) -> Array:
+        """Its part of `a`, of x's shape, as a (G, N, C, S) view."""
+        return self.arrangement.view(a[self.samples])
+
+    def target(self, out: Array) -> Array:
+        """A view to write: of `out` itself if it can be walked, else a fresh array."""
+        return self.arrangement.target(out[self.samples])
+
+    def deliver(self, result: Array, out: Array) -> None:
+        """Bring `result`, what `target(out)` gave, home into `out`."""
+        self.arrangement.deliver(result, out[self.samples])
+
+    def tail(self, tail: Tail | None) -> Tail | None:
+        """A tail on views."""
+        if tail is None or tail.residual is None:
+            return tail
+        return Tail(tail.activation, self.view(tail.residual))
+
+    def gate(self, gate: Gate | None) -> Gate | None:
+        """A gate on views, and its dresidual on one to write."""
+        if gate is None:
+            return None
+        wanted = None if gate.dresidual is None else self.target(gate.dresidual)
+        return Gate(gate.activation, self.view(gate.y), wanted)
+
+    def parts(self, backend: Backend, array_bytes: int) -> list[Part]:
+        """All runs and channels, in parts whose tables stay small beside the array; mostly one."""
+        runs, n, channels, size = self.arrangement.view_shape
+        each = CHANNEL_BYTES + backend.channel_bytes(self.arrangement.view_shape)
+        limit = scratch(array_bytes, CALLS_SHARE)
+        if runs == 1:
+            return [Part(slice(0, 1), some) for some in parts(channels, size, limit, each)]
+        run_bytes = array_bytes // runs
+        at_once = max(limit // (each * channels), SMALLEST // run_bytes, 1)
+        starts = range(0, runs, at_once)
+        return [Part(slice(i, min(i + at_once, runs)), slice(0, channels)) for i in starts]
+
+    def at(self, part: Part) -> tuple[slice, slice]:
+        """Where a part stands in tables of statistics."""
+        first = self.runs.start
+        return slice(first + part.runs.start, first + part.runs.stop), part.channels
+
+
 class Call:
-    """One call's checked array and per-channel vectors, and how its memory is arranged."""
+    """One call's checked array and per-channel vectors, and its spans."""
 
     def __init__(
         self,
@@ -64,16 +126,21 @@ class Call:
         where: Any = None,
         weights: Any = None,
         *,
+        virtual_batch: Any = None,
         single: bool = True,
         **vectors: Any,
     ) -> None:
         self.array, self.name = checks.batch(name, x), name
         self.layout = checks.layout(layout)
         self.channels = x.shape[channel_axis(layout, x.ndim)]
+        self.virtual_batch = checks.virtual_batch(virtual_batch, where=where, weights=weights)
+        self.groups = None if self.virtual_batch is None else -(-len(x) // self.virtual_batch)
         self.vectors: dict[str, Array | None] = {}
         for key, value in vectors.items():
             if key in ("mean", "var"):
-                self.vectors[key] = checks.statistic(key, value, name, x, layout, single=single)
+                self.vectors[key] = checks.statistic(
+                    key, value, name, x, layout, single=single, groups=self.groups
+                )
             else:
                 self.vectors[key] = checks.parameter(key, value, name, x, layout)
         selected = None if where is None else checks.where(where, name, x, layout)
@@ -81,9 +148,24 @@ class Call:
         self.apart = {"where": selected, "weights": weights}
         self.count = count(x, self.channels, selected, weights)
         self.is_empty = prod(x.shape) == 0 or self.count == 0
+        self.spans: list[Span] = []
         if not self.is_empty:
             self.arrangement = Arrangement.of(x, layout, by_sample=weights is not None)
-            self.selection = self._selected(selected, weights)
+            self.spans = list(self._spans(selected, weights))
+
+    def _spans(self, where: Array | None, weights: Array | None) -> Iterator[Span]:
+        """All samples as one run; or whole virtual batches as so many, and what is left as one."""
+        n, k, start, run = len(self.array), self.virtual_batch, 0, 0
+        if k is None:
+            selection = self._selected(where, weights)
+            yield Span(slice(0, n), slice(0, 1), self.arrangement, selection)
+            return
+        while start < n:
+            runs = max((n - start) // k, 1)
+            samples = slice(start, min(start + runs * k, n))
+            of_runs = Arrangement.of(self.array[samples], self.layout, runs=runs)
+            yield Span(samples, slice(run, run + runs), of_runs, None)
+            start, run = samples.stop, run + runs
 
     def output(
         self,
@@ -122,12 +204,6 @@ class Call:
         asked = checks.activation(activation)
         return None if residual is None and asked == LINEAR else Tail(asked, residual)
 
-    def arranged(self, tail: Tail | None) -> Tail | None:
-        """A tail on views."""
-        if tail is None or tail.residual is None:
-            return tail
-        return Tail(tail.activation, self.view(tail.residual))
-
     def gate(self, activation: Any, y: Any, dresidual: Any, dy: Array, x: Any) -> Gate | None:
         """What stands before the normalization on the way back, on arrays; None for nothing.
 
@@ -140,22 +216,23 @@ class Call:
             return Gate(asked, dy if y is None else y, wanted)
         return None if y is None else Gate(asked, y, None)
 
-    def view(self, a: Array) -> Array:
-        """`a`, of x's shape, as a (G, N, C, S) view."""
-        return self.arrangement.view(a)
+    def table(self, name: str, default: float, span: Span, part: Part) -> Table:
+        """A part's statistics, parameter, or its default, as a (G, C) table."""
+        vector, runs = self.vectors[name], part.runs.stop - part.runs.start
+        if vector is not None and vector.ndim == 2:
+            return vector[span.at(part)].astype(np.float64)
+        row = np.full(part.channels.stop - part.channels.start, default)
+        if vector is not None:
+            row = vector[part.channels].astype(np.float64)
+        return row[None] if runs == 1 else np.broadcast_to(row, (runs, row.size))
 
-    def parts(self, backend: Backend) -> list[slice]:
-        """The channels, in parts whose tables stay small beside x; mostly one."""
-        shape = self.arrangement.view_shape
-        each = CHANNEL_BYTES + backend.channel_bytes(shape)
-        return parts(shape[2], shape[3], scratch(self.array.nbytes, CALLS_SHARE), each)
+    def statistics(self) -> Table:
+        """A table of zeros, a row for each run."""
+        return np.zeros((1 if self.groups is None else self.groups, self.channels))
 
-    def table(self, name: str, default: float, part: slice) -> Table:
-        """Part of a per-channel vector, or of its default, as a (G, C) table."""
-        vector = self.vectors[name]
-        if vector is None:
-            return np.full((1, part.stop - part.start), default)
-        return vector[part].astype(np.float64)[None]
+    def shaped(self, statistics: Table) -> Table:
+        """As they are returned: of one run in all, a vector."""
+        return statistics[0] if self.groups is None else statistics
 
     def zeros(self, dtype: Any) -> Array:
         """A vector of zeros, one a channel."""

@@ -211,13 +211,20 @@ def may_lack_x(x: Any, *, frozen: bool, params: bool) -> bool:
     return x is None and frozen
 
 
-def per_channel(name: str, value: Any, x_name: str, x: NDArray[Any], layout: str) -> NDArray[Any]:
-    """A (C,) array of float32 or float64 that fits the channels of `x`."""
+def per_channel(
+    name: str, value: Any, x_name: str, x: NDArray[Any], layout: str, groups: int | None = None
+) -> NDArray[Any]:
+    """A (C,) or (groups, C) array of float32 or float64 that fits the channels of `x`."""
     a = array(name, value)
     axis = channel_axis(layout, x.ndim)
     channels = x.shape[axis]
-    if a.shape == (channels,):
+    if a.shape == ((channels,) if groups is None else (groups, channels)):
         return a
+    if groups is not None:
+        raise ValueError(
+            f"{name} has shape {a.shape}, expected ({groups}, {channels}): with virtual_batch a "
+            f"row for each group of the {len(x)} samples of {x_name}; pass what batch_norm returned"
+        )
     message = (
         f"{name} has shape {a.shape} but {x_name} has {channels} channels "
         f"(axis {axis} of shape {x.shape}, layout {layout!r})"
@@ -248,9 +255,10 @@ def statistic(
     layout: str,
     *,
     single: bool = True,
+    groups: int | None = None,
 ) -> NDArray[Any]:
     """mean or var of each channel; float32 only where `single` says so."""
-    a = per_channel(name, value, x_name, x, layout)
+    a = per_channel(name, value, x_name, x, layout, groups)
     if not single and a.dtype.itemsize < 8:
         raise TypeError(
             f"{name} has dtype {a.dtype}, expected float64: the gradient through the batch's own "
@@ -273,15 +281,39 @@ def mean(value: NDArray[Any], name: str = "mean") -> NDArray[Any]:
 
 def variance(value: NDArray[Any], *, nan: bool, name: str = "var") -> NDArray[Any]:
     """A variance of each channel: not negative, and NaN only where `nan` allows it."""
-    channel = _first(value < 0 if nan else ~(value >= 0))
-    if channel is not None:
+    bad = value < 0 if nan else ~(value >= 0)
+    if bad.any():
+        at = tuple(int(i) for i in np.unravel_index(bad.argmax(), bad.shape))
         expected = "zero or more" if nan else "zero or more, and no NaN"
-        kind = "not a number" if math.isnan(value[channel]) else "a variance cannot be negative"
+        kind = "not a number" if math.isnan(value[at]) else "a variance cannot be negative"
         raise ValueError(
-            f"{name}[{channel}] is {value[channel]}: {kind}; expected {expected}; "
-            f"look at how channel {channel}'s statistics were made"
+            f"{name}[{', '.join(map(str, at))}] is {value[at]}: {kind}; expected {expected}; "
+            f"look at how channel {at[-1]}'s statistics were made"
         )
     return value
+
+
+def virtual_batch(value: Any, **others: Any) -> int | None:
+    """How many samples have statistics of their own; None for all. Goes with nothing else."""
+    if value is None:
+        return None
+    if not isinstance(value, Integral) or isinstance(value, bool | np.bool_):
+        raise TypeError(
+            f"virtual_batch is {_described(value)}, expected a whole number of samples; pass an "
+            "int, or None for the batch as a whole"
+        )
+    if value < 1:
+        raise ValueError(
+            f"virtual_batch is {value}, expected 1 or more samples; pass None for the batch as a "
+            "whole"
+        )
+    for name, other in others.items():
+        if other is not None:
+            raise ValueError(
+                f"virtual_batch and {name} are both given, expected one of them: {name} is of the "
+                f"batch as a whole; call batch_norm for each group of samples with its {name}"
+            )
+    return int(value)
 
 
 def _first(bad: NDArray[np.bool_]) -> int | None:

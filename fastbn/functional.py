@@ -8,7 +8,8 @@ checked, explained, and arranged as (G, N, C, S) views for the six functions of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -19,15 +20,15 @@ from fastbn.backends.base import (
     Affine,
     Gate,
     GradientCoefficients,
+    Part,
     Table,
-    channels,
     frozen_coefficients,
     gradient_coefficients,
     inverse_deviation,
     normal_scale,
     quiet,
 )
-from fastbn.call import Call
+from fastbn.call import Call, Span
 from fastbn.config import current
 from fastbn.results import (
     BatchNormResult,
@@ -53,6 +54,7 @@ def batch_norm(
     residual: Array | None = None,
     where: Array | None = None,
     weights: Array | None = None,
+    virtual_batch: int | None = None,
     out: Array | None = None,
 ) -> BatchNormResult:
     """Normalize each channel of a batch by the batch's own statistics: the training transform.
@@ -83,6 +85,9 @@ def batch_norm(
         nothing, and y is 0 there.
     weights : ndarray of float32 or float64, shape (N,), optional
         How much each sample counts in the statistics, zero or more; y is computed for all.
+    virtual_batch : int, optional
+        Normalize each group of so many consecutive samples by its own statistics, the last group
+        perhaps a smaller one ("ghost" batches: Hoffer et al. 2017). Without `where` and `weights`.
     out : ndarray, optional
         Where y goes: native, of x's shape and dtype, any strides; `x` or `residual` itself works
         in place. A fresh large array costs more than the normalization: pass `out` in a loop.
@@ -91,7 +96,7 @@ def batch_norm(
     -------
     y : ndarray
         x's shape and dtype, in native byte order and, where fresh, x's memory order.
-    mean, var : ndarray of float64, shape (C,)
+    mean, var : ndarray of float64, shape (C,) or, with virtual batches, (groups, C)
         The statistics used; var is divided by the count, or the sum of the weights. A batch
         without values, or in which nothing counts, gives zeros.
 
@@ -111,28 +116,30 @@ def batch_norm(
     (True, dtype('float32'), dtype('float64'))
     """
     backend, threads = current()
-    if where is None and weights is None:
+    if where is None and weights is None and virtual_batch is None:
         plain = backend.plain_batch_norm(
             x, gamma, beta, eps, layout, activation, residual, out, threads
         )
         if plain is not None:
             return BatchNormResult(*plain)
-    call = Call(x, "x", layout, where, weights, gamma=gamma, beta=beta)
+    selected = layout, where, weights
+    call = Call(x, "x", *selected, virtual_batch=virtual_batch, gamma=gamma, beta=beta)
     eps = checks.epsilon(eps)
     tail = call.tail(activation, residual)
     y = call.output("out", out, {"x": call.array, "residual": residual})
+    mean, var = call.statistics(), call.statistics()
     if call.is_empty:
         y.fill(0)
-        return BatchNormResult(y, call.zeros(np.float64), call.zeros(np.float64))
-    target, tail = call.arrangement.target(y), call.arranged(tail)
-    view, mean, var = call.view(x), call.zeros(np.float64), call.zeros(np.float64)
-    for part in call.parts(backend):
-        scale, shift = call.table("gamma", 1.0, part), call.table("beta", 0.0, part)
-        arrays = channels(view, part), scale, shift, eps, channels(target, part)
-        of_tail = tail and tail.part(part)
-        mean[part], var[part] = backend.forward(*arrays, threads, of_tail, call.selection)
-    call.arrangement.deliver(target, y)
-    return BatchNormResult(y, mean, var)
+        return BatchNormResult(y, call.shaped(mean), call.shaped(var))
+    for span in call.spans:
+        view, target, of_span = span.view(x), span.target(y), span.tail(tail)
+        for part in span.parts(backend, x.nbytes):
+            at, of_part = span.at(part), of_span and of_span.part(part)
+            parameters = call.table("gamma", 1.0, span, part), call.table("beta", 0.0, span, part)
+            arrays = part.of(view), *parameters, eps, part.of(target)
+            mean[at], var[at] = backend.forward(*arrays, threads, of_part, span.selection)
+        span.deliver(target, y)
+    return BatchNormResult(y, call.shaped(mean), call.shaped(var))
 
 
 def normalize(
@@ -191,8 +198,8 @@ def normalize(
     checks.variance(var, nan=False)
     eps = checks.epsilon(eps)
 
-    def scale(part: slice) -> Table:
-        return normal_scale(call.table("gamma", 1.0, part), call.table("var", 1.0, part), eps)
+    def scale(*at: Any) -> Table:
+        return normal_scale(call.table("gamma", 1.0, *at), call.table("var", 1.0, *at), eps)
 
     return _normalized(call, scale, activation, residual, out)
 
@@ -203,11 +210,11 @@ def apply_affine(
     """What `normalize` does, by vectors of a frozen batch norm, which need no checks."""
     checks.batch_of("FrozenBatchNorm", x, len(affine.mean), layout)
     call = Call(x, "x", layout, mean=affine.mean, scale=affine.scale, beta=affine.beta)
-    return _normalized(call, lambda part: call.table("scale", 1.0, part), activation, residual, out)
+    return _normalized(call, partial(call.table, "scale", 1.0), activation, residual, out)
 
 
 def _normalized(
-    call: Call, scale: Callable[[slice], Table], activation: Any, residual: Any, out: Any
+    call: Call, scale: Callable[[Span, Part], Table], activation: Any, residual: Any, out: Any
 ) -> Array:
     """What both have in common once they know each channel's scale."""
     backend, threads = current()
@@ -216,12 +223,14 @@ def _normalized(
     if call.is_empty:
         y.fill(0)
         return y
-    view, target, tail = call.view(call.array), call.arrangement.target(y), call.arranged(tail)
-    for part in call.parts(backend):
-        affine = Affine(call.table("mean", 0.0, part), scale(part), call.table("beta", 0.0, part))
-        arrays = channels(view, part), affine, channels(target, part)
-        backend.normalize(*arrays, threads, tail and tail.part(part), call.selection)
-    call.arrangement.deliver(target, y)
+    for span in call.spans:
+        view, target, of_span = span.view(call.array), span.target(y), span.tail(tail)
+        for part in span.parts(backend, call.array.nbytes):
+            mean, beta = call.table("mean", 0.0, span, part), call.table("beta", 0.0, span, part)
+            arrays = part.of(view), Affine(mean, scale(span, part), beta), part.of(target)
+            of_part = of_span and of_span.part(part)
+            backend.normalize(*arrays, threads, of_part, span.selection)
+        span.deliver(target, y)
     return y
 
 
@@ -242,6 +251,7 @@ def batch_norm_backward(
     where: Array | None = ...,
     weights: Array | None = ...,
     sums: Sums | None = ...,
+    virtual_batch: int | None = ...,
     out: Array | None = ...,
 ) -> Gradients: ...
 @overload
@@ -261,6 +271,7 @@ def batch_norm_backward(
     where: Array | None = ...,
     weights: Array | None = ...,
     sums: Sums | None = ...,
+    virtual_batch: int | None = ...,
     out: Array | None = ...,
 ) -> ResidualGradients: ...
 def batch_norm_backward(
@@ -279,6 +290,7 @@ def batch_norm_backward(
     where: Array | None = None,
     weights: Array | None = None,
     sums: Sums | None = None,
+    virtual_batch: int | None = None,
     out: Array | None = None,
 ) -> Gradients | ResidualGradients:
     """Gradient of `batch_norm`, through the batch's own statistics.
@@ -295,7 +307,7 @@ def batch_norm_backward(
         Gradient with respect to y, of x's shape and dtype.
     x, gamma, eps, layout
         As given to `batch_norm`.
-    mean, var : ndarray of float64, shape (C,)
+    mean, var : ndarray of float64, shape (C,) or (groups, C)
         As `batch_norm` returned them. No variance may be negative; a NaN stays in its channel.
     params : bool
         Whether dgamma and dbeta are wanted; None stands in their place otherwise.
@@ -312,6 +324,8 @@ def batch_norm_backward(
     sums : (dgamma, dbeta, count), optional
         What `gradient_sums` gave, added up over all parts of a batch of which x is one: used in
         place of this part's own. mean and var must then be those of the whole batch, too.
+    virtual_batch : int, optional
+        As given to `batch_norm`; without `where`, `weights` and `sums`.
     out : ndarray, optional
         Where dx goes: native, of x's shape and dtype, any strides; `dy` or `x` works in place.
 
@@ -340,7 +354,8 @@ def batch_norm_backward(
     (True, True)
     """
     arguments = dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual
-    return _gradients(arguments, out, where, weights, frozen=False, sums=sums)
+    apart: dict[str, Any] = {"sums": sums, "virtual_batch": virtual_batch}
+    return _gradients(arguments, out, where, weights, frozen=False, **apart)
 
 
 @overload
@@ -470,12 +485,13 @@ def moments(
         if plain is not None:
             return Statistics(*plain)
     call = Call(x, "x", layout, where, weights)
-    if call.is_empty:
-        return Statistics(call.zeros(np.float64), call.zeros(np.float64))
-    view, mean, var = call.view(x), call.zeros(np.float64), call.zeros(np.float64)
-    for part in call.parts(backend):
-        mean[part], var[part] = backend.moments(channels(view, part), threads, call.selection)
-    return Statistics(mean, var)
+    mean, var = call.statistics(), call.statistics()
+    for span in call.spans:
+        view = span.view(x)
+        for part in span.parts(backend, x.nbytes):
+            at = span.at(part)
+            mean[at], var[at] = backend.moments(part.of(view), threads, span.selection)
+    return Statistics(call.shaped(mean), call.shaped(var))
 
 
 def gradient_sums(
@@ -535,14 +551,14 @@ def gradient_sums(
     dgamma, dbeta = call.zeros(np.float64), call.zeros(np.float64)
     if call.is_empty:
         return GradientSums(dgamma, dbeta, 0)
-    dy_view, x_view = call.view(dy), call.view(x)
-    gate = None if gate is None else Gate(gate.activation, call.view(gate.y), None)
-    for part in call.parts(backend):
-        arrays = channels(dy_view, part), channels(x_view, part), call.table("mean", 0.0, part)
+    (span,) = call.spans
+    dy_view, x_view, gate = span.view(dy), span.view(x), span.gate(gate)
+    for part in span.parts(backend, x.nbytes):
+        arrays = part.of(dy_view), part.of(x_view), call.table("mean", 0.0, span, part)
         through = gate and gate.part(part)
-        sum_dy, centred = backend.gradient_moments(*arrays, threads, through, call.selection)
-        rstd = inverse_deviation(call.table("var", 1.0, part), eps)
-        _round_into([dgamma, dbeta], part, (_product(centred, rstd), sum_dy))
+        sum_dy, centred = backend.gradient_moments(*arrays, threads, through, span.selection)
+        rstd = inverse_deviation(call.table("var", 1.0, span, part), eps)
+        dgamma[part.channels], dbeta[part.channels] = _product(centred, rstd)[0], sum_dy[0]
     return GradientSums(dgamma, dbeta, call.count)
 
 
@@ -554,10 +570,11 @@ def _gradients(
     *,
     frozen: bool,
     sums: Any = None,
+    virtual_batch: Any = None,
 ) -> Gradients | ResidualGradients:
     """Both backward functions; `frozen` is what tells them apart."""
     backend, threads = current()
-    if where is None and weights is None and sums is None:
+    if all(given is None for given in (where, weights, sums, virtual_batch)):
         plain = backend.plain_backward(*arguments, frozen, out, threads)
         if plain is not None:
             return _named(*plain)
@@ -565,7 +582,8 @@ def _gradients(
     params = checks.flag("params", params)
     lone = checks.may_lack_x(x, frozen=frozen, params=params)
     array, name = (dy, "dy") if lone else (x, "x")
-    vectors = {"gamma": gamma, "mean": mean, "var": var}
+    checks.virtual_batch(virtual_batch, sums=sums)
+    vectors = {"gamma": gamma, "mean": mean, "var": var, "virtual_batch": virtual_batch}
     call = Call(array, name, layout, where, weights, single=frozen, **vectors)
     dy = checks.companion("dy", dy, name, call.array)
     checks.variance(var, nan=not frozen)
@@ -582,7 +600,7 @@ def _gradients(
             if array is not None:
                 array.fill(0)
         if total is not None:
-            _round_into(parameters, slice(None), (total.dgamma, total.dbeta))
+            _round_into(parameters, (total.dgamma, total.dbeta))
     dgamma, dbeta = parameters or (None, None)
     return _named(dx, dgamma, dbeta, dresidual)
 
@@ -607,39 +625,47 @@ def _run_backward(
     total: GradientSums | None,
 ) -> None:
     """Write dx, the gate's dresidual and, where they are listed, dgamma and dbeta."""
+    backend, _ = current()
+    totals = [np.full(call.channels, -0.0) for _ in parameters]  # to which -0.0 may be added, too
+    for span in call.spans:
+        target, through = span.target(dx), span.gate(gate)
+        views = span.view(dy), None if frozen and not parameters else span.view(call.array), target
+        for part in span.parts(backend, call.array.nbytes):
+            found = _part_backward(call, span, part, views, eps, frozen, through, total)
+            _add_into(totals, part.channels, found)
+        span.deliver(target, dx)
+        if gate is not None and gate.dresidual is not None:
+            assert through is not None
+            span.deliver(through.dresidual, gate.dresidual)
+    _round_into(parameters, totals)
+
+
+def _part_backward(
+    call: Call,
+    span: Span,
+    part: Part,
+    views: tuple[Array, Array | None, Array],
+    eps: float,
+    frozen: bool,
+    gate: Gate | None,
+    total: GradientSums | None,
+) -> tuple[Table, ...]:
+    """Write dx and dresidual of a part, on views of dy, x and dx; gives dgamma and dbeta, if x was
+    read for them."""
     backend, threads = current()
-    arrangement, target = call.arrangement, call.arrangement.target(dx)
-    dy_view, x_view = call.view(dy), None if frozen and not parameters else call.view(call.array)
-    written = [(target, dx)]
-    if gate is not None:
-        wanted = None
-        if gate.dresidual is not None:
-            wanted = arrangement.target(gate.dresidual)
-            written.append((wanted, gate.dresidual))
-        gate = Gate(gate.activation, call.view(gate.y), wanted)
-    for part in call.parts(backend):
-        arrays = channels(dy_view, part), channels(x_view, part)
-        result, through = channels(target, part), gate and gate.part(part)
-        mean, var = call.table("mean", 0.0, part), call.table("var", 1.0, part)
-        gamma, sums = call.table("gamma", 1.0, part), _part_of(total, part)
-        found: tuple[Table, ...] = ()
-        if x_view is not None and sums is None:
-            tables, fused = (mean, var, gamma), (through, call.selection)
-            found = backend.backward(*arrays, *tables, eps, frozen, result, threads, *fused)
-        else:
-            coefficients = _coefficients(mean, var, gamma, eps, sums)
-            backend.input_gradient(*arrays, coefficients, result, threads, through, call.selection)
-            found = found if sums is None else (sums.dgamma, sums.dbeta)
-        _round_into(parameters, part, found)
-    for place, result in written:
-        arrangement.deliver(place, result)
-
-
-def _part_of(total: GradientSums | None, part: slice) -> GradientSums | None:
-    """Some channels' sums, as tables."""
-    if total is None:
-        return None
-    return GradientSums(total.dgamma[None, part], total.dbeta[None, part], total.count)
+    dy, x, dx = (part.of(view) for view in views)
+    mean, var, gamma = (call.table(name, 1.0, span, part) for name in ("mean", "var", "gamma"))
+    through = gate and gate.part(part)
+    if x is not None and total is None:
+        tables, fused = (mean, var, gamma), (through, span.selection)
+        return backend.backward(dy, x, *tables, eps, frozen, dx, threads, *fused)
+    sums = None
+    if total is not None:
+        of_part = (a[None, part.channels] for a in total[:2])
+        sums = GradientSums(*of_part, total.count)
+    coefficients = _coefficients(mean, var, gamma, eps, sums)
+    backend.input_gradient(dy, x, coefficients, dx, threads, through, span.selection)
+    return () if sums is None else (sums.dgamma, sums.dbeta)
 
 
 @quiet
@@ -659,7 +685,14 @@ def _product(a: Table, b: Table) -> Table:
 
 
 @quiet
-def _round_into(parameters: list[Array], part: slice, sums: tuple[Array, ...]) -> None:
+def _add_into(totals: list[Table], at: slice, sums: tuple[Table, ...]) -> None:
+    """Add the sums of some runs to those of channels."""
+    for total, found in zip(totals, sums, strict=False):
+        total[at] += found.sum(0)
+
+
+@quiet
+def _round_into(parameters: list[Array], totals: Sequence[Table]) -> None:
     """Sums as the gradients of parameters, in their type."""
-    for parameter, total in zip(parameters, sums, strict=False):
-        parameter[part] = total
+    for parameter, total in zip(parameters, totals, strict=False):
+        parameter[...] = total

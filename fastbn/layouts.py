@@ -38,13 +38,16 @@ class Arrangement:
     view_shape: tuple[int, int, int, int]
 
     @staticmethod
-    def of(x: NDArray[Any], layout: str, *, by_sample: bool = False) -> Arrangement:
+    def of(
+        x: NDArray[Any], layout: str, *, by_sample: bool = False, runs: int | None = None
+    ) -> Arrangement:
         """Arrange by the memory order of `x`, which is not empty.
 
         `by_sample` wants the samples outermost, each some whole rows of N: other memory is copied.
+        So do `runs`, of as many samples each.
         """
         channel = channel_axis(layout, x.ndim)
-        axes = _memory_order(x, channel)
+        axes, by_sample = _memory_order(x, channel), by_sample or runs is not None
         if by_sample and axes[0] != 0:
             axes = tuple(range(x.ndim))
         at = axes.index(channel)
@@ -53,7 +56,8 @@ class Arrangement:
         if x.shape[channel] == 1 and s == 1 and not by_sample:
             # A single column: its samples are the contiguous values of one channel.
             n, s = 1, n
-        return Arrangement(axes, (1, n, x.shape[channel], s))
+        groups = runs or 1
+        return Arrangement(axes, (groups, n // groups, x.shape[channel], s))
 
     def view(self, a: NDArray[Any]) -> NDArray[Any]:
         """`a` as a native, aligned (G, N, C, S) array: where it lies, or else one dense copy."""

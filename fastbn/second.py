@@ -24,16 +24,16 @@ from fastbn.backends.base import (
     Affine,
     Backend,
     GradientCoefficients,
+    Part,
     Table,
     Tail,
-    channels,
     frozen_coefficients,
     gradient_coefficients,
     inverse_deviation,
     normal_scale,
     quiet,
 )
-from fastbn.call import Call
+from fastbn.call import Call, Span
 from fastbn.config import current
 from fastbn.results import SecondGradients
 
@@ -183,9 +183,11 @@ def _double_backward(arguments: tuple[Any, ...], *, frozen: bool) -> SecondGradi
         ddy.fill(0)
         dx.fill(0)
         return SecondGradients(ddy, dx, dgamma)
-    arrays = [None if a is None else call.view(a) for a in (ddx, dy, x, ddy, dx)]
-    for part in call.parts(backend):
-        _differentiate(_work(call, arrays, part, eps), frozen, dgamma[part], backend, threads)
+    (span,) = call.spans
+    views = [None if a is None else span.view(a) for a in (ddx, dy, x, ddy, dx)]
+    for part in span.parts(backend, call.array.nbytes):
+        work = _work(call, span, part, views, eps)
+        _differentiate(work, frozen, dgamma[part.channels], backend, threads)
     return SecondGradients(ddy, dx, dgamma)
 
 
@@ -205,14 +207,14 @@ class _Work(NamedTuple):
     eps: float
 
 
-def _work(call: Call, arrays: list[Any], part: slice, eps: float) -> _Work:
+def _work(call: Call, span: Span, part: Part, views: list[Any], eps: float) -> _Work:
     """The work on some channels of a call with these arrays."""
-    mean, var, gamma = (call.table(name, 1.0, part) for name in ("mean", "var", "gamma"))
+    mean, var, gamma = (call.table(name, 1.0, span, part) for name in ("mean", "var", "gamma"))
     ddgamma, ddbeta = (
-        None if call.vectors[name] is None else call.table(name, 0.0, part)
+        None if call.vectors[name] is None else call.table(name, 0.0, span, part)
         for name in ("ddgamma", "ddbeta")
     )
-    ddx, dy, x, ddy, dx = (channels(a, part) for a in arrays)
+    ddx, dy, x, ddy, dx = (part.of(view) for view in views)
     return _Work(ddx, dy, x, ddy, dx, mean, var, gamma, ddgamma, ddbeta, eps)
 
 

@@ -48,9 +48,15 @@ class GradientCoefficients(NamedTuple):
     rstd: Table
 
 
-def channels(a: Any, part: slice) -> Any:
-    """Some channels of a (G, N, C, S) array; None of None."""
-    return None if a is None else a[:, :, part]
+class Part(NamedTuple):
+    """Some runs and channels, which are worked on at once."""
+
+    runs: slice
+    channels: slice
+
+    def of(self, a: Any) -> Any:
+        """The same of a (G, N, C, S) array; None of None."""
+        return None if a is None else a[self.runs, :, self.channels]
 
 
 class Tail(NamedTuple):
@@ -59,9 +65,9 @@ class Tail(NamedTuple):
     activation: Activation
     residual: Array | None
 
-    def part(self, part: slice) -> Tail:
-        """The same on some channels."""
-        return Tail(self.activation, channels(self.residual, part))
+    def part(self, part: Part) -> Tail:
+        """The same on some runs and channels."""
+        return Tail(self.activation, part.of(self.residual))
 
 
 class Gate(NamedTuple):
@@ -72,9 +78,9 @@ class Gate(NamedTuple):
     dresidual: Array | None
     """Where the gated dy is written, by whatever writes dx; perhaps dy itself."""
 
-    def part(self, part: slice) -> Gate:
-        """The same on some channels."""
-        return Gate(self.activation, *(channels(a, part) for a in (self.y, self.dresidual)))
+    def part(self, part: Part) -> Gate:
+        """The same on some runs and channels."""
+        return Gate(self.activation, part.of(self.y), part.of(self.dresidual))
 
 
 class Selection(NamedTuple):
