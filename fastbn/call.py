@@ -99,8 +99,9 @@ class Span:
 
     def parts(self, backend: Backend, array_bytes: int) -> list[Part]:
         """All runs and channels, in parts whose tables stay small beside the array; mostly one."""
-        runs, n, channels, size = self.arrangement.view_shape
-        each = CHANNEL_BYTES + backend.channel_bytes(self.arrangement.view_shape)
+        shape = self.arrangement.view_shape
+        runs, _, channels, size = shape
+        each = CHANNEL_BYTES + backend.channel_bytes(shape)
         limit = scratch(array_bytes, CALLS_SHARE)
         if runs == 1:
             return [Part(slice(0, 1), some) for some in parts(channels, size, limit, each)]

@@ -634,8 +634,7 @@ def _run_backward(
             found = _part_backward(call, span, part, views, eps, frozen, through, total)
             _add_into(totals, part.channels, found)
         span.deliver(target, dx)
-        if gate is not None and gate.dresidual is not None:
-            assert through is not None
+        if gate and through and gate.dresidual is not None and through.dresidual is not None:
             span.deliver(through.dresidual, gate.dresidual)
     _round_into(parameters, totals)
 
@@ -661,8 +660,8 @@ def _part_backward(
         return backend.backward(dy, x, *tables, eps, frozen, dx, threads, *fused)
     sums = None
     if total is not None:
-        of_part = (a[None, part.channels] for a in total[:2])
-        sums = GradientSums(*of_part, total.count)
+        dgamma, dbeta = (a[None, part.channels] for a in (total.dgamma, total.dbeta))
+        sums = GradientSums(dgamma, dbeta, total.count)
     coefficients = _coefficients(mean, var, gamma, eps, sums)
     backend.input_gradient(dy, x, coefficients, dx, threads, through, span.selection)
     return () if sums is None else (sums.dgamma, sums.dbeta)
