@@ -23,6 +23,7 @@ from fastbn.functional import (
 )
 from fastbn.layer import BatchNorm
 from fastbn.reestimation import reestimate
+from fastbn.renormalization import Renormalization
 from fastbn.results import (
     BatchNormResult,
     Folded,
@@ -46,6 +47,7 @@ __all__ = [
     "Gradients",
     "Moments",
     "PopulationStatistics",
+    "Renormalization",
     "ResidualGradients",
     "SecondGradients",
     "Statistics",

@@ -565,7 +565,7 @@ def _weight(name: str, value: Any, whose: str) -> float:
     return number
 
 
-def one_value(value: Any, tracks: bool) -> str:
+def one_value(value: Any, tracks: bool, virtual_batch: int | None) -> str:
     """What a layer does with one value a channel."""
     known = option("one_value", value, ONE_VALUE)
     if known == "running" and not tracks:
@@ -573,7 +573,74 @@ def one_value(value: Any, tracks: bool) -> str:
             "one_value is 'running', expected 'raise' or 'skip' where track_running_stats is "
             "False: there are no running statistics to use"
         )
+    if known == "running" and virtual_batch is not None:
+        raise ValueError(
+            f"one_value is 'running', expected 'raise' or 'skip' where virtual_batch is "
+            f"{virtual_batch}: the groups of a batch are normalized alike; pass 'skip' to leave "
+            "groups of one value out of the running statistics"
+        )
     return known
+
+
+def renormalization(value: Any, kind: type, tracks: bool, virtual_batch: int | None) -> Any:
+    """What a layer's renormalization is limited by; None for none."""
+    if value is None:
+        return None
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"renormalization is {_described(value)}, expected a fastbn.{kind.__name__} or None; "
+            f"pass fastbn.{kind.__name__}() for the limits of the paper"
+        )
+    if not tracks:
+        raise ValueError(
+            "renormalization is given, expected None where track_running_stats is False: it goes "
+            "by the running statistics; leave one of them out"
+        )
+    if virtual_batch is not None:
+        raise ValueError(
+            "renormalization and virtual_batch are both given, expected one of them: r and d are "
+            "of the batch as a whole; leave one out"
+        )
+    return value
+
+
+def limit(name: str, value: Any, least: float, meaning: str) -> None:
+    """How far renormalization goes at most."""
+    if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
+        raise TypeError(
+            f"{name} is {_described(value)}, expected a number, {least} or more; pass a float"
+        )
+    if not least <= _as_float(value) < math.inf:
+        raise ValueError(
+            f"{name} is {value}, expected a finite number, {least} or more; it says {meaning}"
+        )
+
+
+def schedule(start: Any, ends: dict[str, Any]) -> None:
+    """Numbers of batches between which limits open."""
+    for name, value in ({"start": start} | ends).items():
+        if not isinstance(value, Integral) or isinstance(value, bool | np.bool_):
+            raise TypeError(
+                f"{name} is {_described(value)}, expected a whole number of batches; pass an int"
+            )
+    if start < 0:
+        raise ValueError(f"start is {start}, expected a number of batches, zero or more; pass 0")
+    for name, end in ends.items():
+        if end < start:
+            raise ValueError(
+                f"{name} is {end}, expected {start} or more, as start is: limits open from start "
+                "on; pass the same for limits that are open at once"
+            )
+
+
+def batches(value: Any) -> int:
+    """How many batches running statistics are of, where something goes by it."""
+    if value is None:
+        raise ValueError(
+            "num_batches_tracked is None, expected a number of batches: renormalization's limits "
+            "go by it; set it"
+        )
+    return int(value)
 
 
 def parameter_type(value: Any) -> np.dtype[Any]:
@@ -590,15 +657,22 @@ def parameter_type(value: Any) -> np.dtype[Any]:
     return found.newbyteorder("=")
 
 
-def several_values(policy: str, n: float, tracks: bool) -> None:
-    """More than one value a channel, where the layer's policy asks for it."""
-    if one_value(policy, tracks) == "raise":
-        came = "one value a channel" if n == 1 else f"values that weigh {n} a channel"
-        running = "'running' (use the running statistics) or " if tracks else ""
-        raise ValueError(
-            f"x has {came}, expected two or more: one value has no variance to normalize by; give "
-            f"a larger batch, or make the layer with one_value={running}'skip' (y = beta)"
-        )
+def several_values(
+    policy: str, counts: NDArray[Any], tracks: bool, virtual_batch: int | None
+) -> None:
+    """More than one value a channel in each group, where the layer's policy asks for it."""
+    if one_value(policy, tracks, virtual_batch) != "raise":
+        return
+    n, running = counts.min(), "'running' (use the running statistics) or "
+    came = "one value a channel" if n == 1 else f"values that weigh {n} a channel"
+    if len(counts) > 1:
+        came += f" in group {counts.argmin()} of {len(counts)} (virtual_batch is {virtual_batch})"
+    if not tracks or virtual_batch is not None:
+        running = ""
+    raise ValueError(
+        f"x has {came}, expected two or more: one value has no variance to normalize by; give "
+        f"a larger batch, or make the layer with one_value={running}'skip' (y = beta)"
+    )
 
 
 def finite(found: dict[str, NDArray[Any]], renewed: dict[str, NDArray[Any]]) -> None:

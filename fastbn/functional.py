@@ -205,11 +205,16 @@ def normalize(
 
 
 def apply_affine(
-    x: Any, affine: Affine, layout: str, activation: Any, residual: Any, out: Any
+    x: Any,
+    affine: Affine,
+    layout: str,
+    activation: Any,
+    residual: Any,
+    out: Any,
+    where: Any = None,
 ) -> Array:
-    """What `normalize` does, by vectors of a frozen batch norm, which need no checks."""
-    checks.batch_of("FrozenBatchNorm", x, len(affine.mean), layout)
-    call = Call(x, "x", layout, mean=affine.mean, scale=affine.scale, beta=affine.beta)
+    """What `normalize` does, by a layer's vectors, which need no checks."""
+    call = Call(x, "x", layout, where, mean=affine.mean, scale=affine.scale, beta=affine.beta)
     return _normalized(call, partial(call.table, "scale", 1.0), activation, residual, out)
 
 
@@ -452,6 +457,7 @@ def moments(
     layout: str = "NCHW",
     where: Array | None = None,
     weights: Array | None = None,
+    virtual_batch: int | None = None,
 ) -> Statistics:
     """Mean and biased variance of each channel, in float64.
 
@@ -460,12 +466,12 @@ def moments(
 
     Parameters
     ----------
-    x, layout, where, weights
+    x, layout, where, weights, virtual_batch
         As in `batch_norm`.
 
     Returns
     -------
-    mean, var : ndarray of float64, shape (C,)
+    mean, var : ndarray of float64, shape (C,) or, with virtual batches, (groups, C)
         Zeros where no value counts; var is exactly 0 on a constant channel.
 
     Raises
@@ -480,11 +486,11 @@ def moments(
     Statistics(mean=array([2., 7.]), var=array([1., 0.]))
     """
     backend, threads = current()
-    if where is None and weights is None:
+    if where is None and weights is None and virtual_batch is None:
         plain = backend.plain_moments(x, layout, threads)
         if plain is not None:
             return Statistics(*plain)
-    call = Call(x, "x", layout, where, weights)
+    call = Call(x, "x", layout, where, weights, virtual_batch=virtual_batch)
     mean, var = call.statistics(), call.statistics()
     for span in call.spans:
         view = span.view(x)
@@ -626,17 +632,20 @@ def _run_backward(
 ) -> None:
     """Write dx, the gate's dresidual and, where they are listed, dgamma and dbeta."""
     backend, _ = current()
-    totals = [np.full(call.channels, -0.0) for _ in parameters]  # to which -0.0 may be added, too
+    totals = parameters
+    if call.groups is not None:
+        totals = [np.full(call.channels, -0.0) for _ in parameters]  # to which -0.0 may be added
     for span in call.spans:
         target, through = span.target(dx), span.gate(gate)
         views = span.view(dy), None if frozen and not parameters else span.view(call.array), target
         for part in span.parts(backend, call.array.nbytes):
             found = _part_backward(call, span, part, views, eps, frozen, through, total)
-            _add_into(totals, part.channels, found)
+            _add_into(totals, part.channels, found, anew=call.groups is None)
         span.deliver(target, dx)
         if gate and through and gate.dresidual is not None and through.dresidual is not None:
             span.deliver(through.dresidual, gate.dresidual)
-    _round_into(parameters, totals)
+    if call.groups is not None:
+        _round_into(parameters, totals)
 
 
 def _part_backward(
@@ -684,10 +693,10 @@ def _product(a: Table, b: Table) -> Table:
 
 
 @quiet
-def _add_into(totals: list[Table], at: slice, sums: tuple[Table, ...]) -> None:
-    """Add the sums of some runs to those of channels."""
+def _add_into(totals: list[Array], at: slice, sums: tuple[Table, ...], *, anew: bool) -> None:
+    """Add the sums of some runs to those of channels, or put them there."""
     for total, found in zip(totals, sums, strict=False):
-        total[at] += found.sum(0)
+        total[at] = found.sum(0) if anew else total[at] + found.sum(0)
 
 
 @quiet

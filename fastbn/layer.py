@@ -5,6 +5,9 @@
    fails leaves all as it was.
 2. What a forward goes by is decided in one place, `_by_running`: the batch's own statistics, or the
    running ones (evaluation, `frozen_statistics`, `one_value="running"`). The backward follows it.
+3. A batch has groups, each normalized by itself: one or, in training, its virtual batches. Their
+   statistics enter the running ones together.
+4. Renormalization is batch norm with another scale and shift for each batch (renormalization.py).
 """
 
 from __future__ import annotations
@@ -16,17 +19,19 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fastbn import checks
-from fastbn.backends.base import quiet
+from fastbn.backends.base import Affine, normal_scale, quiet
 from fastbn.call import count_of
 from fastbn.frozen import FrozenBatchNorm
 from fastbn.functional import (
     ActivationName,
+    apply_affine,
     batch_norm,
     batch_norm_backward,
     moments,
     normalize,
     normalize_backward,
 )
+from fastbn.renormalization import Correction, Renormalization, correction
 from fastbn.results import BatchNormResult
 from fastbn.statistics import Moments
 
@@ -66,6 +71,8 @@ class _Forward(NamedTuple):
     """Whether the statistics were fixed, and let no gradient through."""
     where: Array | None
     weights: Array | None
+    virtual_batch: int | None
+    correction: Correction | None
 
 
 class BatchNorm:
@@ -100,6 +107,14 @@ class BatchNorm:
     nonfinite : {"update", "raise", "skip"}
         What happens where NaN or infinity is in the batch's statistics, or would be in the running
         ones after it: an update as ever; an error; or y, and no update.
+    virtual_batch : int, optional
+        As given to `fastbn.batch_norm`, in training: the running statistics take the mean over
+        groups of mean and variance, by the groups' numbers of values. A group of one value is what
+        `one_value` is about, and left out; it cannot be "running" then.
+    renormalization : Renormalization, optional
+        Batch renormalization in training: ``xhat * r + d`` in place of xhat, with r and d that
+        bring it to what the running statistics would give, within limits that open with
+        `num_batches_tracked`. Without `virtual_batch`.
     layout, activation
         As given to `fastbn.batch_norm`.
     dtype : {"float32", "float64"}
@@ -157,6 +172,8 @@ class BatchNorm:
         track_running_stats: bool = True,
         one_value: str = "raise",
         nonfinite: str = "update",
+        virtual_batch: int | None = None,
+        renormalization: Renormalization | None = None,
         layout: str = "NCHW",
         activation: ActivationName = None,
         dtype: DTypeLike = "float32",
@@ -166,7 +183,11 @@ class BatchNorm:
         self._momentum, self._decay = checks.momentum(momentum, decay, MOMENTUM)
         self.unbiased = checks.flag("unbiased", unbiased)
         tracks = checks.flag("track_running_stats", track_running_stats)
-        self.one_value = checks.one_value(one_value, tracks)
+        self.virtual_batch = checks.virtual_batch(virtual_batch)
+        self.renormalization = checks.renormalization(
+            renormalization, Renormalization, tracks, self.virtual_batch
+        )
+        self.one_value = checks.one_value(one_value, tracks, self.virtual_batch)
         self.nonfinite = checks.option("nonfinite", nonfinite, checks.NONFINITE)
         self.layout = checks.layout(layout)
         self.activation: ActivationName = checks.activation_name(activation)
@@ -279,37 +300,86 @@ class BatchNorm:
             checks.weights(weights, "x", x)
         count = count_of(x, self.layout, where, weights)
         runs = self._by_running(count)
+        trains = self.training or self._observe is not None
+        k, corrected = self.virtual_batch if trains and not runs else None, None
         selected: dict[str, Any] = {"layout": self.layout, "where": where}
         options: dict[str, Any] = {
             "activation": self.activation,
             "residual": residual,
             "out": out,
-            "eps": self.eps,
         }
         if runs:
             mean, var = (a.copy() for a in self._running(writes=False))
-            y = normalize(x, mean, var, self.gamma, self.beta, **selected, **options)
+            given: Any = (x, mean, var, self.gamma, self.beta)
+            y = normalize(*given, eps=self.eps, **selected, **options)
         else:
-            y, mean, var = self._by_batch(x, count, selected | {"weights": weights}, options)
+            selected |= {"weights": weights, "virtual_batch": k}
+            (y, mean, var), corrected = self._by_batch(x, count, selected, options)
         x_kept = None if out is not None and checks.share(out, x) else x
         y_kept = None if self.activation is None else y
-        self._forward = _Forward(x.shape, x_kept, mean, var, y_kept, runs, where, weights)
+        statistics = mean, var, y_kept, runs
+        self._forward = _Forward(x.shape, x_kept, *statistics, where, weights, k, corrected)
         return y
 
     def _by_batch(
         self, x: Array, count: float, selected: dict[str, Any], options: dict[str, Any]
-    ) -> BatchNormResult:
+    ) -> tuple[BatchNormResult, Correction | None]:
         """Normalize by the batch's own statistics, and see to the running ones."""
         checks.option("nonfinite", self.nonfinite, checks.NONFINITE)
-        updates = self._updates(count)
-        if self.nonfinite == "raise" and options["out"] is not None:
-            self._renewed(*moments(x, **selected), count, updates)  # before anything is written
-        result = batch_norm(x, self.gamma, self.beta, **selected, **options)
-        for name, a in self._renewed(result.mean, result.var, count, updates).items():
+        counts = _counts(len(x), count, selected["virtual_batch"])
+        updates = self._updates(counts)
+        corrected = None
+        if updates and self.renormalization is not None:
+            statistics = moments(x, **selected)
+            renewed = self._renewed(*statistics, counts, updates)
+            corrected = self._correction(*statistics)
+            y = self._renormalized(x, *statistics, corrected, where=selected["where"], **options)
+            result = BatchNormResult(y, *statistics)
+        else:
+            if self.nonfinite == "raise" and options["out"] is not None:
+                self._renewed(*moments(x, **selected), counts, updates)  # before y is written
+            result = batch_norm(x, self.gamma, self.beta, eps=self.eps, **selected, **options)
+            renewed = self._renewed(result.mean, result.var, counts, updates)
+        for name, a in renewed.items():
             getattr(self, name)[...] = a
         if self._observe is not None:
-            self._observe(Moments(count, result.mean, result.var))
-        return result
+            whole = result[1:] if len(counts) == 1 else moments(x, layout=self.layout)
+            self._observe(Moments(count, *(a.reshape(self.channels) for a in whole)))
+        return result, corrected
+
+    def _correction(self, mean: Array, var: Array) -> Correction:
+        """r and d of a batch with these statistics, by the running ones as they are."""
+        assert self.renormalization is not None
+        running = self._running(writes=True)
+        limits = self.renormalization.at(checks.batches(self.num_batches_tracked))
+        return correction(mean, var, *running, self.eps, limits)
+
+    @quiet
+    def _renormalized(
+        self,
+        x: Array,
+        mean: Array,
+        var: Array,
+        corrected: Correction,
+        **options: Any,
+    ) -> Array:
+        """Batch norm by the scale gamma * r and the shift gamma * d + beta."""
+        gamma, beta = self._parameters(corrected)
+        affine = Affine(mean, normal_scale(gamma, var, self.eps), beta)
+        return apply_affine(x, affine, self.layout, **options)
+
+    @quiet
+    def _parameters(self, corrected: Correction) -> tuple[Array, Array]:
+        """Scale and shift of a renormalized batch, in float64."""
+        gamma = 1.0 if self.gamma is None else self.gamma.astype(np.float64)
+        beta = 0.0 if self.beta is None else self.beta
+        return gamma * corrected.r, gamma * corrected.d + beta
+
+    @quiet
+    def _corrected(self, by: Correction, dgamma: Array, dbeta: Array) -> tuple[Array, Array]:
+        """The gradients of gamma and beta from those of a renormalized batch's scale and shift."""
+        dgamma = by.r * dgamma + by.d * dbeta
+        return dgamma.astype(self._dtype_name), dbeta.astype(self._dtype_name)
 
     def backward(
         self, dy: Array, *, dresidual: bool | Array = False, out: Array | None = None
@@ -340,7 +410,11 @@ class BatchNorm:
         verb: Callable[..., Any] = normalize_backward if last.is_frozen else batch_norm_backward
         # It tells the gradients' type, too.
         gamma = np.ones(self.channels, self._dtype_name) if self.gamma is None else self.gamma
-        options: dict[str, Any] = {} if last.is_frozen else {"weights": last.weights}
+        if last.correction is not None:
+            gamma, _ = self._parameters(last.correction)
+        options: dict[str, Any] = {}
+        if not last.is_frozen:
+            options = {"weights": last.weights, "virtual_batch": last.virtual_batch}
         found = verb(
             dy,
             last.x,
@@ -357,8 +431,11 @@ class BatchNorm:
             out=out,
             **options,
         )
-        self.dgamma = None if self.gamma is None else found.dgamma
-        self.dbeta = None if self.beta is None else found.dbeta
+        dgamma, dbeta = found.dgamma, found.dbeta
+        if params and last.correction is not None:
+            dgamma, dbeta = self._corrected(last.correction, dgamma, dbeta)
+        self.dgamma = None if self.gamma is None else dgamma
+        self.dbeta = None if self.beta is None else dbeta
         self.dresidual = getattr(found, "dresidual", None)
         return np.asarray(found.dx)
 
@@ -438,26 +515,30 @@ class BatchNorm:
         tracks = self.running_mean is not None
         return tracks and (not self.training or (0 < count <= 1 and self.one_value == "running"))
 
-    def _updates(self, count: float) -> bool:
+    def _updates(self, counts: Array) -> bool:
         """Whether this call, by the batch's own statistics, may renew the running ones."""
-        if self._observe is not None or count == 0:
+        if self._observe is not None or not counts.any():
             return False
-        if count <= 1:
-            checks.several_values(self.one_value, count, self.running_mean is not None)
-            return False
-        if self.running_mean is None:
+        if (counts <= 1).any():
+            tracks = self.running_mean is not None
+            checks.several_values(self.one_value, counts, tracks, self.virtual_batch)
+        if (counts <= 1).all() or (self.running_mean is None and self.renormalization is None):
             return False
         self._running(writes=True)
         return True
 
-    def _renewed(self, mean: Array, var: Array, count: float, updates: bool) -> dict[str, Array]:
+    @quiet
+    def _renewed(self, mean: Array, var: Array, counts: Array, updates: bool) -> dict[str, Array]:
         """The running arrays after a batch with these statistics; none where they stay.
 
         The policy looks at both: what is finite here may be infinite in the layer's type.
         """
         if self._observe is not None:
             return {}
-        renewed = self._average(mean, var, count) if updates else {}
+        each = var.reshape(len(counts), -1)
+        unbiased = each * (counts / (counts - 1))[:, None] if self.unbiased else each
+        mean, var, runs = (_over_groups(a, counts) for a in (mean, each, unbiased))
+        renewed = self._average(mean, runs) if updates else {}
         if self.nonfinite == "raise":
             checks.finite({"mean": mean, "variance": var}, renewed)
         elif self.nonfinite == "skip":
@@ -478,7 +559,7 @@ class BatchNorm:
         )
 
     @quiet
-    def _average(self, mean: Array, var: Array, count: float) -> dict[str, Array]:
+    def _average(self, mean: Array, var: Array) -> dict[str, Array]:
         """running = old * running + new * statistic, rounded once."""
         tracked = self.num_batches_tracked
         batches = 1 if tracked is None else int(tracked) + 1
@@ -487,8 +568,6 @@ class BatchNorm:
         else:
             new = 1 / batches if self.momentum is None else self.momentum
             old = 1 - new
-        if self.unbiased:
-            var = var * checks.unbiased_factor(count)
         renewed = {} if tracked is None else {"num_batches_tracked": np.array(batches)}
         for name, statistic in (("running_mean", mean), ("running_var", var)):
             running = getattr(self, name)
@@ -513,3 +592,21 @@ class BatchNorm:
             del told["momentum"]
         others = [f"{n}={told[n]!r}" for n in defaults if n in told and told[n] != defaults[n]]
         return f"BatchNorm({', '.join([str(self.channels), *others])})"
+
+
+def _counts(samples: int, count: float, k: int | None) -> Array:
+    """Values of a channel in each group, of so many in the batch."""
+    if k is None or not count:
+        return np.array([count], np.float64)
+    sizes = np.full(-(-samples // k), float(k))
+    sizes[-1] -= len(sizes) * k - samples
+    return sizes * (count / samples)
+
+
+@quiet
+def _over_groups(statistic: Array, counts: Array) -> Array:
+    """The mean over groups, by their counts; those of one value are left out where there are
+    others."""
+    kept = counts > 1 if (counts > 1).any() else counts > 0
+    weights = counts[kept] / counts[kept].sum()
+    return np.asarray((weights[:, None] * statistic.reshape(len(counts), -1)[kept]).sum(0))

@@ -26,7 +26,7 @@ SECOND = "ddx ddgamma ddbeta dy x mean var gamma=None * eps=1e-05 layout='NCHW' 
 SIGNATURES = {
     "batch_norm": (
         "x gamma=None beta=None * eps=1e-05 layout='NCHW' activation=None residual=None "
-        "where=None weights=None out=None"
+        "where=None weights=None virtual_batch=None out=None"
     ),
     "normalize": (
         "x mean var gamma=None beta=None * eps=1e-05 layout='NCHW' activation=None residual=None "
@@ -34,7 +34,7 @@ SIGNATURES = {
     ),
     "batch_norm_backward": (
         "dy x mean var gamma=None * eps=1e-05 layout='NCHW' params=True activation=None y=None "
-        "dresidual=False where=None weights=None sums=None out=None"
+        "dresidual=False where=None weights=None sums=None virtual_batch=None out=None"
     ),
     "normalize_backward": (
         "dy x mean var gamma=None * eps=1e-05 layout='NCHW' params=True activation=None y=None "
@@ -43,15 +43,16 @@ SIGNATURES = {
     "batch_norm_double_backward": SECOND,
     "normalize_double_backward": SECOND,
     "FrozenBatchNorm": ("mean var gamma=None beta=None * eps=1e-05 layout='NCHW' activation=None"),
-    "moments": "x * layout='NCHW' where=None weights=None",
+    "moments": "x * layout='NCHW' where=None weights=None virtual_batch=None",
     "gradient_sums": (
         "dy x mean var * eps=1e-05 layout='NCHW' activation=None y=None where=None weights=None"
     ),
     "BatchNorm": (
         "channels * eps=1e-05 momentum=0.1 decay=None unbiased=True scale=True shift=True "
-        "track_running_stats=True one_value='raise' nonfinite='update' layout='NCHW' "
-        "activation=None dtype='float32'"
+        "track_running_stats=True one_value='raise' nonfinite='update' "
+        "virtual_batch=None renormalization=None layout='NCHW' activation=None dtype='float32'"
     ),
+    "Renormalization": "* r_max=3.0 d_max=5.0 start=5000 r_end=40000 d_end=25000",
     "Moments": "count mean var",
     "population_statistics": "batches * layout='NCHW' method='exact'",
     "reestimate": "layers forward batches * method='exact' sequential=True",
