@@ -307,11 +307,11 @@ class BatchNorm:
             "activation": self.activation,
             "residual": residual,
             "out": out,
+            "eps": self.eps,
         }
         if runs:
             mean, var = (a.copy() for a in self._running(writes=False))
-            given: Any = (x, mean, var, self.gamma, self.beta)
-            y = normalize(*given, eps=self.eps, **selected, **options)
+            y = normalize(x, mean, var, self.gamma, self.beta, **selected, **options)
         else:
             selected |= {"weights": weights, "virtual_batch": k}
             (y, mean, var), corrected = self._by_batch(x, count, selected, options)
@@ -338,7 +338,7 @@ class BatchNorm:
         else:
             if self.nonfinite == "raise" and options["out"] is not None:
                 self._renewed(*moments(x, **selected), counts, updates)  # before y is written
-            result = batch_norm(x, self.gamma, self.beta, eps=self.eps, **selected, **options)
+            result = batch_norm(x, self.gamma, self.beta, **selected, **options)
             renewed = self._renewed(result.mean, result.var, counts, updates)
         for name, a in renewed.items():
             getattr(self, name)[...] = a
@@ -361,11 +361,13 @@ class BatchNorm:
         mean: Array,
         var: Array,
         corrected: Correction,
+        *,
+        eps: float,
         **options: Any,
     ) -> Array:
         """Batch norm by the scale gamma * r and the shift gamma * d + beta."""
         gamma, beta = self._parameters(corrected)
-        affine = Affine(mean, normal_scale(gamma, var, self.eps), beta)
+        affine = Affine(mean, normal_scale(gamma, var, eps), beta)
         return apply_affine(x, affine, self.layout, **options)
 
     @quiet
