@@ -7,14 +7,16 @@ before anything is written, and then asks it for views, tables and results.
    so many runs, and what is left of the samples as a smaller one.
 2. Statistics are tables with a row for each run.
 3. A span is worked on in *parts*, some of its runs or channels, whose tables stay small.
+4. Statistics of each sample by itself (group norm and its like) are those of virtual batches of one,
+   in which consecutive channels are pooled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +32,8 @@ Array = NDArray[Any]
 
 CHANNEL_BYTES = 160
 """Of the tables that a call makes here, for a channel: up to twenty float64 vectors at a time."""
+ROW_BYTES = 160
+"""Of the same, and of a backend's, for a row."""
 WEIGHED = 16384
 """Samples whose weights are added up at a time."""
 SMALLEST = 1 << 20
@@ -110,10 +114,32 @@ class Span:
         starts = range(0, runs, at_once)
         return [Part(slice(i, min(i + at_once, runs)), slice(0, channels)) for i in starts]
 
-    def at(self, part: Part) -> tuple[slice, slice]:
+    def row_parts(self, array_bytes: int, period: int) -> list[Part]:
+        """All rows, in parts of whole periods."""
+        _, _, rows, size = self.arrangement.view_shape
+        limit, each = scratch(array_bytes, CALLS_SHARE), period * ROW_BYTES
+        at_once = max(limit // each, SMALLEST * rows // array_bytes // period, 1) * period
+        starts = range(0, rows, at_once)
+        return [Part(slice(0, 1), slice(i, min(i + at_once, rows))) for i in starts]
+
+    def at(self, part: Part, pool: int = 1) -> tuple[slice, slice]:
         """Where a part stands in tables of statistics."""
-        first = self.runs.start
-        return slice(first + part.runs.start, first + part.runs.stop), part.channels
+        first, channels = self.runs.start, part.channels
+        of_run = slice(channels.start // pool, channels.stop // pool)
+        return slice(first + part.runs.start, first + part.runs.stop), of_run
+
+
+class Sharing(NamedTuple):
+    """What shares statistics within a sample: groups of `pool` consecutive channels; the shape of
+    a table of them as the caller sees it."""
+
+    groups: int
+    pool: int
+    shape: tuple[int, ...]
+
+
+SharingOf = Callable[[int, int], Sharing]
+"""From the numbers of samples and channels."""
 
 
 class Call:
@@ -128,6 +154,7 @@ class Call:
         weights: Any = None,
         *,
         virtual_batch: Any = None,
+        sharing: SharingOf | None = None,
         single: bool = True,
         **vectors: Any,
     ) -> None:
@@ -135,10 +162,17 @@ class Call:
         self.layout = checks.layout(layout)
         self.channels = x.shape[channel_axis(layout, x.ndim)]
         self.virtual_batch = checks.virtual_batch(virtual_batch, where=where, weights=weights)
+        self.sharing = None if sharing is None else sharing(len(x), self.channels)
+        self.pool = 1
+        if self.sharing is not None:
+            self.virtual_batch, self.pool = 1, self.sharing.pool
         self.groups = None if self.virtual_batch is None else -(-len(x) // self.virtual_batch)
         self.vectors: dict[str, Array | None] = {}
         for key, value in vectors.items():
-            if key in ("mean", "var"):
+            if key in ("mean", "var") and self.sharing is not None:
+                given = checks.sample_statistic(key, value, name, x, self.sharing.shape)
+                self.vectors[key] = given.reshape(len(x), self.sharing.groups)
+            elif key in ("mean", "var"):
                 self.vectors[key] = checks.statistic(
                     key, value, name, x, layout, single=single, groups=self.groups
                 )
@@ -164,7 +198,8 @@ class Call:
         while start < n:
             runs = max((n - start) // k, 1)
             samples = slice(start, min(start + runs * k, n))
-            of_runs = Arrangement.of(self.array[samples], self.layout, runs=runs)
+            some = self.array[samples]
+            of_runs = Arrangement.of(some, self.layout, runs=runs, pool=self.pool)
             yield Span(samples, slice(run, run + runs), of_runs, None)
             start, run = samples.stop, run + runs
 
@@ -221,7 +256,7 @@ class Call:
         """A part's statistics, parameter, or its default, as a (G, C) table."""
         vector, runs = self.vectors[name], part.runs.stop - part.runs.start
         if vector is not None and vector.ndim == 2:
-            return vector[span.at(part)].astype(np.float64)
+            return vector[span.at(part, self.pool)].astype(np.float64)
         row = np.full(part.channels.stop - part.channels.start, default)
         if vector is not None:
             row = vector[part.channels].astype(np.float64)
@@ -229,10 +264,13 @@ class Call:
 
     def statistics(self) -> Table:
         """A table of zeros, a row for each run."""
-        return np.zeros((1 if self.groups is None else self.groups, self.channels))
+        groups = self.channels if self.sharing is None else self.sharing.groups
+        return np.zeros((1 if self.groups is None else self.groups, groups))
 
     def shaped(self, statistics: Table) -> Table:
         """As they are returned: of one run in all, a vector."""
+        if self.sharing is not None:
+            return statistics.reshape(self.sharing.shape)
         return statistics[0] if self.groups is None else statistics
 
     def zeros(self, dtype: Any) -> Array:

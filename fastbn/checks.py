@@ -259,13 +259,48 @@ def statistic(
 ) -> NDArray[Any]:
     """mean or var of each channel; float32 only where `single` says so."""
     a = per_channel(name, value, x_name, x, layout, groups)
-    if not single and a.dtype.itemsize < 8:
+    return a if single else _exact_statistic(name, a)
+
+
+def _exact_statistic(name: str, a: NDArray[Any]) -> NDArray[Any]:
+    """mean or var that the gradient goes through."""
+    if a.dtype.itemsize < 8:
         raise TypeError(
             f"{name} has dtype {a.dtype}, expected float64: the gradient through the batch's own "
-            f"statistics needs the digits that batch_norm returned; keep its float64 {name}, or "
+            f"statistics needs the digits that the forward returned; keep its float64 {name}, or "
             f"pass {name}.astype(numpy.float64) if float32 is all there is"
         )
     return a
+
+
+def sample_statistic(
+    name: str, value: Any, x_name: str, x: NDArray[Any], shape: tuple[int, ...]
+) -> NDArray[Any]:
+    """mean or var of each sample's groups of channels."""
+    a = array(name, value)
+    if a.shape != shape:
+        raise ValueError(
+            f"{name} has shape {a.shape}, expected {shape}, an entry for each of the {len(x)} "
+            f"samples of {x_name} and what shares statistics in it; pass what the forward returned"
+        )
+    return _exact_statistic(name, a)
+
+
+def channel_groups(value: Any, channels: int) -> int:
+    """Groups of as many channels each."""
+    if not isinstance(value, Integral) or isinstance(value, bool | np.bool_):
+        raise TypeError(f"groups is {_described(value)}, expected a whole number; pass an int")
+    if value < 1:
+        raise ValueError(
+            f"groups is {value}, expected 1 or more; 1 is layer norm, and as many as channels "
+            "instance norm"
+        )
+    if channels % value != 0:
+        raise ValueError(
+            f"groups is {value}, expected a divisor of {channels}, the number of channels: groups "
+            "have as many channels each; pass one, or another layout"
+        )
+    return int(value)
 
 
 def mean(value: NDArray[Any], name: str = "mean") -> NDArray[Any]:

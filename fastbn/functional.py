@@ -22,6 +22,7 @@ from fastbn.backends.base import (
     GradientCoefficients,
     Part,
     Table,
+    Tail,
     frozen_coefficients,
     gradient_coefficients,
     inverse_deviation,
@@ -127,19 +128,26 @@ def batch_norm(
     eps = checks.epsilon(eps)
     tail = call.tail(activation, residual)
     y = call.output("out", out, {"x": call.array, "residual": residual})
+    mean, var = run_forward(call, eps, tail, y)
+    return BatchNormResult(y, call.shaped(mean), call.shaped(var))
+
+
+def run_forward(call: Call, eps: float, tail: Tail | None, y: Array) -> tuple[Table, Table]:
+    """Write y; gives the tables of mean and variance."""
+    backend, threads = current()
     mean, var = call.statistics(), call.statistics()
     if call.is_empty:
         y.fill(0)
-        return BatchNormResult(y, call.shaped(mean), call.shaped(var))
     for span in call.spans:
-        view, target, of_span = span.view(x), span.target(y), span.tail(tail)
-        for part in span.parts(backend, x.nbytes):
-            at, of_part = span.at(part), of_span and of_span.part(part)
+        view, target, of_span = span.view(call.array), span.target(y), span.tail(tail)
+        for part in span.parts(backend, call.array.nbytes):
+            at, of_part = span.at(part, call.pool), of_span and of_span.part(part)
             parameters = call.table("gamma", 1.0, span, part), call.table("beta", 0.0, span, part)
             arrays = part.of(view), *parameters, eps, part.of(target)
-            mean[at], var[at] = backend.forward(*arrays, threads, of_part, span.selection)
+            fused = of_part, span.selection, call.pool
+            mean[at], var[at] = backend.forward(*arrays, threads, *fused)
         span.deliver(target, y)
-    return BatchNormResult(y, call.shaped(mean), call.shaped(var))
+    return mean, var
 
 
 def normalize(
@@ -583,7 +591,7 @@ def _gradients(
     if all(given is None for given in (where, weights, sums, virtual_batch)):
         plain = backend.plain_backward(*arguments, frozen, out, threads)
         if plain is not None:
-            return _named(*plain)
+            return named(*plain)
     dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual = arguments
     params = checks.flag("params", params)
     lone = checks.may_lack_x(x, frozen=frozen, params=params)
@@ -599,19 +607,12 @@ def _gradients(
     dresidual = None if gate is None else gate.dresidual
     dx = call.output("out", out, {"dy": dy, "x": x}, {"y": y, "dresidual": dresidual})
     parameters = [call.gradient(), call.gradient()] if params else []
-    if not call.is_empty:
-        _run_backward(call, dy, eps, frozen, gate, dx, parameters, total)
-    else:
-        for array in (dx, dresidual):
-            if array is not None:
-                array.fill(0)
-        if total is not None:
-            _round_into(parameters, (total.dgamma, total.dbeta))
+    run_backward(call, dy, eps, gate, dx, parameters, frozen=frozen, total=total)
     dgamma, dbeta = parameters or (None, None)
-    return _named(dx, dgamma, dbeta, dresidual)
+    return named(dx, dgamma, dbeta, dresidual)
 
 
-def _named(
+def named(
     dx: Array, dgamma: Array | None, dbeta: Array | None, dresidual: Array | None
 ) -> Gradients | ResidualGradients:
     """The result, with a fourth field where it was asked for."""
@@ -620,18 +621,24 @@ def _named(
     return ResidualGradients(dx, dgamma, dbeta, dresidual)
 
 
-def _run_backward(
+def run_backward(
     call: Call,
     dy: Array,
     eps: float,
-    frozen: bool,
     gate: Gate | None,
     dx: Array,
     parameters: list[Array],
-    total: GradientSums | None,
+    *,
+    frozen: bool = False,
+    total: GradientSums | None = None,
 ) -> None:
     """Write dx, the gate's dresidual and, where they are listed, dgamma and dbeta."""
     backend, _ = current()
+    if call.is_empty:
+        clear(dx, gate)
+        if total is not None:
+            round_into(parameters, (total.dgamma, total.dbeta))
+        return
     totals = parameters
     if call.groups is not None:
         totals = [np.full(call.channels, -0.0) for _ in parameters]  # to which -0.0 may be added
@@ -645,7 +652,14 @@ def _run_backward(
         if gate and through and gate.dresidual is not None and through.dresidual is not None:
             span.deliver(through.dresidual, gate.dresidual)
     if call.groups is not None:
-        _round_into(parameters, totals)
+        round_into(parameters, totals)
+
+
+def clear(dx: Array, gate: Gate | None) -> None:
+    """The gradients of what is empty, or of what does not count."""
+    for array in (dx, gate and gate.dresidual):
+        if array is not None:
+            array.fill(0)
 
 
 def _part_backward(
@@ -665,7 +679,7 @@ def _part_backward(
     mean, var, gamma = (call.table(name, 1.0, span, part) for name in ("mean", "var", "gamma"))
     through = gate and gate.part(part)
     if x is not None and total is None:
-        tables, fused = (mean, var, gamma), (through, span.selection)
+        tables, fused = (mean, var, gamma), (through, span.selection, call.pool)
         return backend.backward(dy, x, *tables, eps, frozen, dx, threads, *fused)
     sums = None
     if total is not None:
@@ -700,7 +714,7 @@ def _add_into(totals: list[Array], at: slice, sums: tuple[Table, ...], *, anew: 
 
 
 @quiet
-def _round_into(parameters: list[Array], totals: Sequence[Table]) -> None:
+def round_into(parameters: list[Array], totals: Sequence[Table]) -> None:
     """Sums as the gradients of parameters, in their type."""
     for parameter, total in zip(parameters, totals, strict=False):
         parameter[...] = total

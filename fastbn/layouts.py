@@ -6,7 +6,9 @@
 2. The view follows the *memory*, not the layout's name. Sort the axes by stride: those outside
    the channel axis become N, those inside it S. NCHW memory gives (1, N, C, H*W), channels-last
    memory (1, N*H*W, C, 1), whichever name it was handed over with.
-3. Backends accept two kinds of view: *channels outside* (S contiguous) and *channels inside*
+3. Where each sample is a run, and all of its channels that share statistics follow each other in
+   memory, they are one *row*: (1, 1, R, S), R rows of S values with statistics of their own.
+4. Backends accept two kinds of view: *channels outside* (S contiguous) and *channels inside*
    (S = 1, C contiguous). An array whose axes do not collapse into one of them is copied once,
    densely and in its own order: the order of summation, so every bit, is that of a dense array.
 """
@@ -36,15 +38,22 @@ class Arrangement:
     axes: tuple[int, ...]
     """The axes in memory order, outermost first."""
     view_shape: tuple[int, int, int, int]
+    by_row: bool = False
 
     @staticmethod
     def of(
-        x: NDArray[Any], layout: str, *, by_sample: bool = False, runs: int | None = None
+        x: NDArray[Any],
+        layout: str,
+        *,
+        by_sample: bool = False,
+        runs: int | None = None,
+        pool: int = 1,
     ) -> Arrangement:
         """Arrange by the memory order of `x`, which is not empty.
 
         `by_sample` wants the samples outermost, each some whole rows of N: other memory is copied.
-        So do `runs`, of as many samples each.
+        So do `runs`, of as many samples each, of which `pool` consecutive channels may share
+        statistics.
         """
         channel = channel_axis(layout, x.ndim)
         axes, by_sample = _memory_order(x, channel), by_sample or runs is not None
@@ -57,6 +66,8 @@ class Arrangement:
             # A single column: its samples are the contiguous values of one channel.
             n, s = 1, n
         groups = runs or 1
+        if pool > 1 and n == groups and s == 1:
+            return Arrangement(axes, (1, 1, n * x.shape[channel] // pool, pool), by_row=True)
         return Arrangement(axes, (groups, n // groups, x.shape[channel], s))
 
     def view(self, a: NDArray[Any]) -> NDArray[Any]:

@@ -58,6 +58,7 @@ class Engine:
         threads: int,
         tail: Tail | None,
         selection: Selection | None,
+        pool: int,
     ) -> tuple[Table, Table]: ...
     def backward(
         self,
@@ -72,7 +73,24 @@ class Engine:
         threads: int,
         gate: Gate | None,
         selection: Selection | None,
+        pool: int,
     ) -> tuple[Table, Table]: ...
+    def forward_rows(
+        self, x: Array, columns: Array, eps: float, out: Array, threads: int, tail: Tail | None
+    ) -> tuple[Table, Table]: ...
+    def backward_rows(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Table,
+        var: Table,
+        columns: Array,
+        gamma: Table,
+        eps: float,
+        out: Array,
+        threads: int,
+        gate: Gate | None,
+    ) -> Table: ...
     def frozen(
         self, affine: Affine, layout: str, activation: Activation
     ) -> Callable[..., Array | None]: ...

@@ -79,6 +79,7 @@ cdef enum:
     CHUNK = 16384           # values of a channel in a chunk: the lanes' sums stay short
     FEWEST_ROWS = 64        # samples in a chunk, channels inside
     MOST_ROWS = 1024        # twice that of half types: sums take up 0.4 % of what is summed
+    DEEP = 256              # rows, at least, whose columns are summed apart: 1.6 % of x for the sums
     OVERFLOWING = 65536     # bytes of coefficients that L1 does not keep from row to row
 
 
@@ -133,6 +134,7 @@ cdef void set_shape(Task* t, Py_ssize_t G, Py_ssize_t N, Py_ssize_t C, Py_ssize_
             k *= 2
         if k * C <= most_folded:
             t.fold, t.C, t.N, t.tail = k, k * C, N // k, N % k * C
+    t.pool = 1
     set_pitch(t)
 
 
@@ -198,16 +200,21 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
     t.stream_dresidual = t.stream and t.dresidual.data != NULL and streams_alike(t, row)
     t.planes_ahead = 0 if t.inside or plane > 4 * AHEAD else AHEAD // plane + 1
     t.threads = min(<Py_ssize_t> threads, max(1, 2 * total // tuning.serial_below - 1))
-    if t.reduce == NO_REDUCE or t.inside:
+    if t.reduce == NO_REDUCE or t.inside and (t.G == 1 or is_uneven(t, t.G)):
         # In the order of memory: planes side by side, or rows. Stretches of them have their tables
         # in L1, but memory wants long ones.
         t.split = True
         block = t.C if t.reduce == NO_REDUCE else tuning.stretch if t.large else tuning.stretch // inputs
+    elif t.inside:
+        block = t.C     # runs, each by one thread
+    elif t.column_sums != NULL:
+        block = max(tuning.l2 // 4 // column, 4)
+        t.threads = min(<Py_ssize_t> t.threads, ceil_div(t.C, t.deep))
     else:
-        t.split = 10 * channels < 9 * ceil_div(channels, t.threads) * t.threads
+        t.split = is_uneven(t, channels // t.pool)
         block = 1 if t.split else tuning.l2 // 4 // column
         # While one channel is written the next one is fetched, where the cache holds both.
-        t.lookahead = not t.split and t.map != NO_MAP and 2 * column <= tuning.l2 * 9 // 10
+        t.lookahead = not t.split and t.map != NO_MAP and 2 * column * t.pool <= tuning.l2 * 9 // 10
     if is_serial:
         t.threads = 1
     # Whoever is free takes the next block; small arrays are worked on where they were last time.
@@ -216,6 +223,11 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
     t.block = even_block(t, block)
     t.map_block = even_block(t, t.C)
     set_rows(t)
+
+
+cdef bint is_uneven(Task* t, Py_ssize_t units) noexcept nogil:
+    """Whether threads would idle if each took whole units of work."""
+    return 10 * units < 9 * ceil_div(units, t.threads) * t.threads
 
 
 cdef bint streams_alike(Task* t, Py_ssize_t row) noexcept nogil:
@@ -243,12 +255,13 @@ cdef void set_rows(Task* t) noexcept nogil:
 cdef Py_ssize_t even_block(Task* t, Py_ssize_t most) noexcept nogil:
     """Columns or channels in a block: about so many at most, and the same work for all threads."""
     cdef Py_ssize_t units = t.G * (t.chunks if t.split else 1)
-    cdef Py_ssize_t whole = 16 if t.inside else 1   # vectors are not divided
+    # Vectors are not divided, and groups only where the chunks of all are shared.
+    cdef Py_ssize_t whole = 16 if t.inside else 1 if t.split else t.pool
     cdef Py_ssize_t blocks = max(ceil_div(t.threads * (4 if t.shared else 1), units),
                                  ceil_div(t.C, max(most, whole)))
     if not t.split:
         blocks = ceil_div(blocks, t.threads) * t.threads
-    if t.fold > 1:
+    if t.fold > 1 or t.inside and not t.split:
         return t.C
     return min(ceil_div(ceil_div(t.C, blocks), whole) * whole, t.C)
 
@@ -328,7 +341,7 @@ cdef Py_ssize_t channels_at_once(Task* t) noexcept nogil:
     cdef Py_ssize_t allowed = max(tuning.scratch, bytes_of(t) // scratch_part)
     cdef Py_ssize_t limit = <Py_ssize_t> (allowed * kernels_share)
     cdef Py_ssize_t most = max(limit // each // LANES, 1) * LANES
-    if t.C <= most or t.fold > 1 or t.prepared != NULL:
+    if t.C <= most or t.fold > 1 or t.pool > 1 or t.period > 0 or t.prepared != NULL:
         return max(most, t.C)
     return ceil_div(t.C, ceil_div(t.C, most) * LANES) * LANES
 
@@ -347,14 +360,14 @@ cdef Task part_of(Task* t, Py_ssize_t g, Py_ssize_t G, Py_ssize_t c, Py_ssize_t 
     """The task on G runs from run g on and, where rows are not folded, C channels from c on."""
     cdef Task part = t[0]
     cdef Operand* operands[6]
-    cdef Table* tables[10]
+    cdef Table* tables[11]
     cdef Py_ssize_t i
     operands[:] = [&part.x, &part.dy, &part.out, &part.residual, &part.y, &part.dresidual]
     tables[:] = [&part.mean, &part.var, &part.gamma, &part.beta, &part.a, &part.b, &part.dy_mean,
-                 &part.rstd, &part.first, &part.second]
+                 &part.rstd, &part.rest, &part.first, &part.second]
     for i in range(6):
         shift_operand(operands[i], g, c, t.itemsize)
-    for i in range(10):
+    for i in range(11):
         shift_table(tables[i], g, c)
     if t.mask != NULL:
         part.mask += g * t.mask_g
@@ -670,27 +683,61 @@ cdef class Engine:
             t.x = operand(&t, x)
             t.a, t.b = table(coefficients.a), table(coefficients.b)
             t.dy_mean = table(coefficients.dy_mean)
+            if coefficients.rest is not None:
+                t.rest = table(coefficients.rest)
             t.mean, t.rstd = table(coefficients.mean), table(coefficients.rstd)
         fuse_gate(&t, gate, True)
         self.go(&t, dy, threads)
 
     def forward(self, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, double eps,
-                cnp.ndarray out, int threads, tail, selection):
+                cnp.ndarray out, int threads, tail, selection, Py_ssize_t pool):
         cdef Task t = new_task(x, MOMENTS, AFFINE, selection)
         t.x, t.out = operand(&t, x), operand(&t, out)
-        t.gamma, t.beta, t.eps = table(gamma), table(beta), eps
+        t.gamma, t.beta, t.eps, t.pool = table(gamma), table(beta), eps, pool
         fuse_tail(&t, tail)
-        return self.with_tables(&t, x, threads)
+        mean, var = self.with_tables(&t, x, threads)
+        return mean[:, ::pool], var[:, ::pool]
 
     def backward(self, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mean, cnp.ndarray var,
                  cnp.ndarray gamma, double eps, bint frozen, cnp.ndarray out, int threads, gate,
-                 selection):
+                 selection, Py_ssize_t pool):
         cdef Map map = AFFINE if frozen else INPUT_GRADIENT
         cdef Task t = new_task(x, GRADIENT_MOMENTS, map, selection)
         t.x, t.dy, t.out = operand(&t, x), operand(&t, dy), operand(&t, out)
-        t.mean, t.var, t.gamma, t.eps = table(mean), table(var), table(gamma), eps
+        if pool > 1:
+            mean, var = mean.repeat(pool, 1), var.repeat(pool, 1)
+        t.mean, t.var, t.gamma, t.eps, t.pool = table(mean), table(var), table(gamma), eps, pool
         fuse_gate(&t, gate, True)
         return self.with_tables(&t, x, threads)
+
+    # Rows, by column; `columns` are gamma and beta, `places` apart, as reals
+
+    def forward_rows(self, cnp.ndarray x, cnp.ndarray columns, double eps, cnp.ndarray out,
+                     int threads, tail):
+        cdef Task t = new_task(x, MOMENTS, AFFINE, None)
+        t.x, t.out, t.eps = operand(&t, x), operand(&t, out), eps
+        set_columns(&t, columns)
+        fuse_tail(&t, tail)
+        return self.with_tables(&t, x, threads)
+
+    def backward_rows(self, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mean, cnp.ndarray var,
+                      cnp.ndarray columns, cnp.ndarray gamma, double eps, cnp.ndarray out,
+                      int threads, gate):
+        """Also takes gamma as doubles; gives the sums of columns as (2, P, places)."""
+        cdef Task t = new_task(x, GRADIENT_MOMENTS, INPUT_GRADIENT, None)
+        cdef cnp.npy_intp[4] shape
+        cdef cnp.ndarray sums
+        t.x, t.dy, t.out = operand(&t, x), operand(&t, dy), operand(&t, out)
+        t.mean, t.var, t.eps = table(mean), table(var), eps
+        set_columns(&t, columns)
+        t.gamma_wide = <const double*> cnp.PyArray_DATA(gamma)
+        t.deep = ceil_div(max(ceil_div(t.C, 64), DEEP), t.period) * t.period
+        shape[0], shape[1], shape[2], shape[3] = ceil_div(t.C, t.deep), 2, t.period, t.places
+        sums = cnp.PyArray_EMPTY(4, shape, cnp.NPY_FLOAT64, 0)
+        t.column_sums = <double*> cnp.PyArray_DATA(sums)
+        fuse_gate(&t, gate, True)
+        self.go(&t, x, threads)
+        return sums[0]
 
     # The plain entries
 
@@ -884,6 +931,11 @@ cdef int select_places(Task* t, cnp.ndarray mask, object weights, double count) 
         t.weights_g = cnp.PyArray_DIM(weights, 1)
         t.weight_samples = cnp.PyArray_DIM(mask, 1) // t.weights_g
     return 0
+
+
+cdef void set_columns(Task* t, cnp.ndarray columns) noexcept:
+    t.columns = <const char*> cnp.PyArray_DATA(columns)
+    t.period, t.places = cnp.PyArray_DIM(columns, 1), cnp.PyArray_DIM(columns, 2)
 
 
 cdef void set_parameters(Task* t, object gamma, object beta):

@@ -23,7 +23,12 @@
 #    Places that do not count are masked: of what was loaded, and of what is stored, only their
 #    bits are cleared, so that nothing that stands there gets anywhere. All channels share a mask:
 #    what counts of a row is known once if it is one sample; else each column's sample tells.
-# 6. A trip over planes runs both passes on one block of channels, the second walk in reverse, so
+# 6. Channels that are pooled share their statistics, as in group norm: each is summed by itself, and
+#    in the small step those of a group are put together. So a block is of whole groups.
+# 7. A row (of layer norm) is a plane whose gamma and beta are by column: maps multiply by them after
+#    or, back, before all else. The sums of columns are taken while a few rows are in the cache, for
+#    as many rows as depend on shape alone.
+# 8. A trip over planes runs both passes on one block of channels, the second walk in reverse, so
 #    that it starts on what the cache still holds. Rows are walked in the order of memory, by all
 #    threads together, which meet between the passes; so are planes where single blocks would leave
 #    threads idle (few channels).
@@ -35,8 +40,8 @@ from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy, memset
 
 from fastbn._ext.task cimport (
-    ACTIVE, AFFINE, AHEAD, GATED, GRADIENT_MOMENTS, INPUT_GRADIENT, KEEPS, KINDS, MOMENTS, NO_MAP,
-    NO_REDUCE, PACKED, RESIDUAL, ROWS_PICKED, SELECTED, WIDE, WITH_X, Operand, Table, Task,
+    ACTIVE, AFFINE, AHEAD, BY_COLUMN, GATED, GRADIENT_MOMENTS, INPUT_GRADIENT, KEEPS, KINDS, MOMENTS,
+    NO_MAP, NO_REDUCE, PACKED, RESIDUAL, ROWS_PICKED, SELECTED, WIDE, WITH_X, Operand, Table, Task,
 )
 
 cdef extern from "simd.h" nogil:
@@ -80,6 +85,7 @@ cdef extern from "simd.h" nogil:
     vec gradient_weighed(vec dy, vec x, vec w, const vec* k)
     vec gradient(vec dy, vec x, const vec* k)
     vec vadd(vec a, vec b)
+    vec vmul(vec a, vec b)
     vec activate(vec v, const bends* b)
     vec gate(vec dy, vec y, const bends* b)
     wide wload_table(const double* p)
@@ -93,6 +99,9 @@ cdef extern from "simd.h" nogil:
     void add_moments(const element* x, long n, wide shift, wide unit, wide* first, wide* second)
     void add_gradients(const element* dy, const element* x, const element* y, long n, wide mean,
                        const bends* b, wide* first, wide* second)
+    void add_scaled_gradients(const element* dy, const element* x, const element* y, long n,
+                              wide mean, wide by_first, wide by_second, const bends* b,
+                              wide* first, wide* second)
     void add_picked_moments(const element* x, picks some, wide weight, long n, wide shift,
                             wide unit, wide* first, wide* second)
     void add_picked_gradients(const element* dy, const element* x, const element* y, picks some,
@@ -254,6 +263,7 @@ cdef struct Summed:
     bends activation
     picks some      # of the next sixteen
     wide weight     # the same, for moments
+    const double* gamma     # by column
 
 
 cdef inline void fetch_summed(int kind, const Summed* p, Py_ssize_t s) noexcept nogil:
@@ -267,7 +277,11 @@ cdef inline void fetch_summed(int kind, const Summed* p, Py_ssize_t s) noexcept 
 cdef inline void add(int kind, const Summed* p, Py_ssize_t s, Py_ssize_t n, wide shift, wide unit,
                      wide* first, wide* second) noexcept nogil:
     """Add n values to the moments or, with dy beside x, to the sums of gradients."""
-    if kind & SELECTED and kind & WITH_X:
+    if kind & BY_COLUMN:
+        add_scaled_gradients(p.dy + s, p.x + s, p.y + s, n, shift, wload_table(p.gamma + s),
+                             wload_table(p.gamma + s), &p.activation if kind & GATED else NULL,
+                             first, second)
+    elif kind & SELECTED and kind & WITH_X:
         add_picked_gradients(p.dy + s, p.x + s, p.y + s, p.some, n, shift,
                              &p.activation if kind & GATED else NULL, first, second)
     elif kind & SELECTED:
@@ -310,6 +324,8 @@ cdef inline void sum_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0
             if kind & SELECTED:
                 selected = selected_at(t, g, n, k.s0)
                 p.weight = wsplat(selected.weighs.first[0])
+            if kind & BY_COLUMN:
+                p.gamma = t.gamma_wide + c % t.period * t.places + k.s0
             for s in range(0, whole, 16):
                 fetch_summed(kind, &p, s)
                 if kind & SELECTED:
@@ -406,7 +422,12 @@ cdef inline void sum_chunk(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0,
 
 cdef void reduce_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
                        Py_ssize_t j) noexcept nogil:
-    if t.mask != NULL and t.reduce == MOMENTS:
+    if t.period > 0 and t.reduce == GRADIENT_MOMENTS:
+        if t.kind & GATED:
+            sum_planes(WITH_X | GATED | BY_COLUMN, t, g, c0, c1, j)
+        else:
+            sum_planes(WITH_X | BY_COLUMN, t, g, c0, c1, j)
+    elif t.mask != NULL and t.reduce == MOMENTS:
         sum_chunk(SELECTED, t, g, c0, c1, j)
     elif t.mask != NULL and t.kind & GATED:
         sum_chunk(WITH_X | GATED | SELECTED, t, g, c0, c1, j)
@@ -489,9 +510,11 @@ cdef inline void gather(const Table* table, Py_ssize_t g, Py_ssize_t c, Py_ssize
 
 cdef inline void scatter(const Table* table, Py_ssize_t g, Py_ssize_t c, Py_ssize_t count,
                          const double* values) noexcept nogil:
-    """`count` entries of a dense table of results, from channel c on."""
+    """`count` entries of a dense table of results, from channel c on, if it is wanted."""
     cdef char* row = table.data + g * table.g + c * table.c
     cdef Py_ssize_t i
+    if table.data == NULL:
+        return
     if table.single:
         for i in range(count):
             (<float*> row)[i] = <float> values[i]
@@ -602,6 +625,24 @@ cdef void finish_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t 
             var[i] = choose(m < 0, 0, m) * unit[i] * unit[i]
         scatter(&t.first, g, c, count, mean)
         scatter(&t.second, g, c, count, var)
+    if t.pool > 1:
+        for c in range(c0, end, t.pool):
+            pool_moments(t, <double*> (t.first.data + g * t.first.g) + c,
+                         <double*> (t.second.data + g * t.second.g) + c)
+
+
+cdef void pool_moments(const Task* t, double* mean, double* var) noexcept nogil:
+    """A group's mean and variance, in place of its channels': no two large squares are
+    subtracted (Chan, Golub & LeVeque 1983, equation 2.1)."""
+    cdef Py_ssize_t i
+    cdef double together = 0, square = 0
+    for i in range(t.pool):
+        together += mean[i] - mean[0]
+    together = mean[0] + together / t.pool
+    for i in range(t.pool):
+        square += var[i] + (mean[i] - together) * (mean[i] - together)
+    for i in range(t.pool):
+        mean[i], var[i] = together, square / t.pool
 
 
 cdef inline void invert_deviations(double* var, Py_ssize_t count, double eps) noexcept nogil:
@@ -662,14 +703,14 @@ cdef void finish_affine(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c
 
 
 cdef struct Gradients:
-    # Sixteen channels' dx = a*(dy - dy_mean) + b*xhat, xhat = (x - mean)*rstd.
-    double[16] a, b, dy_mean, mean, rstd
+    # Sixteen channels' dx = a*(dy - dy_mean) + b*xhat + rest, xhat = (x - mean)*rstd.
+    double[16] a, b, dy_mean, mean, rstd, rest
 
 
 cdef inline void sums_to_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t count,
                                    Gradients* k) noexcept nogil:
     """Sums -> dgamma and dbeta, into the results, and what dx is made of."""
-    cdef const double* total = t.total + g * 2 * t.pitch
+    cdef double* total = t.total + g * 2 * t.pitch
     cdef double[16] dgamma, dbeta
     cdef Py_ssize_t i
     load_doubles(dgamma, total + c, count)
@@ -681,8 +722,41 @@ cdef inline void sums_to_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c, Py
         k.a[i] *= k.rstd[i]
         k.b[i] = -k.a[i] * (dgamma[i] / t.count)
         k.dy_mean[i] = dbeta[i] / t.count
+        k.rest[i] = 0
     scatter(&t.first, g, c, count, dgamma)
     scatter(&t.second, g, c, count, dbeta)
+    if t.pool > 1:
+        store_doubles(total + c, dgamma, count)
+
+
+cdef void pool_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c0) noexcept nogil:
+    """dgamma and dbeta of a group's channels -> the means of gamma*dy*xhat and gamma*dy, instead."""
+    cdef double* total = t.total + g * 2 * t.pitch
+    cdef double dy_xhat = 0, dy = 0, gamma
+    cdef Py_ssize_t c
+    for c in range(c0, c0 + t.pool):
+        gamma = entry(&t.gamma, g, c, 1)
+        dy_xhat += gamma * total[c]
+        dy += gamma * total[t.pitch + c]
+    for c in range(c0, c0 + t.pool):
+        total[c], total[t.pitch + c] = dy_xhat / (t.count * t.pool), dy / (t.count * t.pool)
+
+
+cdef inline void pooled_to_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t count,
+                                     Gradients* k) noexcept nogil:
+    """The same as `sums_to_gradients` of means over groups: nothing is taken off dy before gamma
+    multiplies it, which is a channel's own."""
+    cdef const double* total = t.total + g * 2 * t.pitch
+    cdef Py_ssize_t i
+    load_doubles(k.b, total + c, count)
+    load_doubles(k.rest, total + t.pitch + c, count)
+    given_deviations(t, g, c, count, k.rstd)
+    gather(&t.gamma, g, c, count, 1, k.a)
+    for i in range(16):
+        k.a[i] *= k.rstd[i]
+        k.b[i] *= -k.rstd[i]
+        k.rest[i] *= -k.rstd[i]
+        k.dy_mean[i] = 0
 
 
 cdef void finish_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
@@ -693,16 +767,24 @@ cdef void finish_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_
     cdef Py_ssize_t c, count, end = channels_of_run(t, c1)
     cdef real* row = packed(t, g)
     cdef Gradients k
+    if t.pool > 1:
+        for c in range(c0, end, 16):
+            sums_to_gradients(t, g, c, min(16, end - c), &k)
+        for c in range(c0, end, t.pool):
+            pool_gradients(t, g, c)
     for c in range(c0, end, 16):
         count = min(16, end - c)
         gather(&t.mean, g, c, count, 0, k.mean)
-        if t.reduce == GRADIENT_MOMENTS:
+        if t.pool > 1:
+            pooled_to_gradients(t, g, c, count, &k)
+        elif t.reduce == GRADIENT_MOMENTS:
             sums_to_gradients(t, g, c, count, &k)
         else:
             gather(&t.a, g, c, count, 0, k.a)
             gather(&t.b, g, c, count, 0, k.b)
             gather(&t.dy_mean, g, c, count, 0, k.dy_mean)
             gather(&t.rstd, g, c, count, 1, k.rstd)
+            gather(&t.rest, g, c, count, 0, k.rest)
         if t.map == INPUT_GRADIENT:
             pack_gradient(row + c, t.pitch, count, &k)
         elif t.map == AFFINE:
@@ -738,7 +820,7 @@ cdef inline void pack_gradient(real* row, Py_ssize_t pitch, Py_ssize_t count,
         hi = <real> lo[i]
         rest[i] = product(lo[i] - hi, k.b[i])
         hi = <real> k.dy_mean[i]
-        rest[i] = -product(k.dy_mean[i] - hi, k.a[i]) - rest[i]
+        rest[i] = k.rest[i] - product(k.dy_mean[i] - hi, k.a[i]) - rest[i]
     for i in range(16):
         k.a[i] = saturated(k.a[i])
         k.b[i] = saturated(k.b[i])
@@ -853,6 +935,8 @@ cdef struct Place:
     Py_ssize_t source_ahead, x_ahead, other_ahead
     bint fetch, stream_dresidual
     bends activation
+    const real* columns         # gamma and, `after` it, beta, where they go by column
+    Py_ssize_t after
     lanes kept      # of the next sixteen
     vec weight      # the same, for the gradient of the statistics
 
@@ -891,6 +975,9 @@ cdef inline vec result(int kind, const Place* p, Py_ssize_t s, Py_ssize_t n, con
                        bint whole) noexcept nogil:
     """n values of y, or of dx; the residual's gradient is stored on the way."""
     cdef vec v = vload_some(p.source + s, n)
+    cdef vec[2] column
+    if kind & BY_COLUMN:
+        vload_each(column, p.columns + s, p.after, 1 if kind & WITH_X else 2)
     if kind & SELECTED:
         v = vand(v, p.kept)
     if kind & GATED:
@@ -899,11 +986,15 @@ cdef inline vec result(int kind, const Place* p, Py_ssize_t s, Py_ssize_t n, con
         vstream(p.dresidual + s, v)
     elif kind & KEEPS:
         vstore_some(p.dresidual + s, v, n)
+    if kind & BY_COLUMN and kind & WITH_X:
+        v = vmul(v, column[0])
     if kind & WITH_X and kind & SELECTED:
         return vand(gradient_weighed(v, vload_some(p.x + s, n), p.weight, k), p.kept)
     if kind & WITH_X:
         return gradient(v, vload_some(p.x + s, n), k)
     v = affine(v, k)
+    if kind & BY_COLUMN:
+        v = vadd(vmul(v, column[0]), column[1])
     if kind & RESIDUAL:
         v = vadd(v, vload_some(p.other + s, n))
     if kind & ACTIVE:
@@ -967,6 +1058,9 @@ cdef inline void map_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0
             p = place(t, g, n, c, k.s0)
             if kind & SELECTED:
                 p.weight = vsplat(<real> selected.weighs.first[0])
+            if kind & BY_COLUMN:
+                p.columns = <const real*> t.columns + c % t.period * t.places + k.s0
+                p.after = t.period * t.places
             p.source_ahead, p.x_ahead = ahead * t.source.c, ahead * t.x.c
             p.other_ahead = ahead * t.other.c
             if t.stream and (c == c0 or not t.joined):
@@ -1155,6 +1249,19 @@ cdef void map_masked_gated(const Task* t, const Piece* p) noexcept nogil:
 cdef void map_masked_kept(const Task* t, const Piece* p) noexcept nogil:
     map_chunk_of(SELECTED | GATED | KEEPS, t, p)
 
+cdef void map_rows_plain(const Task* t, const Piece* p) noexcept nogil:
+    map_planes(BY_COLUMN, t, p.g, p.c0, p.c1, p.j, p.ahead)
+cdef void map_rows_active(const Task* t, const Piece* p) noexcept nogil:
+    map_planes(BY_COLUMN | ACTIVE, t, p.g, p.c0, p.c1, p.j, p.ahead)
+cdef void map_rows_residual(const Task* t, const Piece* p) noexcept nogil:
+    map_planes(BY_COLUMN | ACTIVE | RESIDUAL, t, p.g, p.c0, p.c1, p.j, p.ahead)
+cdef void map_rows_gradient(const Task* t, const Piece* p) noexcept nogil:
+    map_planes(BY_COLUMN | WITH_X, t, p.g, p.c0, p.c1, p.j, p.ahead)
+cdef void map_rows_gated_gradient(const Task* t, const Piece* p) noexcept nogil:
+    map_planes(BY_COLUMN | WITH_X | GATED, t, p.g, p.c0, p.c1, p.j, p.ahead)
+cdef void map_rows_kept_gradient(const Task* t, const Piece* p) noexcept nogil:
+    map_planes(BY_COLUMN | WITH_X | GATED | KEEPS, t, p.g, p.c0, p.c1, p.j, p.ahead)
+
 ctypedef void (*MapChunk)(const Task*, const Piece*) noexcept nogil
 
 cdef MapChunk[KINDS] maps
@@ -1174,6 +1281,12 @@ maps[SELECTED | WITH_X | GATED] = map_masked_gated_gradient
 maps[SELECTED | WITH_X | GATED | KEEPS] = map_masked_kept_gradient
 maps[SELECTED | GATED] = map_masked_gated
 maps[SELECTED | GATED | KEEPS] = map_masked_kept
+maps[BY_COLUMN] = map_rows_plain
+maps[BY_COLUMN | ACTIVE] = map_rows_active
+maps[BY_COLUMN | ACTIVE | RESIDUAL] = map_rows_residual
+maps[BY_COLUMN | WITH_X] = map_rows_gradient
+maps[BY_COLUMN | WITH_X | GATED] = map_rows_gated_gradient
+maps[BY_COLUMN | WITH_X | GATED | KEEPS] = map_rows_kept_gradient
 
 
 cdef inline void map_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t j,
@@ -1244,9 +1357,13 @@ cdef void run_split(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
             k = block(t, u % blocks, t.block)
             reduce_chunk(t, k.g, k.c0, k.c1, u // blocks)
         team_barrier()
-    for b in range(b0, b1):
-        k = block(t, b, t.block)
-        finish(t, k.g, k.c0, k.c1)
+    if t.pool > 1:
+        for b in range(t.G * thread // team, t.G * (thread + 1) // team):
+            finish(t, b, 0, t.C)
+    else:
+        for b in range(b0, b1):
+            k = block(t, b, t.block)
+            finish(t, k.g, k.c0, k.c1)
     if t.map == NO_MAP:
         return
     team_barrier()
@@ -1257,9 +1374,79 @@ cdef void run_split(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
         map_chunk(t, k.g, k.c0, k.c1, u // blocks, 0)
 
 
+# ---- Sums of columns, of rows that are in the cache ----
+
+cdef inline void sum_down(int kind, const Task* t, Py_ssize_t c, Py_ssize_t rows,
+                          double* sum) noexcept nogil:
+    """Add dy * xhat and dy of up to 16 rows from row c on to the sums of their columns."""
+    cdef double[16] mean, rstd
+    cdef Py_ssize_t first, r, s, n, last = min(rows, t.period)
+    cdef Py_ssize_t after = t.period * t.places
+    cdef wide ones = wsplat(1), dy_xhat, dy
+    cdef double* column
+    cdef Summed p
+    gather(&t.mean, 0, c, rows, 0, mean)
+    given_deviations(t, 0, c, rows, rstd)
+    for first in range(last):
+        column = sum + (c + first) % t.period * t.places
+        for s in range(0, t.S, 16):
+            n = min(16, t.S - s)
+            dy_xhat, dy = wload_table(column + s), wload_table(column + after + s)
+            for r in range(first, rows, t.period):
+                p = summed_at(t, 0, 0, c + r, s)
+                add_scaled_gradients(p.dy, p.x, p.y, n, wsplat(mean[r]), wsplat(rstd[r]), ones,
+                                     &p.activation if kind & GATED else NULL, &dy_xhat, &dy)
+            wstore_table(column + s, dy_xhat)
+            wstore_table(column + after + s, dy)
+
+
+cdef void sum_columns_of(const Task* t, Py_ssize_t c0, Py_ssize_t c1, double* sum) noexcept nogil:
+    """Of a block of rows, a few at a time: so many lines of one set a cache holds."""
+    cdef Py_ssize_t c, few = min(4 * t.period, 16)
+    for c in range(c0, c1, few):
+        if t.kind & GATED:
+            sum_down(GATED, t, c, min(few, c1 - c), sum)
+        else:
+            sum_down(0, t, c, min(few, c1 - c), sum)
+
+
+cdef void add_up_columns(const Task* t, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """The pieces' sums, from one place to another, into those of the first piece."""
+    cdef Py_ssize_t i, piece, size = 2 * t.period * t.places
+    for piece in range(1, (t.C + t.deep - 1) // t.deep):
+        for i in range(first, end):
+            t.column_sums[i] += t.column_sums[piece * size + i]
+
+
+cdef void run_rows(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
+    """The backward trip by column: each thread takes pieces of rows, and of these a block at a time
+    through both passes."""
+    cdef Py_ssize_t pieces = (t.C + t.deep - 1) // t.deep, size = 2 * t.period * t.places
+    cdef Py_ssize_t piece, c, c1, end, j
+    cdef double* sum
+    for piece in range(pieces * thread // team, pieces * (thread + 1) // team):
+        c, end = piece * t.deep, min((piece + 1) * t.deep, t.C)
+        sum = t.column_sums + piece * size
+        memset(sum, 0, size * sizeof(double))
+        while c < end:
+            c1 = min(c + t.block, end)
+            set_shift(t, 0, c, c1)
+            for j in range(t.chunks):
+                reduce_chunk(t, 0, c, c1, j)
+            sum_columns_of(t, c, c1, sum)
+            finish(t, 0, c, c1)
+            for j in range(t.chunks - 1, -1, -1):
+                map_chunk(t, 0, c, c1, j, 0)
+            c = c1
+    team_barrier()
+    add_up_columns(t, size * thread // team, size * (thread + 1) // team)
+
+
 cdef void work(Task* t, int thread, int team) noexcept nogil:
     cdef fp_mode mode = usual_mode()
-    if t.split:
+    if t.column_sums != NULL:
+        run_rows(t, thread, team)
+    elif t.split:
         run_split(t, thread, team)
     else:
         run_blocks(t, thread, team)
@@ -1273,6 +1460,8 @@ cdef int kind_of(const Task* t) noexcept nogil:
     cdef int kind = WITH_X if t.map == INPUT_GRADIENT else 0
     if t.mask != NULL:
         kind |= SELECTED
+    if t.period > 0:
+        kind |= BY_COLUMN
     if t.y.data != NULL:
         return kind | GATED | (KEEPS if t.dresidual.data != NULL else 0)
     if t.residual.data != NULL:

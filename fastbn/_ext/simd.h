@@ -451,6 +451,10 @@ INLINE vec gradient_weighed(vec dy, vec x, vec w, const vec *k) {
     }
     return dy;
 }
+INLINE vec vmul(vec a, vec b) {
+    UNROLLED (int i = 0; i < VEC_REGISTERS; i++) a.r[i] *= b.r[i];
+    return a;
+}
 INLINE vec vadd(vec a, vec b) {
     UNROLLED (int i = 0; i < VEC_REGISTERS; i++) a.r[i] += b.r[i];
     return a;
@@ -801,6 +805,22 @@ INLINE void add_gradients(const element *dy, const element *x, const element *y,
             slope = gate_wide(slope, IS_WHOLE(n) ? widen(r) : widen_part(r, n, i), b);
         first->r[i] = add_beside(first->r[i], slope * d);
         second->r[i] = add_beside(second->r[i], slope);
+    }
+}
+/* The same times a factor each: of a row's sums, or of a column's. */
+INLINE void add_scaled_gradients(const element *dy, const element *x, const element *y, long n,
+                                 wide mean, wide by_first, wide by_second, const bends *b,
+                                 wide *first, wide *second) {
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) {
+        const element *p = x + i * DOUBLES, *q = dy + i * DOUBLES, *r = y + i * DOUBLES;
+        f64_register d = (IS_WHOLE(n) ? widen(p) : widen_part(p, n, i)) - mean.r[i];
+        f64_register slope = IS_WHOLE(n) ? widen(q) : widen_part(q, n, i);
+        if (!IS_WHOLE(n))
+            d = first_lanes(d, n, i);
+        if (b)
+            slope = gate_wide(slope, IS_WHOLE(n) ? widen(r) : widen_part(r, n, i), b);
+        first->r[i] += slope * by_first.r[i] * d;
+        second->r[i] += slope * by_second.r[i];
     }
 }
 

@@ -31,7 +31,8 @@ cdef enum:
     GATED = 8           # dy is multiplied by the slope of the activation where it gave y
     KEEPS = 16          # that product is stored, as the residual's gradient
     SELECTED = 32       # places are masked and, in moments and their gradient, samples weighed
-    KINDS = 64          # above all sums of these
+    BY_COLUMN = 64      # gamma and beta are of places in a plane, not of planes
+    KINDS = 128         # above all sums of these
 
 cdef struct Task:
     Reduce reduce
@@ -42,6 +43,8 @@ cdef struct Task:
     bint inside
     Py_ssize_t G, N, C, S, channels, fold, tail
     double count, eps
+    # Consecutive channels that share their statistics, 1 or more; gamma and beta are their own.
+    Py_ssize_t pool
     # NULL data where there is none: y gates dy, and dresidual is what it lets through.
     Operand x, dy, out, residual, y, dresidual
     # Which places count, a byte each; NULL: all. Channels outside: byte s of sample n at n*S + s.
@@ -50,6 +53,13 @@ cdef struct Task:
     Py_ssize_t mask_g
     const double* weights
     Py_ssize_t weights_g, weight_samples
+    # By column: plane c goes by row c % period of gamma, as doubles, and of gamma and beta, as reals,
+    # each (period, places). Back, the planes are cut into pieces of `deep`, each with its own sums of
+    # dy * xhat and dy, (pieces, 2, period, places), which are added up into the first.
+    Py_ssize_t period, places, deep
+    const double* gamma_wide
+    const char* columns
+    double* column_sums
     # The activation, 1 and infinity for none.
     double slope, top
     # The kernels' own: what a map takes its main values from (dy, else x), and beside them (y, or
@@ -59,7 +69,7 @@ cdef struct Task:
     # What is given: var NULL means that gamma already is the scale; gamma NULL 1, beta NULL 0.
     Table mean, var, gamma, beta
     # Given coefficients of the input's gradient, instead of those that follow from sums.
-    Table a, b, dy_mean, rstd
+    Table a, b, dy_mean, rstd, rest
     # Bytes of an element of arrays, and of one in arithmetic.
     Py_ssize_t itemsize, real_bytes
     # Results: mean and var, or the sums of dy * (x - mean), over s where var is given, and of dy.

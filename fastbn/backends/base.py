@@ -1,4 +1,4 @@
-"""What a backend is: four passes over memory and two trips, on (G, N, C, S) views.
+"""What a backend is: four passes over memory and four trips, on (G, N, C, S) views.
 
 1. Arrays come as views made by `fastbn.layouts`: native, aligned, not empty, all of one shape and
    element type, and of one of two kinds: channels outside (S contiguous) or channels inside
@@ -8,11 +8,14 @@
 3. Passes write into arrays that the caller made, in place too: then `out` is the same view as one
    of the inputs.
 4. Between the two passes of a trip stands one small float64 step, from sums to coefficients; it
-   is `normal_scale` and `gradient_coefficients` below.
+   is `normal_scale` and `gradient_coefficients` below. There channels may be *pooled*: so many
+   consecutive ones share their statistics, and tables of them are (G, C / pool).
 5. What follows normalization in a network is fused: a `Tail` adds a residual to y and applies an
    activation; on the way back a `Gate` lets dy through where the activation did.
 6. A `Selection` tells which places count, and how much in statistics. What stands at another place
    is not looked at; the result there is 0.
+7. Where a sample's pooled channels follow each other in memory, they are a *row* with statistics of
+   its own: views (1, 1, R, S) of the first kind, scaled and shifted by place. Rows have trips only.
 """
 
 from __future__ import annotations
@@ -39,13 +42,14 @@ class Affine(NamedTuple):
 
 
 class GradientCoefficients(NamedTuple):
-    """Tables of dx = a * (dy - dy_mean) + b * xhat, xhat = (x - mean) * rstd."""
+    """Tables of dx = a * (dy - dy_mean) + b * xhat + rest, xhat = (x - mean) * rstd."""
 
     a: Table
     b: Table
     dy_mean: Table
     mean: Table
     rstd: Table
+    rest: Table | None = None
 
 
 class Part(NamedTuple):
@@ -141,17 +145,48 @@ def frozen_coefficients(mean: Table, rstd: Table, gamma: Table) -> GradientCoeff
     return GradientCoefficients(gamma * rstd, zero, zero, mean, rstd)
 
 
+@quiet
+def pooled_moments(mean: Table, var: Table, pool: int) -> tuple[Table, Table]:
+    """Of `pool` consecutive channels together, which have as many values each (Chan, Golub &
+    LeVeque 1983, equation 2.1): no two large squares are subtracted."""
+    means, variances = (a.reshape(len(a), -1, pool) for a in (mean, var))
+    first = means[:, :, 0]
+    together = first + (means - first[:, :, None]).mean(2)
+    return together, (variances + np.square(means - together[:, :, None])).mean(2)
+
+
+@quiet
+def pooled_coefficients(
+    sum_dy: Table,
+    sum_dy_xhat: Table,
+    count: float,
+    mean: Table,
+    rstd: Table,
+    gamma: Table,
+    pool: int,
+) -> GradientCoefficients:
+    """dx = rstd * (gamma * dy - mean(gamma * dy) - xhat * mean(gamma * dy * xhat)), the means being
+    of `pool` channels: Wu & He (2018), differentiated."""
+
+    def pooled(sums: Table) -> Table:
+        means = (gamma * sums).reshape(len(sums), -1, pool).sum(2) / (count * pool)
+        return np.repeat(means, pool, 1)
+
+    b, rest = -rstd * pooled(sum_dy_xhat), -rstd * pooled(sum_dy)
+    return GradientCoefficients(gamma * rstd, b, np.zeros_like(rstd), mean, rstd, rest)
+
+
 def _never_plain(*arguments: Any) -> None:
     """For a backend without plain entries no arguments are plain."""
 
 
 class Backend(ABC):
-    """The six functions, with the trips as their two passes; faster backends override them.
+    """The eight functions, with the trips as their two passes; faster backends override them.
 
     A backend may have plain entries as well: the whole public call for plain arguments. Each takes
     the verb's arguments in order (`plain_backward` one more, `frozen`) and the number of
     threads. None means "not plain": nothing was touched, and the caller checks, arranges
-    and calls the six functions instead.
+    and calls the eight functions instead.
     """
 
     name: str
@@ -215,8 +250,38 @@ class Backend(ABC):
         gate: Gate | None = None,
         selection: Selection | None = None,
     ) -> None:
-        """out = a * (dy - w * dy_mean) + w * b * xhat, of a gated dy and, where a selection has
-        weights, a sample's w, else 1; without x, out = a * dy."""
+        """out = a * (dy - w * dy_mean) + w * b * xhat + rest, of a gated dy and, where a selection
+        has weights, a sample's w, else 1; without x, out = a * dy."""
+
+    @abstractmethod
+    def forward_rows(
+        self,
+        x: Array,
+        gamma: Table,
+        beta: Table,
+        eps: float,
+        out: Array,
+        threads: int,
+        tail: Tail | None = None,
+    ) -> tuple[Table, Table]:
+        """The forward trip on (1, 1, R, S) rows: row r is scaled by row r % P of the (P, S) table
+        gamma, and so shifted; gives mean and variance, (1, R)."""
+
+    @abstractmethod
+    def backward_rows(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Table,
+        var: Table,
+        gamma: Table,
+        eps: float,
+        out: Array,
+        threads: int,
+        gate: Gate | None = None,
+    ) -> tuple[Table, Table]:
+        """The backward trip on rows; mean and var are (1, R), and what it gives are the sums over
+        all rows with the same place in gamma, dgamma and dbeta, (P, S)."""
 
     def forward(
         self,
@@ -228,12 +293,16 @@ class Backend(ABC):
         threads: int,
         tail: Tail | None = None,
         selection: Selection | None = None,
+        pool: int = 1,
     ) -> tuple[Table, Table]:
         """The forward trip: moments, then normalize; gives mean and variance."""
-        mean, var = self.moments(x, threads, selection)
+        found = mean, var = self.moments(x, threads, selection)
+        if pool > 1:
+            found = pooled_moments(mean, var, pool)
+            mean, var = (np.repeat(a, pool, 1) for a in found)
         affine = Affine(mean, normal_scale(gamma, var, eps), beta)
         self.normalize(x, affine, out, threads, tail, selection)
-        return mean, var
+        return found
 
     @quiet
     def backward(
@@ -249,16 +318,23 @@ class Backend(ABC):
         threads: int,
         gate: Gate | None = None,
         selection: Selection | None = None,
+        pool: int = 1,
     ) -> tuple[Table, Table]:
         """The backward trip: gradient moments, then the gradient of the input.
 
-        `frozen` statistics let no gradient through: dx = gamma * rstd * dy. Gives dgamma, dbeta.
+        `frozen` statistics let no gradient through: dx = gamma * rstd * dy. Gives dgamma, dbeta,
+        (G, C) whatever is pooled.
         """
+        if pool > 1:
+            mean, var = (np.repeat(a, pool, 1) for a in (mean, var))
         rstd = inverse_deviation(var, eps)
         sum_dy, sum_dy_centred = self.gradient_moments(dy, x, mean, threads, gate, selection)
         dgamma = sum_dy_centred * rstd
         count = x.shape[1] * x.shape[3] if selection is None else selection.count
-        coefficients = gradient_coefficients(sum_dy, dgamma, count, mean, rstd, gamma)
+        sums = sum_dy, dgamma, count, mean, rstd, gamma
+        coefficients = gradient_coefficients(*sums)
+        if pool > 1:
+            coefficients = pooled_coefficients(*sums, pool)
         of_x = None if frozen else x
         self.input_gradient(dy, of_x, coefficients, out, threads, gate, selection)
         return dgamma, sum_dy

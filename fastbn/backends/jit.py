@@ -80,6 +80,7 @@ from fastbn.backends.base import (
     Selection,
     Table,
     Tail,
+    inverse_deviation,
 )
 from fastbn.elements import SINGLE, arithmetic, is_bfloat16
 
@@ -101,14 +102,16 @@ STREAMED_ROW = 1 << 10
 """Bytes from which a row's unaligned ends do not matter to streaming."""
 USUAL_MODE = 0x1F80
 """MXCSR of a new process: rounds to nearest, flushes nothing, traps nothing."""
+DEEP = 256
+"""Rows, at least, whose columns are summed apart."""
 FEW = 1024
 """Channels whose small step is no work for several threads."""
 
 NOTHING, MOMENTS, GRADIENTS = 0, 1, 2  # what is summed
 AFFINE, GRADIENT = 1, 2  # what is written: (source - mean) * scale + beta, or dx
 NOT, STORED, AS_OUT = 0, 1, 2  # how the gated dy is written; as out is, perhaps past the caches
-TABLE = 5
-GAMMA, BETA, MEAN, VAR, DBETA = range(TABLE)  # rows of a call's table
+TABLE = 6
+GAMMA, BETA, MEAN, VAR, DBETA, REST = range(TABLE)  # rows of a call's table
 DGAMMA = BETA
 DY_MEAN = DBETA
 
@@ -1839,7 +1842,7 @@ def _small_step(job: Any, run: int, c0: int, c1: int, both: bool, element: Any) 
         if both:
             shift, rest = _values(given + DY_MEAN * step, count, 0.0), zero
         if both and job.summed == NOTHING:
-            rstd = var
+            rstd, rest = var, _values(given + REST * step, count, 0.0)
         else:
             a = a * rstd
         if job.summed == GRADIENTS:
@@ -2649,6 +2652,116 @@ def _plain_gate(
     return Gate(asked, own.reshape(view.shape), wanted.reshape(view.shape)), wanted
 
 
+# ---- Rows, scaled and shifted by column: in float64, from and to arrays of floats ----------------
+
+
+def _rows_of(a: Array, writes: bool = False) -> Array:
+    """(1, 1, R, S) as (R, S): halves, which these loops do not know, in float32."""
+    if a.dtype.itemsize > 2:
+        return a[0, 0]
+    return np.empty(a.shape[2:], np.float32) if writes else a[0, 0].astype(np.float32)
+
+
+@_inline
+def _finish(y: Any, slope: float, top: float) -> Any:
+    """An activation of a value."""
+    below = y * slope if slope != 0.0 else 0.0
+    return below if y <= 0.0 else (top if y > top else y)
+
+
+@_inline
+def _through(dy: Any, y: Any, slope: float, top: float) -> Any:
+    """What an activation that gave y lets through."""
+    below = dy * slope if slope != 0.0 else 0.0
+    return below if y <= 0.0 else (0.0 if y >= top and top < math.inf else dy)
+
+
+@_Kernel
+def _forward_rows(
+    threads: int,
+    x: Array,
+    residual: Array,
+    mean: Table,
+    rstd: Table,
+    gamma: Table,
+    beta: Table,
+    adds: bool,
+    slope: float,
+    top: float,
+    out: Array,
+) -> None:
+    """y of each row."""
+    rows, size = x.shape
+    for thread in prange(threads):
+        mode = _mode(USUAL_MODE)
+        for r in range(rows * thread // threads, rows * (thread + 1) // threads):
+            place, m, s = r % len(gamma), mean[r], rstd[r]
+            for c in range(size):
+                y = (x[r, c] - m) * s * gamma[place, c] + beta[place, c]
+                if adds:
+                    y += residual[r, c]
+                out[r, c] = _finish(y, slope, top)
+        _mode(mode)
+
+
+@_part
+def _row_means(
+    dy: Array, x: Array, y: Array, m: float, gamma: Table, slope: float, top: float, lanes: Table
+) -> tuple[float, float]:
+    """mean(gamma * dy) and mean(gamma * dy * (x - m)) of a row, in lanes that compilers may fill
+    at once."""
+    size = len(x)
+    lanes[:] = 0.0
+    for c in range(0, size - size % LANES, LANES):
+        for i in range(LANES):
+            scaled = _through(dy[c + i], y[c + i], slope, top) * gamma[c + i]
+            lanes[0, i] += scaled
+            lanes[1, i] += scaled * (x[c + i] - m)
+    for c in range(size - size % LANES, size):
+        scaled = _through(dy[c], y[c], slope, top) * gamma[c]
+        lanes[0, c % LANES] += scaled
+        lanes[1, c % LANES] += scaled * (x[c] - m)
+    return lanes[0].sum() / size, lanes[1].sum() / size
+
+
+@_Kernel
+def _backward_rows(
+    threads: int,
+    dy: Array,
+    x: Array,
+    y: Array,
+    mean: Table,
+    rstd: Table,
+    gamma: Table,
+    slope: float,
+    top: float,
+    keeps: bool,
+    deep: int,
+    out: Array,
+    through: Array,
+    sums: Table,
+) -> None:
+    """dx of each row and, of each piece of `deep` rows, the sums of its columns."""
+    rows, size = x.shape
+    for thread in prange(threads):
+        mode, lanes = _mode(USUAL_MODE), np.empty((2, LANES))
+        pieces = len(sums)
+        for piece in range(pieces * thread // threads, pieces * (thread + 1) // threads):
+            for r in range(piece * deep, min((piece + 1) * deep, rows)):
+                place, m, s = r % len(gamma), mean[r], rstd[r]
+                row = dy[r], x[r], y[r]
+                of_dy, of_xhat = _row_means(*row, m, gamma[place], slope, top, lanes)
+                of_xhat *= s
+                for c in range(size):
+                    gated, xhat = _through(dy[r, c], y[r, c], slope, top), (x[r, c] - m) * s
+                    sums[piece, 0, place, c] += gated * xhat
+                    sums[piece, 1, place, c] += gated
+                    if keeps:
+                        through[r, c] = gated
+                    out[r, c] = (gated * gamma[place, c] - of_dy - xhat * of_xhat) * s
+        _mode(mode)
+
+
 class NumbaBackend(Backend):
     """Compiled by Numba."""
 
@@ -2718,11 +2831,12 @@ class NumbaBackend(Backend):
         gate: Gate | None = None,
         selection: Selection | None = None,
     ) -> None:
-        a, b, dy_mean, mean, rstd = coefficients
+        a, b, dy_mean, mean, rstd, rest = coefficients
         if x is None:
             written, x, table = AFFINE, dy, _table_of(dy, a, 0.0, 0.0, 1.0)
         else:
-            written, table = GRADIENT, _table_of(x, a, b, mean, rstd, dy_mean)
+            more = 0.0 if rest is None else rest
+            written, table = GRADIENT, _table_of(x, a, b, mean, rstd, dy_mean, more)
         fused = _after(gate)
         _call(NOTHING, written, x, dy, out, table, threads, fused=fused, selection=selection)
 
@@ -2736,7 +2850,10 @@ class NumbaBackend(Backend):
         threads: int,
         tail: Tail | None = None,
         selection: Selection | None = None,
+        pool: int = 1,
     ) -> tuple[Table, Table]:
+        if pool > 1:
+            return super().forward(x, gamma, beta, eps, out, threads, tail, selection, pool)
         table = _table_of(x, gamma, beta)
         _call(MOMENTS, AFFINE, x, x, out, table, threads, eps, _before(tail), selection)
         return table[MEAN], table[VAR]
@@ -2754,10 +2871,60 @@ class NumbaBackend(Backend):
         threads: int,
         gate: Gate | None = None,
         selection: Selection | None = None,
+        pool: int = 1,
     ) -> tuple[Table, Table]:
+        if pool > 1:
+            tables, fused = (mean, var, gamma), (gate, selection, pool)
+            return super().backward(dy, x, *tables, eps, frozen, out, threads, *fused)
         table, written = _table_of(x, gamma, 0.0, mean, var), AFFINE if frozen else GRADIENT
         _call(GRADIENTS, written, x, dy, out, table, threads, eps, _after(gate), selection)
         return table[DGAMMA], table[DBETA]
+
+    def forward_rows(
+        self,
+        x: Array,
+        gamma: Table,
+        beta: Table,
+        eps: float,
+        out: Array,
+        threads: int,
+        tail: Tail | None = None,
+    ) -> tuple[Table, Table]:
+        mean, var = self.moments(x, threads)
+        (slope, top), residual = (LINEAR, None) if tail is None else tail
+        target = _rows_of(out, writes=True)
+        arrays = _rows_of(x), target if residual is None else _rows_of(residual)
+        given = mean[0], inverse_deviation(var, eps)[0], gamma, beta
+        _forward_rows(threads, *arrays, *given, residual is not None, slope, top, target)
+        if not np.may_share_memory(target, out):
+            out[0, 0] = target
+        return mean, var
+
+    def backward_rows(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Table,
+        var: Table,
+        gamma: Table,
+        eps: float,
+        out: Array,
+        threads: int,
+        gate: Gate | None = None,
+    ) -> tuple[Table, Table]:
+        (slope, top), y, through = (LINEAR, dy, None) if gate is None else gate
+        targets = _rows_of(out, writes=True), _rows_of(dy if through is None else through)
+        arrays, given = map(_rows_of, (dy, x, y)), (mean[0], inverse_deviation(var, eps)[0], gamma)
+        period, size = gamma.shape
+        deep = _ceil(max(_ceil(len(mean[0]), 64), DEEP), period) * period
+        sums = np.zeros((_ceil(len(mean[0]), deep), 2, period, size))
+        keeps = through is not None
+        _backward_rows(threads, *arrays, *given, slope, top, keeps, deep, *targets, sums)
+        for target, wanted in zip(targets, (out, through), strict=True):
+            if wanted is not None and not np.may_share_memory(target, wanted):
+                wanted[0, 0] = target
+        dgamma, dbeta = sums.sum(0)
+        return dgamma, dbeta
 
     def plain_frozen(
         self, affine: Affine, layout: str, activation: Activation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +20,13 @@ from fastbn.backends.base import (
     Selection,
     Table,
     Tail,
+    quiet,
 )
+from fastbn.elements import arithmetic
 from fastbn.errors import BackendError
+
+LANES = 16
+"""Values in a vector of the kernels."""
 
 
 class NativeBackend(Backend):
@@ -103,8 +109,9 @@ class NativeBackend(Backend):
         threads: int,
         tail: Tail | None = None,
         selection: Selection | None = None,
+        pool: int = 1,
     ) -> tuple[Table, Table]:
-        target, fused = _target(out), (_walkable_tail(tail), selection)
+        target, fused = _target(out), (_walkable_tail(tail), selection, pool)
         result = self._engine.forward(_walkable(x), gamma, beta, eps, target, threads, *fused)
         _deliver(target, out)
         return result
@@ -122,9 +129,10 @@ class NativeBackend(Backend):
         threads: int,
         gate: Gate | None = None,
         selection: Selection | None = None,
+        pool: int = 1,
     ) -> tuple[Table, Table]:
         target, gated = _target(out), _walkable_gate(gate)
-        tables, fused = (mean, var, gamma), (gated, selection)
+        tables, fused = (mean, var, gamma), (gated, selection, pool)
         result = self._engine.backward(
             _walkable(dy), _walkable(x), *tables, eps, frozen, target, threads, *fused
         )
@@ -132,6 +140,46 @@ class NativeBackend(Backend):
         if gated is not None and gate is not None:
             _deliver(gated.dresidual, gate.dresidual)
         return result
+
+    def forward_rows(
+        self,
+        x: Array,
+        gamma: Table,
+        beta: Table,
+        eps: float,
+        out: Array,
+        threads: int,
+        tail: Tail | None = None,
+    ) -> tuple[Table, Table]:
+        columns = _columns(gamma, beta, arithmetic(x.dtype))
+        return self._engine.forward_rows(x, columns, eps, out, threads, tail)
+
+    def backward_rows(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Table,
+        var: Table,
+        gamma: Table,
+        eps: float,
+        out: Array,
+        threads: int,
+        gate: Gate | None = None,
+    ) -> tuple[Table, Table]:
+        columns = _columns(gamma, gamma, arithmetic(x.dtype))
+        (doubles, _), size = _columns(gamma, gamma, np.dtype(np.float64)), gamma.shape[1]
+        of_columns = columns, np.ascontiguousarray(doubles)
+        sums = self._engine.backward_rows(dy, x, mean, var, *of_columns, eps, out, threads, gate)
+        return sums[0, :, :size], sums[1, :, :size]
+
+
+@quiet
+def _columns(gamma: Table, beta: Table, dtype: np.dtype[Any]) -> Array:
+    """(P, S) tables as (2, P, places): with room for a vector behind the end of each row."""
+    rows, size = gamma.shape
+    columns = np.zeros((2, rows, -(-size // LANES) * LANES + LANES), dtype)
+    columns[0, :, :size], columns[1, :, :size] = gamma, beta
+    return columns
 
 
 _variants: dict[str, NativeBackend] = {}

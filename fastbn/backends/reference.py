@@ -25,6 +25,7 @@ from fastbn.backends.base import (
     Selection,
     Table,
     Tail,
+    inverse_deviation,
     quiet,
 )
 
@@ -95,7 +96,7 @@ class ReferenceBackend(Backend):
         gate: Gate | None = None,
         selection: Selection | None = None,
     ) -> None:
-        a, b, dy_mean, mean, rstd = coefficients
+        a, b, dy_mean, mean, rstd, rest = coefficients
         for channel in _channels(dy):
             dx = _kept(_gated(dy, gate, channel), channel, selection)
             if gate is not None and gate.dresidual is not None:
@@ -107,7 +108,57 @@ class ReferenceBackend(Backend):
             dx = dx * a[channel]
             if x is not None:
                 dx += w * (b[channel] * ((_doubles(x, channel) - mean[channel]) * rstd[channel]))
+            if rest is not None:
+                dx += rest[channel]
             _plane(out, channel)[...] = _kept(dx, channel, selection)
+
+    @quiet
+    def forward_rows(
+        self,
+        x: Array,
+        gamma: Table,
+        beta: Table,
+        eps: float,
+        out: Array,
+        threads: int,
+        tail: Tail | None = None,
+    ) -> tuple[Table, Table]:
+        mean, var = self.moments(x, threads)
+        rstd = inverse_deviation(var, eps)
+        for row in _channels(x):
+            place = row[1] % len(gamma)
+            xhat = (_doubles(x, row) - mean[row]) * rstd[row]
+            y = xhat * gamma[place] + beta[place]
+            _plane(out, row)[...] = y if tail is None else _finished(y, tail, row)
+        return mean, var
+
+    @quiet
+    def backward_rows(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Table,
+        var: Table,
+        gamma: Table,
+        eps: float,
+        out: Array,
+        threads: int,
+        gate: Gate | None = None,
+    ) -> tuple[Table, Table]:
+        rstd = inverse_deviation(var, eps)
+        dgamma, dbeta = np.zeros((2, *gamma.shape))
+        for row in _channels(x):
+            place = row[1] % len(gamma)
+            dy_values = _gated(dy, gate, row)
+            if gate is not None and gate.dresidual is not None:
+                _plane(gate.dresidual, row)[...] = dy_values
+            xhat = (_doubles(x, row) - mean[row]) * rstd[row]
+            dgamma[place] += (dy_values * xhat)[0]
+            dbeta[place] += dy_values[0]
+            scaled = dy_values * gamma[place]
+            dx = scaled - scaled.mean() - xhat * (scaled * xhat).mean()
+            _plane(out, row)[...] = dx * rstd[row]
+        return dgamma, dbeta
 
 
 def load() -> Backend:
