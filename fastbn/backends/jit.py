@@ -2476,6 +2476,11 @@ def _bodies(
     )
 
 
+def _team(threads: int, moved: int) -> int:
+    """How many threads work on so many bytes."""
+    return 1 if moved * 2 < SERIAL_BELOW * 3 else min(threads, _numba.config.NUMBA_NUM_THREADS)
+
+
 def _call(
     summed: int,
     written: int,
@@ -2499,9 +2504,7 @@ def _call(
         alone, x = dy is x, _dense(x)
         dy, target = x if alone else _dense(dy), _dense(target)
     operands = 1 + (dy is not x) + (written != NOTHING) + (fused.operands() if fused else 0)
-    if x.nbytes * operands * 2 < SERIAL_BELOW * 3:
-        threads = 1
-    threads = min(threads, _numba.config.NUMBA_NUM_THREADS)
+    threads = _team(threads, x.nbytes * operands)
     streamed = STREAM_ROWS if inside else STREAM_PLANES
     if summed == NOTHING:
         streamed = STREAM_MAPS
@@ -2895,7 +2898,7 @@ class NumbaBackend(Backend):
         target = _rows_of(out, writes=True)
         arrays = _rows_of(x), target if residual is None else _rows_of(residual)
         given = mean[0], inverse_deviation(var, eps)[0], gamma, beta
-        _forward_rows(threads, *arrays, *given, residual is not None, slope, top, target)
+        _forward_rows(_team(threads, 2 * x.nbytes), *arrays, *given, residual is not None, slope, top, target)
         if not np.may_share_memory(target, out):
             out[0, 0] = target
         return mean, var
@@ -2915,11 +2918,11 @@ class NumbaBackend(Backend):
         (slope, top), y, through = (LINEAR, dy, None) if gate is None else gate
         targets = _rows_of(out, writes=True), _rows_of(dy if through is None else through)
         arrays, given = map(_rows_of, (dy, x, y)), (mean[0], inverse_deviation(var, eps)[0], gamma)
-        period, size = gamma.shape
-        deep = _ceil(max(_ceil(len(mean[0]), 64), DEEP), period) * period
-        sums = np.zeros((_ceil(len(mean[0]), deep), 2, period, size))
+        (period, size), rows = gamma.shape, mean.size
+        deep = -(-max(rows // 64, DEEP) // period) * period
+        sums = np.zeros((-(-rows // deep), 2, period, size))
         keeps = through is not None
-        _backward_rows(threads, *arrays, *given, slope, top, keeps, deep, *targets, sums)
+        _backward_rows(_team(threads, 3 * x.nbytes), *arrays, *given, slope, top, keeps, deep, *targets, sums)
         for target, wanted in zip(targets, (out, through), strict=True):
             if wanted is not None and not np.may_share_memory(target, wanted):
                 wanted[0, 0] = target
