@@ -625,15 +625,15 @@ cdef void finish_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t 
             var[i] = choose(m < 0, 0, m) * unit[i] * unit[i]
         scatter(&t.first, g, c, count, mean)
         scatter(&t.second, g, c, count, var)
-    if t.pool > 1:
-        for c in range(c0, end, t.pool):
-            pool_moments(t, <double*> (t.first.data + g * t.first.g) + c,
-                         <double*> (t.second.data + g * t.second.g) + c)
+    for c in range((end - c0) // t.pool if t.pool > 1 else 0):
+        pool_moments(t, g, c0 + c * t.pool)
 
 
-cdef void pool_moments(const Task* t, double* mean, double* var) noexcept nogil:
-    """A group's mean and variance, in place of its channels': no two large squares are
-    subtracted (Chan, Golub & LeVeque 1983, equation 2.1)."""
+cdef void pool_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0) noexcept nogil:
+    """The mean and variance of the group from channel c0 on, in place of its channels': no two
+    large squares are subtracted (Chan, Golub & LeVeque 1983, equation 2.1)."""
+    cdef double* mean = <double*> (t.first.data + g * t.first.g) + c0
+    cdef double* var = <double*> (t.second.data + g * t.second.g) + c0
     cdef Py_ssize_t i
     cdef double together = 0, square = 0
     for i in range(t.pool):
@@ -770,8 +770,8 @@ cdef void finish_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_
     if t.pool > 1:
         for c in range(c0, end, 16):
             sums_to_gradients(t, g, c, min(16, end - c), &k)
-        for c in range(c0, end, t.pool):
-            pool_gradients(t, g, c)
+        for c in range((end - c0) // t.pool):
+            pool_gradients(t, g, c0 + c * t.pool)
     for c in range(c0, end, 16):
         count = min(16, end - c)
         gather(&t.mean, g, c, count, 0, k.mean)
@@ -1392,22 +1392,25 @@ cdef inline void sum_down(int kind, const Task* t, Py_ssize_t c, Py_ssize_t rows
         for s in range(0, t.S, 16):
             n = min(16, t.S - s)
             dy_xhat, dy = wload_table(column + s), wload_table(column + after + s)
-            for r in range(first, rows, t.period):
+            r = first
+            while r < rows:
                 p = summed_at(t, 0, 0, c + r, s)
                 add_scaled_gradients(p.dy, p.x, p.y, n, wsplat(mean[r]), wsplat(rstd[r]), ones,
                                      &p.activation if kind & GATED else NULL, &dy_xhat, &dy)
+                r += t.period
             wstore_table(column + s, dy_xhat)
             wstore_table(column + after + s, dy)
 
 
 cdef void sum_columns_of(const Task* t, Py_ssize_t c0, Py_ssize_t c1, double* sum) noexcept nogil:
     """Of a block of rows, a few at a time: so many lines of one set a cache holds."""
-    cdef Py_ssize_t c, few = min(4 * t.period, 16)
-    for c in range(c0, c1, few):
+    cdef Py_ssize_t few = min(4 * t.period, 16)
+    while c0 < c1:
         if t.kind & GATED:
-            sum_down(GATED, t, c, min(few, c1 - c), sum)
+            sum_down(GATED, t, c0, min(few, c1 - c0), sum)
         else:
-            sum_down(0, t, c, min(few, c1 - c), sum)
+            sum_down(0, t, c0, min(few, c1 - c0), sum)
+        c0 += few
 
 
 cdef void add_up_columns(const Task* t, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
