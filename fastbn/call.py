@@ -32,6 +32,8 @@ Array = NDArray[Any]
 
 CHANNEL_BYTES = 160
 """Of the tables that a call makes here, for a channel: up to twenty float64 vectors at a time."""
+RUN_BYTES = 32
+"""Of the same, for a channel of each of many runs: what a trip gives."""
 ROW_BYTES = 160
 """Of the same, and of a backend's, for a row."""
 WEIGHED = 16384
@@ -109,7 +111,7 @@ class Span:
         limit = scratch(array_bytes, CALLS_SHARE)
         if runs == 1:
             return [Part(slice(0, 1), some) for some in parts(channels, size, limit, each)]
-        run_bytes = array_bytes // runs
+        run_bytes, each = array_bytes // runs, each - CHANNEL_BYTES + RUN_BYTES
         at_once = max(limit // (each * channels), SMALLEST // run_bytes, 1)
         starts = range(0, runs, at_once)
         return [Part(slice(i, min(i + at_once, runs)), slice(0, channels)) for i in starts]
@@ -256,7 +258,7 @@ class Call:
         """A part's statistics, parameter, or its default, as a (G, C) table."""
         vector, runs = self.vectors[name], part.runs.stop - part.runs.start
         if vector is not None and vector.ndim == 2:
-            return vector[span.at(part, self.pool)].astype(np.float64)
+            return np.asarray(vector[span.at(part, self.pool)], np.float64)
         row = np.full(part.channels.stop - part.channels.start, default)
         if vector is not None:
             row = vector[part.channels].astype(np.float64)

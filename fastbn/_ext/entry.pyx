@@ -147,6 +147,19 @@ cdef Py_ssize_t pitch_of(Py_ssize_t channels) noexcept nogil:
     return ceil_div(channels, LANES) * LANES + LANES
 
 
+cdef void set_groups(Task* t) noexcept nogil:
+    """The chunks of whole groups, where these are planes."""
+    cdef Task groups = t[0]
+    t.group_chunks = 0
+    t.grouped = t.pool > 1 and not t.inside and t.reduce == MOMENTS
+    if t.grouped:
+        groups.S *= t.pool
+        set_chunks(&groups)
+        t.group_chunks, t.group_rows = groups.chunks, groups.rows
+        t.group_pieces, t.group_piece = groups.pieces, groups.piece
+        t.group_pitch = pitch_of(t.C // t.pool)
+
+
 cdef void set_chunks(Task* t) noexcept nogil:
     t.pieces, t.piece = 1, t.S
     if t.inside:
@@ -181,7 +194,12 @@ cdef int count_outputs(Task* t) noexcept nogil:
 cdef Py_ssize_t streams_from(Task* t) noexcept nogil:
     if t.reduce == NO_REDUCE:
         return tuning.stream_maps
-    return tuning.stream_rows if t.inside else tuning.stream_planes
+    return tuning.stream_rows if t.inside and not fits_alone(t) else tuning.stream_planes
+
+
+cdef bint fits_alone(Task* t) noexcept nogil:
+    """Whether the second walk over a run finds it in a core's own cache."""
+    return t.G > 1 and bytes_of(t) // t.G * count_inputs(t) <= tuning.l2
 
 
 cdef void schedule(Task* t, int threads) noexcept nogil:
@@ -220,7 +238,10 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
     # Whoever is free takes the next block; small arrays are worked on where they were last time.
     t.shared = not t.split and total > t.threads * tuning.l2
     t.fetch = total >= t.threads * tuning.fetch
+    t.alone = t.G > 1 and not t.split and t.mask == NULL
+    t.kept = most_chunks(t) if t.split or t.column_sums != NULL else 1
     t.block = even_block(t, block)
+    t.stretch = ceil_div(max(tuning.stretch // inputs, 16), 16) * 16 if t.alone and t.inside else t.C
     t.map_block = even_block(t, t.C)
     set_rows(t)
 
@@ -241,8 +262,9 @@ cdef void set_rows(Task* t) noexcept nogil:
     """Channels inside: how many rows share the fetching of sums, and of coefficients."""
     cdef Py_ssize_t sparse = tuning.sparse * (2 if t.itemsize == 2 else 1)
     cdef bint sparing = t.large and t.reduce == GRADIENT_MOMENTS
+    cdef Py_ssize_t columns = min(t.block, t.stretch)
     cdef bint overflows = t.map == INPUT_GRADIENT and PACKED * t.C * t.real_bytes >= OVERFLOWING
-    t.few = max(1, sparse // t.block) if sparing else max(4, tuning.stretch // t.block)
+    t.few = max(1, sparse // columns) if sparing else max(4, tuning.stretch // columns)
     t.together = max(1, (sparse if t.large else tuning.stretch) // t.C)
     if overflows or not t.large:
         t.together = max(t.together, 4)
@@ -273,14 +295,27 @@ cdef char* take(char** free, Py_ssize_t size) noexcept nogil:
 
 
 cdef Py_ssize_t rows_of_sums(Task* t) noexcept nogil:
-    """Float64 tables between the passes: shift, unit, total and each chunk's two sums."""
-    return 0 if t.reduce == NO_REDUCE else 4 + 2 * t.chunks
+    """Float64 tables between the passes: shift, unit, total and the two sums of each chunk that is
+    kept; what total lost, and moments of channels that are pooled."""
+    if t.reduce == NO_REDUCE:
+        return 0
+    return 4 + 2 * t.kept + (2 if t.kept < most_chunks(t) else 0) + (2 if t.pool > 1 else 0)
+
+
+cdef Py_ssize_t most_chunks(Task* t) noexcept nogil:
+    return max(t.chunks, t.group_chunks)
+
+
+cdef Py_ssize_t owners_of(Task* t) noexcept nogil:
+    """How many tables there are at a time."""
+    return t.threads if t.alone else t.G
 
 
 cdef int set_scratch(Task* t, char** memory) except -1 nogil:
     """The tables between the passes."""
-    cdef Py_ssize_t table = t.G * t.pitch * sizeof(double)
-    cdef Py_ssize_t packed = t.G * t.pitch * PACKED * t.real_bytes
+    cdef Py_ssize_t owners = owners_of(t)
+    cdef Py_ssize_t table = owners * t.pitch * sizeof(double)
+    cdef Py_ssize_t packed = owners * t.pitch * PACKED * t.real_bytes
     cdef Py_ssize_t reducing = 0 if t.reduce == NO_REDUCE else 1
     cdef Py_ssize_t samples = columns_of_samples(t)
     cdef char* free
@@ -288,14 +323,16 @@ cdef int set_scratch(Task* t, char** memory) except -1 nogil:
         t.packed = t.prepared
         return 0
     memory[0] = <char*> PyMem_RawMalloc(rows_of_sums(t) * table + packed + 3 * samples
-                                        + reducing * t.G * sizeof(Py_ssize_t) + 9 * LINE)
+                                        + reducing * t.G * sizeof(Py_ssize_t) + 11 * LINE)
     if memory[0] == NULL:
         raise MemoryError("fastbn: no memory for the tables of sums")
     free = memory[0] + (-<size_t> memory[0] & (LINE - 1))
     t.shift = <double*> take(&free, reducing * table)
     t.unit = <double*> take(&free, reducing * table)
     t.total = <double*> take(&free, reducing * 2 * table)
-    t.partial = <double*> take(&free, reducing * 2 * t.chunks * table)
+    t.each = <double*> take(&free, reducing * (2 * table if t.pool > 1 else 0))
+    t.lost = <double*> take(&free, reducing * (2 * table if t.kept < most_chunks(t) else 0))
+    t.partial = <double*> take(&free, reducing * 2 * t.kept * table)
     t.packed = take(&free, packed)
     t.starts = <Py_ssize_t*> take(&free, reducing * t.G * sizeof(Py_ssize_t))
     t.samples = <unsigned short*> take(&free, samples * sizeof(short))
@@ -332,15 +369,22 @@ cdef void set_samples(Task* t) noexcept nogil:
 
 # ---- In parts: the tables of a wide array with few values a channel would outgrow it ----
 
+cdef Py_ssize_t table_bytes(Task* t) noexcept nogil:
+    """Of a channel."""
+    return rows_of_sums(t) * <Py_ssize_t> sizeof(double) + PACKED * t.real_bytes
+
+
+cdef Py_ssize_t limit_of(Task* t) noexcept nogil:
+    """What all tables together may take."""
+    return <Py_ssize_t> (max(tuning.scratch, bytes_of(t) // scratch_part) * kernels_share)
+
+
 cdef Py_ssize_t channels_at_once(Task* t) noexcept nogil:
     """How many channels' tables are in memory at a time: all, or equal parts of whole vectors.
 
     The verbs have a share of the limits as well, where they make tables of their own.
     """
-    cdef Py_ssize_t each = rows_of_sums(t) * <Py_ssize_t> sizeof(double) + PACKED * t.real_bytes
-    cdef Py_ssize_t allowed = max(tuning.scratch, bytes_of(t) // scratch_part)
-    cdef Py_ssize_t limit = <Py_ssize_t> (allowed * kernels_share)
-    cdef Py_ssize_t most = max(limit // each // LANES, 1) * LANES
+    cdef Py_ssize_t most = max(limit_of(t) // table_bytes(t) // LANES, 1) * LANES
     if t.C <= most or t.fold > 1 or t.pool > 1 or t.period > 0 or t.prepared != NULL:
         return max(most, t.C)
     return ceil_div(t.C, ceil_div(t.C, most) * LANES) * LANES
@@ -392,10 +436,14 @@ cdef int run_part(Task* t, Run run, int threads) except -1 nogil:
 cdef int run_parts(Task* t, Run run, int threads) except -1 nogil:
     """The whole task at once if its tables are small beside it, else some runs, or some channels
     of one run, after others."""
-    cdef Py_ssize_t most = channels_at_once(t), g = 0, c
-    cdef Py_ssize_t G = min(max(most // t.C, 1), t.G)
-    cdef Py_ssize_t C = t.C if t.fold > 1 else min(most, t.C)
+    cdef Py_ssize_t most, G, C, g = 0, c
     cdef Task part
+    schedule(t, threads)
+    if owners_of(t) * t.C * table_bytes(t) <= limit_of(t):
+        return run_part(t, run, threads)
+    t.kept = most_chunks(t)     # some parts may be shared by all threads
+    most = channels_at_once(t)
+    G, C = min(max(most // t.C, 1), t.G), t.C if t.fold > 1 else min(most, t.C)
     while g < t.G:
         c = 0
         while c < t.C:
@@ -465,6 +513,7 @@ cdef Table table(cnp.ndarray a) noexcept:
     result.data = <char*> cnp.PyArray_DATA(a)
     result.g = cnp.PyArray_STRIDE(a, 0) if last == 1 else 0
     result.c = cnp.PyArray_STRIDE(a, last)
+    result.pool = 0
     result.single = cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32
     return result
 
@@ -474,9 +523,9 @@ cdef cnp.ndarray new_vector(Py_ssize_t C, int element):
     return cnp.PyArray_EMPTY(1, &length, element, 0)
 
 
-cdef cnp.ndarray new_table(Task* t):
+cdef cnp.ndarray new_table(Task* t, Py_ssize_t pool):
     cdef cnp.npy_intp[2] shape
-    shape[0], shape[1] = t.G, t.channels
+    shape[0], shape[1] = t.G, t.channels // pool
     return cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
 
 
@@ -636,6 +685,7 @@ cdef class Engine:
         with nogil:
             set_element(t, element)
             set_chunks(t)
+            set_groups(t)
             calls = enter_call()
             try:
                 run_parts(t, self.runs[element], max(1, threads // calls))
@@ -643,10 +693,11 @@ cdef class Engine:
                 leave_call()
         return 0
 
-    cdef tuple with_tables(self, Task* t, cnp.ndarray x, int threads):
-        """Run with fresh (G, C) tables for the results, and return them."""
-        cdef cnp.ndarray first = new_table(t), second = new_table(t)
+    cdef tuple with_tables(self, Task* t, cnp.ndarray x, int threads, Py_ssize_t pool=1):
+        """Run with fresh (G, C / pool) tables for the results, and return them."""
+        cdef cnp.ndarray first = new_table(t, pool), second = new_table(t, pool)
         t.first, t.second = table(first), table(second)
+        t.first.pool = t.second.pool = pool
         self.go(t, x, threads)
         return first, second
 
@@ -695,8 +746,7 @@ cdef class Engine:
         t.x, t.out = operand(&t, x), operand(&t, out)
         t.gamma, t.beta, t.eps, t.pool = table(gamma), table(beta), eps, pool
         fuse_tail(&t, tail)
-        mean, var = self.with_tables(&t, x, threads)
-        return mean[:, ::pool], var[:, ::pool]
+        return self.with_tables(&t, x, threads, pool)
 
     def backward(self, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mean, cnp.ndarray var,
                  cnp.ndarray gamma, double eps, bint frozen, cnp.ndarray out, int threads, gate,
@@ -704,9 +754,8 @@ cdef class Engine:
         cdef Map map = AFFINE if frozen else INPUT_GRADIENT
         cdef Task t = new_task(x, GRADIENT_MOMENTS, map, selection)
         t.x, t.dy, t.out = operand(&t, x), operand(&t, dy), operand(&t, out)
-        if pool > 1:
-            mean, var = mean.repeat(pool, 1), var.repeat(pool, 1)
         t.mean, t.var, t.gamma, t.eps, t.pool = table(mean), table(var), table(gamma), eps, pool
+        t.mean.pool = t.var.pool = pool
         fuse_gate(&t, gate, True)
         return self.with_tables(&t, x, threads)
 

@@ -40,7 +40,7 @@ from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy, memset
 
 from fastbn._ext.task cimport (
-    ACTIVE, AFFINE, AHEAD, BY_COLUMN, GATED, GRADIENT_MOMENTS, INPUT_GRADIENT, KEEPS, KINDS, MOMENTS,
+    ACTIVE, AFFINE, AHEAD, BY_COLUMN, FEW_ROWS, GATED, GRADIENT_MOMENTS, INPUT_GRADIENT, KEEPS, KINDS, MOMENTS,
     NO_MAP, NO_REDUCE, PACKED, RESIDUAL, ROWS_PICKED, SELECTED, WIDE, WITH_X, Operand, Table, Task,
 )
 
@@ -99,9 +99,14 @@ cdef extern from "simd.h" nogil:
     void add_moments(const element* x, long n, wide shift, wide unit, wide* first, wide* second)
     void add_gradients(const element* dy, const element* x, const element* y, long n, wide mean,
                        const bends* b, wide* first, wide* second)
-    void add_scaled_gradients(const element* dy, const element* x, const element* y, long n,
-                              wide mean, wide by_first, wide by_second, const bends* b,
-                              wide* first, wide* second)
+    ctypedef struct rows_at:
+        const element* dy
+        const element* x
+        const element* y
+        long dy_step, x_step, y_step
+    void add_both_ways(rows_at at, int rows, long n, const double* mean, const double* rstd,
+                       const double* gamma, const bends* b, wide* first, wide* second,
+                       double* column_first, double* column_second)
     void add_picked_moments(const element* x, picks some, wide weight, long n, wide shift,
                             wide unit, wide* first, wide* second)
     void add_picked_gradients(const element* dy, const element* x, const element* y, picks some,
@@ -137,6 +142,8 @@ cdef inline element* at(const Operand* a, Py_ssize_t g, Py_ssize_t n, Py_ssize_t
 cdef inline double entry(const Table* t, Py_ssize_t g, Py_ssize_t c, double default) noexcept nogil:
     if t.data == NULL:
         return default
+    if t.pool > 1:
+        c //= t.pool
     if t.single:
         return (<const float*> (t.data + g * t.g + c * t.c))[0]
     return (<const double*> (t.data + g * t.g + c * t.c))[0]
@@ -144,7 +151,7 @@ cdef inline double entry(const Table* t, Py_ssize_t g, Py_ssize_t c, double defa
 
 cdef inline double* sums(const Task* t, Py_ssize_t g, Py_ssize_t j) noexcept nogil:
     """Chunk j's two rows of sums."""
-    return t.partial + (g * t.chunks + j) * 2 * t.pitch
+    return t.partial + (g * t.kept + min(j, t.kept - 1)) * 2 * t.pitch
 
 
 cdef inline real* packed(const Task* t, Py_ssize_t g) noexcept nogil:
@@ -247,6 +254,8 @@ cdef inline Py_ssize_t later(const Task* t, const Operand* a, Py_ssize_t n) noex
     a few planes on or, past the last, in the next channel."""
     if t.planes_ahead == 0:
         return ahead_values()
+    if t.N == 1:
+        return t.planes_ahead * a.c
     if n + t.planes_ahead < t.N:
         return t.planes_ahead * a.n
     return (t.planes_ahead - t.N) * a.n + a.c
@@ -263,7 +272,6 @@ cdef struct Summed:
     bends activation
     picks some      # of the next sixteen
     wide weight     # the same, for moments
-    const double* gamma     # by column
 
 
 cdef inline void fetch_summed(int kind, const Summed* p, Py_ssize_t s) noexcept nogil:
@@ -277,11 +285,7 @@ cdef inline void fetch_summed(int kind, const Summed* p, Py_ssize_t s) noexcept 
 cdef inline void add(int kind, const Summed* p, Py_ssize_t s, Py_ssize_t n, wide shift, wide unit,
                      wide* first, wide* second) noexcept nogil:
     """Add n values to the moments or, with dy beside x, to the sums of gradients."""
-    if kind & BY_COLUMN:
-        add_scaled_gradients(p.dy + s, p.x + s, p.y + s, n, shift, wload_table(p.gamma + s),
-                             wload_table(p.gamma + s), &p.activation if kind & GATED else NULL,
-                             first, second)
-    elif kind & SELECTED and kind & WITH_X:
+    if kind & SELECTED and kind & WITH_X:
         add_picked_gradients(p.dy + s, p.x + s, p.y + s, p.some, n, shift,
                              &p.activation if kind & GATED else NULL, first, second)
     elif kind & SELECTED:
@@ -324,8 +328,6 @@ cdef inline void sum_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0
             if kind & SELECTED:
                 selected = selected_at(t, g, n, k.s0)
                 p.weight = wsplat(selected.weighs.first[0])
-            if kind & BY_COLUMN:
-                p.gamma = t.gamma_wide + c % t.period * t.places + k.s0
             for s in range(0, whole, 16):
                 fetch_summed(kind, &p, s)
                 if kind & SELECTED:
@@ -422,12 +424,7 @@ cdef inline void sum_chunk(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0,
 
 cdef void reduce_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
                        Py_ssize_t j) noexcept nogil:
-    if t.period > 0 and t.reduce == GRADIENT_MOMENTS:
-        if t.kind & GATED:
-            sum_planes(WITH_X | GATED | BY_COLUMN, t, g, c0, c1, j)
-        else:
-            sum_planes(WITH_X | BY_COLUMN, t, g, c0, c1, j)
-    elif t.mask != NULL and t.reduce == MOMENTS:
+    if t.mask != NULL and t.reduce == MOMENTS:
         sum_chunk(SELECTED, t, g, c0, c1, j)
     elif t.mask != NULL and t.kind & GATED:
         sum_chunk(WITH_X | GATED | SELECTED, t, g, c0, c1, j)
@@ -441,25 +438,57 @@ cdef void reduce_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1
         sum_chunk(WITH_X, t, g, c0, c1, j)
 
 
-cdef void merge(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
-    """Add the chunks' sums up in order, carrying what rounding loses (Knuth's two-sum)."""
-    cdef double* total = t.total + g * 2 * t.pitch
-    cdef Py_ssize_t row, c, j, v
-    cdef wide s, lost, p, r, was
+cdef inline void store_wide(double* row, wide values, Py_ssize_t count) noexcept nogil:
+    """No more than the block's own channels: the next ones are another thread's."""
     cdef double[16] lanes
+    wstore_table(lanes, values)
+    store_doubles(row, lanes, count)
+
+
+cdef inline void add_sums(wide p, wide* s, wide* lost) noexcept nogil:
+    """s += p, and what rounding loses (Knuth's two-sum)."""
+    cdef wide r = wadd(s[0], p), was = wsub(r, s[0])
+    lost[0] = wadd(lost[0], wadd(wsub(s[0], wsub(r, was)), wsub(p, was)))
+    s[0] = r
+
+
+cdef void add_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
+                    Py_ssize_t j) noexcept nogil:
+    """Chunk j's sums, where only they are kept, onto those of the chunks before."""
+    cdef double* total = t.total + g * 2 * t.pitch
+    cdef double* gone = t.lost + g * 2 * t.pitch
+    cdef Py_ssize_t row, c, count
+    cdef wide s, lost, p
     for row in range(2):
         for c in range(c0, c1, 16):
-            s = wload_table_part(sums(t, g, 0) + row * t.pitch + c, c1 - c)
-            lost = wsplat(0)
-            for j in range(1, t.chunks):
-                p = wload_table_part(sums(t, g, j) + row * t.pitch + c, c1 - c)
-                r = wadd(s, p)
-                was = wsub(r, s)
-                lost = wadd(lost, wadd(wsub(s, wsub(r, was)), wsub(p, was)))
-                s = r
-            wstore_table(lanes, wadd(s, lost))
-            # No more than the block's own channels: the next ones are another thread's.
-            memcpy(total + row * t.pitch + c, lanes, min(16, c1 - c) * sizeof(double))
+            count = min(16, c1 - c)
+            p = wload_table_part(sums(t, g, 0) + row * t.pitch + c, count)
+            s, lost = p, wsplat(0)
+            if j > 0:
+                s = wload_table_part(total + row * t.pitch + c, count)
+                lost = wload_table_part(gone + row * t.pitch + c, count)
+                add_sums(p, &s, &lost)
+            store_wide(total + row * t.pitch + c, s, count)
+            store_wide(gone + row * t.pitch + c, lost, count)
+
+
+cdef void merge(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    """Add the chunks' sums up in order."""
+    cdef double* total = t.total + g * 2 * t.pitch
+    cdef Py_ssize_t row, c, j, v, count
+    cdef wide s, lost
+    for row in range(2):
+        for c in range(c0, c1, 16):
+            count = min(16, c1 - c)
+            if t.kept < t.chunks:
+                s = wload_table_part(total + row * t.pitch + c, count)
+                lost = wload_table_part(t.lost + (g * 2 + row) * t.pitch + c, count)
+            else:
+                s = wload_table_part(sums(t, g, 0) + row * t.pitch + c, count)
+                lost = wsplat(0)
+                for j in range(1, t.chunks):
+                    add_sums(wload_table_part(sums(t, g, j) + row * t.pitch + c, count), &s, &lost)
+            store_wide(total + row * t.pitch + c, wadd(s, lost), count)
         for c in range(t.channels if t.fold > 1 else 0):
             for v in range(1, t.fold):
                 total[row * t.pitch + c] += total[row * t.pitch + v * t.channels + c]
@@ -490,6 +519,17 @@ cdef inline void store_doubles(double* row, const double* values, Py_ssize_t cou
         memcpy(row, values, count * sizeof(double))
 
 
+cdef inline void gather_pooled(const Table* table, Py_ssize_t g, Py_ssize_t c, Py_ssize_t count,
+                               double* values) noexcept nogil:
+    cdef Py_ssize_t i, left = table.pool - c % table.pool
+    cdef double value = entry(table, g, c, 0)
+    for i in range(count):
+        if left == 0:
+            left, value = table.pool, entry(table, g, c + i, 0)
+        values[i] = value
+        left -= 1
+
+
 cdef inline void gather(const Table* table, Py_ssize_t g, Py_ssize_t c, Py_ssize_t count,
                         double default, double* values) noexcept nogil:
     """`count` entries from channel c on; the default where there are none."""
@@ -498,6 +538,8 @@ cdef inline void gather(const Table* table, Py_ssize_t g, Py_ssize_t c, Py_ssize
     if table.data == NULL:
         for i in range(16):
             values[i] = default
+    elif table.pool > 1:
+        gather_pooled(table, g, c, count, values)
     elif table.single and table.c == sizeof(float):
         for i in range(count):
             values[i] = (<const float*> row)[i]
@@ -590,6 +632,8 @@ cdef void sum_again(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) n
                     t.unit[g * t.pitch + v * t.channels + c] = ldexp(1, -600)
     for j in range(t.chunks):
         reduce_chunk(t, g, c0, c1, j)
+        if t.kept < t.chunks:
+            add_chunk(t, g, c0, c1, j)
     merge(t, g, c0, c1)
 
 
@@ -623,17 +667,25 @@ cdef void finish_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t 
             mean[i] = shift[i] + m * unit[i]
             m = var[i] / t.count - m * m
             var[i] = choose(m < 0, 0, m) * unit[i] * unit[i]
-        scatter(&t.first, g, c, count, mean)
-        scatter(&t.second, g, c, count, var)
+        if t.pool > 1:
+            store_doubles(each_of(t, g) + c, mean, count)
+            store_doubles(each_of(t, g) + t.pitch + c, var, count)
+        else:
+            scatter(&t.first, g, c, count, mean)
+            scatter(&t.second, g, c, count, var)
     for c in range((end - c0) // t.pool if t.pool > 1 else 0):
-        pool_moments(t, g, c0 + c * t.pool)
+        pool_moments(t, g, c0 // t.pool + c)
 
 
-cdef void pool_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0) noexcept nogil:
-    """The mean and variance of the group from channel c0 on, in place of its channels': no two
-    large squares are subtracted (Chan, Golub & LeVeque 1983, equation 2.1)."""
-    cdef double* mean = <double*> (t.first.data + g * t.first.g) + c0
-    cdef double* var = <double*> (t.second.data + g * t.second.g) + c0
+cdef inline double* each_of(const Task* t, Py_ssize_t g) noexcept nogil:
+    return t.each + g * 2 * t.pitch
+
+
+cdef void pool_moments(const Task* t, Py_ssize_t g, Py_ssize_t group) noexcept nogil:
+    """Its channels' means and variances -> a group's: no two large squares are subtracted (Chan,
+    Golub & LeVeque 1983, equation 2.1)."""
+    cdef const double* mean = each_of(t, g) + group * t.pool
+    cdef const double* var = mean + t.pitch
     cdef Py_ssize_t i
     cdef double together = 0, square = 0
     for i in range(t.pool):
@@ -641,8 +693,9 @@ cdef void pool_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0) noexcept nogi
     together = mean[0] + together / t.pool
     for i in range(t.pool):
         square += var[i] + (mean[i] - together) * (mean[i] - together)
-    for i in range(t.pool):
-        mean[i], var[i] = together, square / t.pool
+    square /= t.pool
+    scatter(&t.first, g, group, 1, &together)
+    scatter(&t.second, g, group, 1, &square)
 
 
 cdef inline void invert_deviations(double* var, Py_ssize_t count, double eps) noexcept nogil:
@@ -857,15 +910,17 @@ cdef void unpack(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noex
     repeat(t, packed(t, g), c0, 4)
 
 
-cdef void finish(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
-    """What stands between the passes."""
+cdef void finish(const Task* t, const Task* summed, Py_ssize_t g, Py_ssize_t c0,
+                 Py_ssize_t c1) noexcept nogil:
+    """What stands between the passes; `summed` is the task, or its groups."""
+    cdef Py_ssize_t pool = t.pool if t.grouped else 1
     if t.prepared != NULL:
         unpack(t, g, c0, c1)
         return
     if t.reduce != NO_REDUCE:
-        merge(t, g, c0, c1)
+        merge(summed, g, c0 // pool, c1 // pool)
     if t.reduce == MOMENTS:
-        finish_moments(t, g, c0, c1)
+        finish_moments(summed, g, c0 // pool, c1 // pool)
     if t.reduce == GRADIENT_MOMENTS or t.map == INPUT_GRADIENT:
         finish_gradients(t, g, c0, c1)
     elif t.map == AFFINE:
@@ -1320,6 +1375,69 @@ cdef inline Py_ssize_t next_block(Task* t, Py_ssize_t b, Py_ssize_t end) noexcep
     return min(fetch_add(&t.next_block, 1) if t.shared else b + 1, end)
 
 
+cdef inline void enter_run(Operand* a, Py_ssize_t g) noexcept nogil:
+    if a.data != NULL:
+        a.data += g * a.g * <Py_ssize_t> sizeof(element)
+
+
+cdef inline void enter_row(Table* table, Py_ssize_t g) noexcept nogil:
+    if table.data != NULL:
+        table.data += g * table.g
+
+
+cdef Task run_of(const Task* t, Py_ssize_t g, Py_ssize_t thread) noexcept nogil:
+    """Run g as a task of its own, with the thread's tables."""
+    cdef Task own = t[0]
+    enter_run(&own.x, g)
+    enter_run(&own.source, g)
+    enter_run(&own.other, g)
+    enter_run(&own.out, g)
+    enter_run(&own.dresidual, g)
+    enter_row(&own.mean, g)
+    enter_row(&own.var, g)
+    enter_row(&own.gamma, g)
+    enter_row(&own.beta, g)
+    enter_row(&own.first, g)
+    enter_row(&own.second, g)
+    own.shift += thread * t.pitch
+    own.unit += thread * t.pitch
+    own.total += thread * 2 * t.pitch
+    own.lost += thread * 2 * t.pitch
+    own.each += thread * 2 * t.pitch
+    own.partial += thread * 2 * t.pitch
+    own.packed += thread * PACKED * t.pitch * <Py_ssize_t> sizeof(real)
+    return own
+
+
+cdef Task groups_of(const Task* t) noexcept nogil:
+    """The task on planes of whole groups, as they are summed."""
+    cdef Task groups = t[0]
+    groups.C = groups.channels = t.C // t.pool
+    groups.S, groups.count, groups.x.c = t.S * t.pool, t.count * t.pool, t.x.c * t.pool
+    groups.chunks, groups.rows = t.group_chunks, t.group_rows
+    groups.pieces, groups.piece = t.group_pieces, t.group_piece
+    groups.pitch, groups.planes_ahead = t.group_pitch, 0
+    groups.pool = groups.first.pool = groups.second.pool = 1
+    return groups
+
+
+cdef inline void reduce_columns(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
+                                Py_ssize_t j) noexcept nogil:
+    """Chunk j of a block, so many columns at a time as have their tables in L1."""
+    while c0 < c1:
+        reduce_chunk(t, g, c0, min(c0 + t.stretch, c1), j)
+        c0 += t.stretch
+
+
+cdef void reduce_block(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    cdef Py_ssize_t j
+    set_shift(t, g, c0, c1)
+    for j in range(t.chunks):
+        reduce_columns(t, g, c0, c1, j)
+        if t.kept < t.chunks:
+            add_chunk(t, g, c0, c1, j)
+
+
 cdef void run_blocks(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
     """Each thread takes a block of channels at a time through the whole trip; the second walk may
     fetch the block that comes after it."""
@@ -1327,43 +1445,52 @@ cdef void run_blocks(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil
     cdef Py_ssize_t blocks = count_blocks(t, t.block), later, ahead, j
     cdef Py_ssize_t end = blocks if t.shared else blocks * (thread + 1) // team
     cdef Py_ssize_t b = next_block(t, blocks * thread // team - 1, end)
+    cdef Py_ssize_t pool = t.pool if t.grouped else 1
+    cdef Task own, groups
+    cdef const Task* run = t
+    cdef const Task* summed = t
     while b < end:
         k = block(t, b, t.block)
+        if t.alone:
+            own = run_of(t, k.g, thread)
+            run, summed, k.g = &own, &own, 0
+        if t.grouped:
+            groups = groups_of(run)
+            summed = &groups
         if t.reduce != NO_REDUCE:
-            set_shift(t, k.g, k.c0, k.c1)
-            for j in range(t.chunks):
-                reduce_chunk(t, k.g, k.c0, k.c1, j)
-        finish(t, k.g, k.c0, k.c1)
+            reduce_block(summed, k.g, k.c0 // pool, k.c1 // pool)
+        finish(run, summed, k.g, k.c0, k.c1)
         later = next_block(t, b, end)
         ahead = (later - b) * t.block if t.lookahead and later < end else 0
         if t.map != NO_MAP:
             for j in range(t.chunks - 1, -1, -1):
-                map_chunk(t, k.g, k.c0, k.c1, j, ahead)
+                map_chunk(run, k.g, k.c0, k.c1, j, ahead)
         b = later
 
 
 cdef void run_split(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
     """All threads share the chunks of all channels, in the order in which memory has them: unit
     u is chunk u // blocks of block u % blocks."""
-    cdef Py_ssize_t blocks = count_blocks(t, t.block), units = blocks * t.chunks, u, b
+    cdef Task groups = groups_of(t) if t.grouped else t[0]
+    cdef Py_ssize_t blocks = count_blocks(&groups, t.block), units = blocks * groups.chunks, u, b
     cdef Py_ssize_t b0 = blocks * thread // team, b1 = blocks * (thread + 1) // team
     cdef Block k
     if t.reduce != NO_REDUCE:
         for b in range(b0, b1):
-            k = block(t, b, t.block)
-            set_shift(t, k.g, k.c0, k.c1)
+            k = block(&groups, b, t.block)
+            set_shift(&groups, k.g, k.c0, k.c1)
         team_barrier()
         for u in range(units * thread // team, units * (thread + 1) // team):
-            k = block(t, u % blocks, t.block)
-            reduce_chunk(t, k.g, k.c0, k.c1, u // blocks)
+            k = block(&groups, u % blocks, t.block)
+            reduce_chunk(&groups, k.g, k.c0, k.c1, u // blocks)
         team_barrier()
     if t.pool > 1:
         for b in range(t.G * thread // team, t.G * (thread + 1) // team):
-            finish(t, b, 0, t.C)
+            finish(t, &groups, b, 0, t.C)
     else:
         for b in range(b0, b1):
             k = block(t, b, t.block)
-            finish(t, k.g, k.c0, k.c1)
+            finish(t, t, k.g, k.c0, k.c1)
     if t.map == NO_MAP:
         return
     team_barrier()
@@ -1374,43 +1501,69 @@ cdef void run_split(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
         map_chunk(t, k.g, k.c0, k.c1, u // blocks, 0)
 
 
-# ---- Sums of columns, of rows that are in the cache ----
+# ---- Rows, back: both ways at once ----
 
-cdef inline void sum_down(int kind, const Task* t, Py_ssize_t c, Py_ssize_t rows,
-                          double* sum) noexcept nogil:
-    """Add dy * xhat and dy of up to 16 rows from row c on to the sums of their columns."""
-    cdef double[16] mean, rstd
-    cdef Py_ssize_t first, r, s, n, last = min(rows, t.period)
-    cdef Py_ssize_t after = t.period * t.places
-    cdef wide ones = wsplat(1), dy_xhat, dy
-    cdef double* column
-    cdef Summed p
-    gather(&t.mean, 0, c, rows, 0, mean)
-    given_deviations(t, 0, c, rows, rstd)
-    for first in range(last):
-        column = sum + (c + first) % t.period * t.places
-        for s in range(0, t.S, 16):
-            n = min(16, t.S - s)
-            dy_xhat, dy = wload_table(column + s), wload_table(column + after + s)
-            r = first
-            while r < rows:
-                p = summed_at(t, 0, 0, c + r, s)
-                add_scaled_gradients(p.dy, p.x, p.y, n, wsplat(mean[r]), wsplat(rstd[r]), ones,
-                                     &p.activation if kind & GATED else NULL, &dy_xhat, &dy)
-                r += t.period
-            wstore_table(column + s, dy_xhat)
-            wstore_table(column + after + s, dy)
-
-
-cdef void sum_columns_of(const Task* t, Py_ssize_t c0, Py_ssize_t c1, double* sum) noexcept nogil:
-    """Of a block of rows, a few at a time: so many lines of one set a cache holds."""
-    cdef Py_ssize_t few = min(4 * t.period, 16)
-    while c0 < c1:
-        if t.kind & GATED:
-            sum_down(GATED, t, c0, min(few, c1 - c0), sum)
+cdef inline void sum_few_rows(int kind, int rows, const Task* t, Py_ssize_t c, Py_ssize_t j,
+                              const double* mean, const double* rstd, double* column) noexcept nogil:
+    """The sums of a few rows, `period` apart from row c on, over chunk j, and of its columns."""
+    cdef Chunk k = chunk(t, j)
+    cdef Py_ssize_t s = 0, size = k.s1 - k.s0, r, after = t.period * t.places
+    cdef const double* gamma = t.gamma_wide + c % t.period * t.places + k.s0
+    cdef double* sum = sums(t, 0, j) + c
+    cdef wide[FEW_ROWS] first, second
+    cdef rows_at p
+    cdef Summed at = summed_at(t, 0, 0, c, k.s0)
+    column += c % t.period * t.places + k.s0
+    p.x_step, p.dy_step, p.y_step = t.x.c * t.period, t.source.c * t.period, t.other.c * t.period
+    for r in range(rows):
+        first[r], second[r] = wsplat(0), wsplat(0)
+    at.x_ahead, at.dy_ahead, at.y_ahead = rows * p.x_step, rows * p.dy_step, rows * p.y_step
+    while s < size:
+        for r in range(rows):
+            prefetch(at.x + s + (rows + r) * p.x_step, at.fetch)
+            prefetch(at.dy + s + (rows + r) * p.dy_step, at.fetch)
+        p.x, p.dy, p.y = at.x + s, at.dy + s, at.y + s
+        if s + 16 <= size:
+            add_both_ways(p, rows, 16, mean, rstd, gamma + s, &at.activation if kind & GATED
+                          else NULL, first, second, column + s, column + after + s)
         else:
-            sum_down(0, t, c0, min(few, c1 - c0), sum)
-        c0 += few
+            add_both_ways(p, rows, size - s, mean, rstd, gamma + s, &at.activation if kind & GATED
+                          else NULL, first, second, column + s, column + after + s)
+        s += 16
+    for r in range(rows):
+        sum[r * t.period] = wsum(first[r])
+        sum[t.pitch + r * t.period] = wsum(second[r])
+
+
+cdef inline void sum_rows_of(int kind, const Task* t, Py_ssize_t c, Py_ssize_t end,
+                             double* column) noexcept nogil:
+    """Rows c, c + period, ... before the end: four at a time."""
+    cdef Py_ssize_t j, i, left = (end - c + t.period - 1) // t.period
+    cdef double[FEW_ROWS] mean, rstd
+    while left > 0:
+        for i in range(min(left, FEW_ROWS)):
+            mean[i] = entry(&t.mean, 0, c + i * t.period, 0)
+            rstd[i] = inverse_root(entry(&t.var, 0, c + i * t.period, 1) + t.eps)
+        if left >= FEW_ROWS:
+            for j in range(t.chunks):
+                sum_few_rows(kind, FEW_ROWS, t, c, j, mean, rstd, column)
+            left -= FEW_ROWS
+            c += FEW_ROWS * t.period
+        else:
+            for j in range(t.chunks):
+                sum_few_rows(kind, 1, t, c, j, mean, rstd, column)
+            left -= 1
+            c += t.period
+
+
+cdef void sum_both_ways(const Task* t, Py_ssize_t c0, Py_ssize_t c1, double* column) noexcept nogil:
+    """The sums of a block of rows, and of its columns."""
+    cdef Py_ssize_t c
+    for c in range(c0, min(c0 + t.period, c1)):
+        if t.kind & GATED:
+            sum_rows_of(GATED, t, c, c1, column)
+        else:
+            sum_rows_of(0, t, c, c1, column)
 
 
 cdef void add_up_columns(const Task* t, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
@@ -1433,11 +1586,8 @@ cdef void run_rows(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
         memset(sum, 0, size * sizeof(double))
         while c < end:
             c1 = min(c + t.block, end)
-            set_shift(t, 0, c, c1)
-            for j in range(t.chunks):
-                reduce_chunk(t, 0, c, c1, j)
-            sum_columns_of(t, c, c1, sum)
-            finish(t, 0, c, c1)
+            sum_both_ways(t, c, c1, sum)
+            finish(t, t, 0, c, c1)
             for j in range(t.chunks - 1, -1, -1):
                 map_chunk(t, 0, c, c1, j, 0)
             c = c1

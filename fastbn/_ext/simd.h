@@ -807,21 +807,39 @@ INLINE void add_gradients(const element *dy, const element *x, const element *y,
         second->r[i] = add_beside(second->r[i], slope);
     }
 }
-/* The same times a factor each: of a row's sums, or of a column's. */
-INLINE void add_scaled_gradients(const element *dy, const element *x, const element *y, long n,
-                                 wide mean, wide by_first, wide by_second, const bends *b,
-                                 wide *first, wide *second) {
-    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) {
-        const element *p = x + i * DOUBLES, *q = dy + i * DOUBLES, *r = y + i * DOUBLES;
-        f64_register d = (IS_WHOLE(n) ? widen(p) : widen_part(p, n, i)) - mean.r[i];
-        f64_register slope = IS_WHOLE(n) ? widen(q) : widen_part(q, n, i);
-        if (!IS_WHOLE(n))
-            d = first_lanes(d, n, i);
-        if (b)
-            slope = gate_wide(slope, IS_WHOLE(n) ? widen(r) : widen_part(r, n, i), b);
-        first->r[i] += slope * by_first.r[i] * d;
-        second->r[i] += slope * by_second.r[i];
+/* Of n columns of a few rows, `steps` elements apart: add gamma * dy * (x - mean) and gamma * dy to
+ * the rows' sums, and dy * xhat and dy to those of columns, one row after the other. */
+typedef struct {
+    const element *dy, *x, *y;
+    long dy_step, x_step, y_step;
+} rows_at;
+INLINE void add_both_ways(rows_at at, const int rows, long n, const double *mean,
+                          const double *rstd, const double *gamma, const bends *b, wide *first,
+                          wide *second, double *column_first, double *column_second) {
+    wide scale = wload_table(gamma);
+    wide dy_xhat = wload_table(column_first), dy = wload_table(column_second);
+    UNROLLED (int r = 0; r < rows; r++) {
+        UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) {
+            const element *p = at.x + i * DOUBLES, *q = at.dy + i * DOUBLES;
+            const element *o = at.y + i * DOUBLES;
+            f64_register d = (IS_WHOLE(n) ? widen(p) : widen_part(p, n, i)) - mean[r];
+            f64_register slope = IS_WHOLE(n) ? widen(q) : widen_part(q, n, i);
+            if (!IS_WHOLE(n))
+                d = first_lanes(d, n, i);
+            if (b)
+                slope = gate_wide(slope, IS_WHOLE(n) ? widen(o) : widen_part(o, n, i), b);
+            d *= slope;
+            first[r].r[i] += d * scale.r[i];
+            second[r].r[i] += slope * scale.r[i];
+            dy_xhat.r[i] += d * rstd[r];
+            dy.r[i] += slope;
+        }
+        at.dy += at.dy_step;
+        at.x += at.x_step;
+        at.y += at.y_step;
     }
+    wstore_table(column_first, dy_xhat);
+    wstore_table(column_second, dy);
 }
 
 /* The same of those picked. */

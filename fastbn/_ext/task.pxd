@@ -8,9 +8,9 @@ cdef struct Operand:
 
 cdef struct Table:
     # A (G, C) table of float64 or, where `single`, float32; strides count bytes. NULL data stands
-    # for the default that its field names.
+    # for the default that its field names. Of `pool` channels together it has one entry; 0: of each.
     char* data
-    Py_ssize_t g, c
+    Py_ssize_t g, c, pool
     bint single
 
 cdef enum Reduce:
@@ -43,8 +43,11 @@ cdef struct Task:
     bint inside
     Py_ssize_t G, N, C, S, channels, fold, tail
     double count, eps
-    # Consecutive channels that share their statistics, 1 or more; gamma and beta are their own.
+    # Consecutive channels that share their statistics, 1 or more; gamma and beta are their own. What
+    # is `grouped` is summed as planes of whole groups, which are cut into chunks of their own.
     Py_ssize_t pool
+    bint grouped
+    Py_ssize_t group_chunks, group_rows, group_pieces, group_piece, group_pitch
     # NULL data where there is none: y gates dy, and dresidual is what it lets through.
     Operand x, dy, out, residual, y, dresidual
     # Which places count, a byte each; NULL: all. Channels outside: byte s of sample n at n*S + s.
@@ -82,18 +85,23 @@ cdef struct Task:
     # Order of work, kind of store, size of the team: decided by the machine; no bit depends on it.
     # Blocks are of channels; the map of a split trip has its own. Large: rows beyond the caches.
     # Fetch: values before they are needed, where the processor's own fetching is not enough.
-    bint split, shared, large, stream, stream_dresidual, joined, lookahead, fetch
+    # Alone: a thread takes runs one by one, and the tables below are threads', not runs'.
+    bint split, shared, alone, large, stream, stream_dresidual, joined, lookahead, fetch
     Py_ssize_t block, map_block
-    # Channels inside: rows that are summed, and mapped, together.
-    Py_ssize_t few, together
+    # Channels inside: columns and rows that are summed together, and rows that are mapped together.
+    Py_ssize_t stretch, few, together
     int threads
     long next_block
     # Scratch, `pitch` (C rounded up to whole vectors) apart: (G, ...) tables.
     Py_ssize_t pitch
     double* shift       # (G, pitch): what is subtracted from x before summing
     double* unit        # (G, pitch): a power of two that keeps float64 squares in range
-    double* partial     # (G, chunks, 2, pitch): each chunk's two sums
+    # (G, kept, 2, pitch): each chunk's two sums; who sums all chunks adds them up one by one.
+    double* partial
+    Py_ssize_t kept
     double* total       # (G, 2, pitch): the merged sums
+    double* lost        # (G, 2, pitch): what roundings have taken from them, where one is kept
+    double* each        # (G, 2, pitch): mean and var of channels that are pooled
     Py_ssize_t* starts  # (G): the first place that weighs anything
     # (pitch + 16): which of a folded row's samples a column is of, and the same modulo 256.
     unsigned short* samples
@@ -105,6 +113,7 @@ cdef struct Task:
 ctypedef void (*Run)(Task*) noexcept nogil
 
 cdef enum:
+    FEW_ROWS = 4        # rows that are summed together, and their columns with them
     PACKED = 8          # the most coefficients that a map has
     ROWS_PICKED = 16    # the most rows that are worked on together where a mask picks places
     WIDE = 48           # columns; rows at least as wide are picked one by one

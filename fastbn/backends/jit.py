@@ -102,6 +102,8 @@ STREAMED_ROW = 1 << 10
 """Bytes from which a row's unaligned ends do not matter to streaming."""
 USUAL_MODE = 0x1F80
 """MXCSR of a new process: rounds to nearest, flushes nothing, traps nothing."""
+POOLED = 80
+"""Bytes of tables for a channel between two passes, where channels are pooled."""
 DEEP = 256
 """Rows, at least, whose columns are summed apart."""
 FEW = 1024
@@ -2777,7 +2779,7 @@ class NumbaBackend(Backend):
         self.plain_backward = self._plain_backward
 
     def channel_bytes(self, shape: tuple[int, int, int, int]) -> int:
-        return _channel_bytes(shape[1], shape[3])
+        return _channel_bytes(shape[1], shape[3]) + POOLED
 
     def moments(
         self, x: Array, threads: int, selection: Selection | None = None
@@ -2898,7 +2900,9 @@ class NumbaBackend(Backend):
         target = _rows_of(out, writes=True)
         arrays = _rows_of(x), target if residual is None else _rows_of(residual)
         given = mean[0], inverse_deviation(var, eps)[0], gamma, beta
-        _forward_rows(_team(threads, 2 * x.nbytes), *arrays, *given, residual is not None, slope, top, target)
+        _forward_rows(
+            _team(threads, 2 * x.nbytes), *arrays, *given, residual is not None, slope, top, target
+        )
         if not np.may_share_memory(target, out):
             out[0, 0] = target
         return mean, var
@@ -2922,7 +2926,9 @@ class NumbaBackend(Backend):
         deep = -(-max(rows // 64, DEEP) // period) * period
         sums = np.zeros((-(-rows // deep), 2, period, size))
         keeps = through is not None
-        _backward_rows(_team(threads, 3 * x.nbytes), *arrays, *given, slope, top, keeps, deep, *targets, sums)
+        _backward_rows(
+            _team(threads, 3 * x.nbytes), *arrays, *given, slope, top, keeps, deep, *targets, sums
+        )
         for target, wanted in zip(targets, (out, through), strict=True):
             if wanted is not None and not np.may_share_memory(target, wanted):
                 wanted[0, 0] = target

@@ -112,7 +112,8 @@ class NativeBackend(Backend):
         pool: int = 1,
     ) -> tuple[Table, Table]:
         target, fused = _target(out), (_walkable_tail(tail), selection, pool)
-        result = self._engine.forward(_walkable(x), gamma, beta, eps, target, threads, *fused)
+        x = _walkable(x, pool)
+        result = self._engine.forward(x, gamma, beta, eps, target, threads, *fused)
         _deliver(target, out)
         return result
 
@@ -216,9 +217,10 @@ def facts() -> NativeFacts:
     return NativeFacts(*_picked(), cpu.instruction_sets(), cpu.has_openmp())
 
 
-def _walkable(a: Array) -> Array:
-    """`a`, or a dense copy where its narrow rows lie apart in memory."""
-    return a if entry.walks(a) else np.ascontiguousarray(a)
+def _walkable(a: Array, pool: int = 1) -> Array:
+    """`a`, or a dense copy where its narrow rows, or planes that are summed together, lie apart."""
+    apart = pool > 1 and a.shape[3] > 1 and a.strides[2] != a.shape[3] * a.itemsize
+    return a if entry.walks(a) and not apart else np.ascontiguousarray(a)
 
 
 def _target(out: Array) -> Array:
