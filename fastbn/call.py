@@ -7,8 +7,8 @@ before anything is written, and then asks it for views, tables and results.
    so many runs, and what is left of the samples as a smaller one.
 2. Statistics are tables with a row for each run.
 3. A span is worked on in *parts*, some of its runs or channels, whose tables stay small.
-4. Statistics of each sample by itself (group norm and its like) are those of virtual batches of one,
-   in which consecutive channels are pooled.
+4. Statistics of each sample by itself (group norm and its like) are those of virtual batches of
+   one, in which consecutive channels are pooled.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Span:
 
     def row_parts(self, array_bytes: int, period: int) -> list[Part]:
         """All rows, in parts of whole periods."""
-        _, _, rows, size = self.arrangement.view_shape
+        rows = self.arrangement.view_shape[2]
         limit, each = scratch(array_bytes, CALLS_SHARE), period * ROW_BYTES
         at_once = max(limit // each, SMALLEST * rows // array_bytes // period, 1) * period
         starts = range(0, rows, at_once)

@@ -4,8 +4,8 @@
    norm by those of each channel, layer norm by those of all. They are the passes of batch norm on
    virtual batches of one sample, whose channels are pooled in groups. gamma and beta are of
    channels, always.
-2. Where a sample has one place, as in (N, C), its groups are rows of memory, and the trips over rows
-   do the work: statistics of a row, gamma and beta by column.
+2. Where a sample has one place, as in (N, C), its groups are rows of memory, and the trips over
+   rows do the work: statistics of a row, gamma and beta by column.
 """
 
 from __future__ import annotations
@@ -181,9 +181,9 @@ def group_norm_backward(
 ) -> Gradients | ResidualGradients:
     """Gradient of `group_norm`, through the samples' own statistics.
 
-    With ``xhat = (x - mean) / sqrt(var + eps)``: ``dbeta = sum(dy)`` and ``dgamma = sum(dy * xhat)``
+    With ``xhat = (x - mean) / sqrt(var + eps)``: ``dbeta = sum(dy)``, ``dgamma = sum(dy * xhat)``
     over samples and places, and ``dx = (gamma * dy - mean(gamma * dy) - xhat * mean(gamma * dy *
-    xhat)) / sqrt(var + eps)``, these means being of a group: Wu & He (2018), differentiated. With
+    xhat)) / sqrt(var + eps)`` with means over a group (Wu & He 2018, differentiated). With
     an activation, dy is first multiplied by its slope.
 
     Parameters
@@ -238,9 +238,9 @@ def instance_norm_backward(
 ) -> Gradients | ResidualGradients:
     """Gradient of `instance_norm`, through the samples' own statistics.
 
-    With ``xhat = (x - mean) / sqrt(var + eps)``: ``dbeta = sum(dy)`` and ``dgamma = sum(dy * xhat)``
+    With ``xhat = (x - mean) / sqrt(var + eps)``: ``dbeta = sum(dy)``, ``dgamma = sum(dy * xhat)``
     over samples and places, and ``dx = (gamma * dy - mean(gamma * dy) - xhat * mean(gamma * dy *
-    xhat)) / sqrt(var + eps)``, these means being of a sample's channel: Wu & He (2018), differentiated. With
+    xhat)) / sqrt(var + eps)`` with means over a sample's channel (Wu & He 2018, differentiated). With
     an activation, dy is first multiplied by its slope.
 
     Parameters
@@ -293,9 +293,9 @@ def layer_norm_backward(
 ) -> Gradients | ResidualGradients:
     """Gradient of `layer_norm`, through the samples' own statistics.
 
-    With ``xhat = (x - mean) / sqrt(var + eps)``: ``dbeta = sum(dy)`` and ``dgamma = sum(dy * xhat)``
+    With ``xhat = (x - mean) / sqrt(var + eps)``: ``dbeta = sum(dy)``, ``dgamma = sum(dy * xhat)``
     over samples and places, and ``dx = (gamma * dy - mean(gamma * dy) - xhat * mean(gamma * dy *
-    xhat)) / sqrt(var + eps)``, these means being of a sample: Wu & He (2018), differentiated. With
+    xhat)) / sqrt(var + eps)`` with means over a sample (Wu & He 2018, differentiated). With
     an activation, dy is first multiplied by its slope.
 
     Parameters
