@@ -240,8 +240,8 @@ def instance_norm_backward(
 
     With ``xhat = (x - mean) / sqrt(var + eps)``: ``dbeta = sum(dy)``, ``dgamma = sum(dy * xhat)``
     over samples and places, and ``dx = (gamma * dy - mean(gamma * dy) - xhat * mean(gamma * dy *
-    xhat)) / sqrt(var + eps)`` with means over a sample's channel (Wu & He 2018, differentiated). With
-    an activation, dy is first multiplied by its slope.
+    xhat)) / sqrt(var + eps)`` with means over a sample's channel (Wu & He 2018, differentiated).
+    With an activation, dy is first multiplied by its slope.
 
     Parameters
     ----------

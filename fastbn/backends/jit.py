@@ -2664,7 +2664,7 @@ def _rows_of(a: Array, writes: bool = False) -> Array:
     """(1, 1, R, S) as (R, S): halves, which these loops do not know, in float32."""
     if a.dtype.itemsize > 2:
         return a[0, 0]
-    return np.empty(a.shape[2:], np.float32) if writes else a[0, 0].astype(np.float32)
+    return np.empty(a.shape[2:], np.float32) if writes else np.asarray(a[0, 0], np.float32)
 
 
 @_inline
