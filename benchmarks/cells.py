@@ -4,7 +4,7 @@
 2. Each of float64, a fresh output and one thread by itself, on a core of those shapes.
 3. One thread also where a library might leave cores idle: few or odd channels, one image.
 4. The series: one family of shapes from 1 KB to 400 MB, for the plot of time against size.
-5. Fused works, half types, masked works, and the smallest call.
+5. Fused works, half types, masked works, virtual batches and siblings, and the smallest call.
 """
 
 from __future__ import annotations
@@ -28,6 +28,15 @@ MASKED = (
     "weighed-forward",
     "weighed-backward",
 )
+GROUPED = tuple(
+    f"{kind}-{work}"
+    for kind in ("ghost", "group", "instance", "layer")
+    for work in ("forward", "backward")
+)
+GROUPS = 32
+"""Of group norm."""
+GHOST = 8
+"""Samples of a virtual batch."""
 
 Shape = tuple[int, ...]
 
@@ -43,7 +52,8 @@ class Cell:
     with gamma and beta. backward: dx, dgamma, dbeta of forward. frozen: dx alone of inference.
     fused-forward, fused-inference: relu(y + residual). fused-backward: of the former, with the
     residual's gradient. masked-...: of the places that a mask selects. weighed-...: of those, with
-    a weight for each sample.
+    a weight for each sample. ghost-...: of virtual batches. group-..., instance-..., layer-...: the
+    siblings.
     """
     layout: str
     """NCHW or NHWC; NC for an array of rank 2, which has one layout only."""
@@ -65,6 +75,16 @@ class Cell:
     @property
     def is_weighed(self) -> bool:
         return self.work.startswith("weighed-")
+
+    @property
+    def is_grouped(self) -> bool:
+        return self.work in GROUPED
+
+    @property
+    def groups(self) -> int:
+        """Of channels, which share the statistics of a sample."""
+        of_kind = {"group": GROUPS, "instance": self.channels, "layer": 1}
+        return of_kind[self.work.partition("-")[0]]
 
     @property
     def plain_work(self) -> str:
@@ -190,6 +210,8 @@ FUSED_SHAPES: tuple[Shape, ...] = (*RESNET[:4], *CACHED)
 HALVES = ("float16", "bfloat16")
 HALF_SHAPES: tuple[Shape, ...] = (*RESNET[:2], RESNET[3], CACHED[1])
 MASKED_SHAPES: tuple[Shape, ...] = (*RESNET[:4], CACHED[1], (65536, 256))
+GROUPED_SHAPES: tuple[Shape, ...] = RESNET[:4]
+LAYER_ROWS: tuple[Shape, ...] = ((4096, 1024), (16384, 1024), (65536, 256), (8192, 4096))
 CALL: Shape = (1, 16)
 """The kernel takes some nanoseconds: the time of a call is what the call costs."""
 
@@ -228,6 +250,7 @@ def all_cells(threads: int) -> list[Cell]:
         *cells_of(FUSED_SHAPES, threads=threads, works=FUSED),
         *half_cells(HALF_SHAPES, threads, HALVES),
         *cells_of(MASKED_SHAPES, threads=threads, works=MASKED),
+        *grouped_cells(GROUPED_SHAPES, LAYER_ROWS, threads),
         *cells_of([CALL], threads=threads, works=["inference"]),
     )
     return list(dict.fromkeys(listed))
@@ -239,6 +262,15 @@ def half_cells(shapes: Iterable[Shape], threads: int, dtypes: Iterable[str]) -> 
         yield from cells_of(shapes, threads=threads, works=WORKS[:3], dtype=dtype)
 
 
+def grouped_cells(
+    shapes: Iterable[Shape], rows: Iterable[Shape], threads: int
+) -> Iterator[Cell]:
+    """Virtual batches and siblings; of rows those whose statistics are of several columns."""
+    yield from cells_of(shapes, threads=threads, works=GROUPED)
+    works = [work for work in GROUPED if work.startswith(("group", "layer"))]
+    yield from cells_of(rows, threads=threads, works=works)
+
+
 def quick_cells(threads: int) -> list[Cell]:
     """A look: a large, a cached and a small array, some variants, a few points of the series."""
     return [
@@ -247,4 +279,5 @@ def quick_cells(threads: int) -> list[Cell]:
         *cells_of(QUICK[:1], threads=threads, works=FUSED),
         *half_cells(QUICK[:1], threads, HALVES[1:]),
         *cells_of(QUICK[:1], threads=threads, works=MASKED[:1]),
+        *grouped_cells(QUICK[:1], LAYER_ROWS[:1], threads),
     ]

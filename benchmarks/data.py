@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.cells import Cell, Shape
+from benchmarks.cells import GHOST, Cell, Shape
 
 Array = NDArray[Any]
 
@@ -130,8 +130,22 @@ class Data:
         n = self.x.size // self.channels
         return mean, np.maximum(squares / n - mean * mean, 0)
 
+    def grouped(self, a: Array, cell: Cell, first: int = 0, channels: int | None = None) -> Array:
+        """Some channels of x's shape (all of them where not told), as (runs, groups, values): what
+        shares statistics in the cell."""
+        planes = np.moveaxis(a, self.axis, 1).reshape(self.shape[0], self.channels, -1)
+        planes = planes[:, first : None if channels is None else first + channels]
+        if not cell.work.startswith("ghost"):
+            groups = 1 if channels is not None else cell.groups
+            return planes.reshape(len(planes), groups, -1)
+        runs = planes.reshape(-1, GHOST, *planes.shape[1:])
+        return runs.swapaxes(1, 2).reshape(len(runs), planes.shape[1], -1)
+
     def statistics(self, cell: Cell) -> tuple[Array, Array]:
         """Those that a forward would have saved for the cell: of what counts, as it weighs."""
+        if cell.is_grouped:
+            values = self.grouped(self.x, cell)
+            return values.mean(2, dtype=np.float64), values.var(2, dtype=np.float64)
         if not cell.is_masked:
             return self.batch_statistics
         places = self.places(cell).take(0, self.axis)
@@ -198,6 +212,8 @@ def expected(cell: Cell, data: Data, channel: int) -> dict[str, Array]:
     )
     if cell.work == "frozen":
         return {"main": row(data.dy, channel, data.axis) * (gamma / np.sqrt(var + data.eps))}
+    if cell.is_grouped:
+        return expected_of_group(cell, data, channel)
     x, places = row(data.x, channel, data.axis), row(data.places(cell), 0, data.axis)
     share = places / places.sum()
     if cell.plain_work != "inference":
@@ -216,6 +232,29 @@ def expected(cell: Cell, data: Data, channel: int) -> dict[str, Array]:
     dbeta, dgamma = dy.sum(), (dy * xhat).sum()
     dx = gamma / np.sqrt(var + data.eps) * (dy - share * (dbeta + xhat * dgamma))
     return {"main": dx, "dgamma": dgamma, "dbeta": dbeta} | more
+
+
+def expected_of_group(cell: Cell, data: Data, channel: int) -> dict[str, Array]:
+    """The same, where statistics are of each virtual batch, or of each sample's groups."""
+    pool = 1 if cell.work.startswith("ghost") else data.channels // cell.groups
+    first = channel // pool * pool
+    x, dy = (data.grouped(a, cell, first, pool)[:, 0].astype(np.float64) for a in (data.x, data.dy))
+    gamma, beta = (
+        np.repeat(v[first : first + pool].astype(np.float64), x.shape[1] // pool)
+        for v in (data.gamma, data.beta)
+    )
+    rstd = 1 / np.sqrt(x.var(1, keepdims=True) + data.eps)
+    xhat = (x - x.mean(1, keepdims=True)) * rstd
+    g = gamma * dy
+    dx = rstd * (g - g.mean(1, keepdims=True) - xhat * (g * xhat).mean(1, keepdims=True))
+
+    def own(a: Array) -> Array:
+        return a.reshape(len(a), pool, -1)[:, channel - first].ravel()
+
+    if cell.plain_work == "forward":
+        return {"main": own(gamma * xhat + beta)}
+    sums = {"dgamma": own(dy * xhat).sum(), "dbeta": own(dy).sum()}
+    return {"main": own(dx), **sums}
 
 
 def row(a: Array, channel: int, axis: int) -> Array:

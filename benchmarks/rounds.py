@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from benchmarks.cells import MB, Cell
-from benchmarks.libraries import LIBRARIES, Library
+from benchmarks.libraries import LIBRARIES, TORCH, Library
 from benchmarks.machine import available_memory
 from benchmarks.results import Judged, Measured, Outcome
 
@@ -341,10 +341,12 @@ def measure_all(
 
 
 def taking_part(cell: Cell, libraries: Sequence[str]) -> list[str]:
-    """Not all: only some are drawn in the plot of the series, and masked works are fastbn's."""
+    """Not all: only some are drawn in the plot of the series, masked works are fastbn's, and grouped
+    ones PyTorch's too."""
     return [
         name
         for name in libraries
         if (LIBRARIES[name].in_series or not cell.in_series)
         and not (LIBRARIES[name].is_foreign and cell.is_masked)
+        and not (LIBRARIES[name].is_foreign and cell.is_grouped and name != TORCH)
     ]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
 
-from benchmarks.cells import CALL, HALVES, MASKED, MB
+from benchmarks.cells import CALL, GROUPED, HALVES, MASKED, MB
 from benchmarks.libraries import FROZEN, OURS, SINGLE, UNFUSED, UNMASKED
 from benchmarks.results import Measured, Run
 
@@ -376,6 +376,17 @@ def masked() -> list[Target]:
     ]
 
 
+def grouped() -> list[Target]:
+    """The rows of virtual batches and siblings."""
+    found = []
+    for work in GROUPED:
+        large, middle = where(work, EVERY, 50 * MB), where(work, EVERY, 10 * MB, 50 * MB)
+        found.append(at_least(f"{work}, 50 MB and up", f"1.3 times {TORCH}", large, torch, 1.3))
+        text, demand = f"{work}, 10 to 50 MB", f"level with {TORCH}, or better"
+        found.append(at_least(text, demand, middle, torch, LEVEL))
+    return found
+
+
 TARGETS = [
     *ratios(ALL_PEERS),
     JIT,
@@ -384,6 +395,7 @@ TARGETS = [
     *fused(),
     *halves(),
     *masked(),
+    *grouped(),
     *ratios(ONLY_TORCH),
 ]
 

@@ -21,6 +21,8 @@ from benchmarks import compare, report, rounds, targets
 from benchmarks.cells import (
     FUSED,
     HALVES,
+    GHOST,
+    GROUPED,
     MASKED,
     MB,
     ROWS,
@@ -141,6 +143,12 @@ PLAIN = [cell for cell in SMALL if (cell.dtype, cell.output) == ("float32", "rea
 HALF = [replace(c, dtype=dtype) for c in PLAIN for dtype in HALVES if c.work != "frozen"]
 VARIANTS = [replace(c, work=w) for c in PLAIN if c.work == "forward" for w in (*FUSED, *MASKED)]
 SMALL += HALF + VARIANTS
+SMALL += [
+    Cell(work, layout, "float32", (2 * GHOST, 64, 5, 4), "ready", THREADS)
+    for layout in ("NCHW", "NHWC")
+    for work in GROUPED
+]
+SMALL += [Cell(work, "NC", "float32", (20, 96), "ready", THREADS) for work in GROUPED[2::4]]
 
 
 def has_nothing(name: str, cell: Cell) -> bool:

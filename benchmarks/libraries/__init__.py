@@ -72,7 +72,11 @@ class Library:
         return cast(Module, importlib.import_module(f"{__name__}.{self.module}"))
 
 
+TORCH = "PyTorch"
+
 CYTHON = {"FASTBN_BACKEND": "cython"}
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+"""Memory that was freed is not given back, and has its pages when it is wanted again."""
 
 
 def _fastbn(name: str, **environment: str) -> Library:
@@ -91,7 +95,7 @@ LIBRARIES: dict[str, Library] = {
         Library(UNMASKED, "fastbn_unmasked", "fastbn too", CYTHON),
         Library(FROZEN, "fastbn_frozen", "fastbn too", CYTHON, in_series=True),
         Library("NumPy", "of_numpy", "peer"),
-        Library("PyTorch", "of_torch", "peer", in_series=True),
+        Library(TORCH, "of_torch", "peer", KEPT, in_series=True),
         Library("oneDNN", "of_onednn", "peer"),
         Library("JAX", "of_jax", "peer", {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}),
         Library("TensorFlow", "of_tensorflow", "peer", {"TF_CPP_MIN_LOG_LEVEL": "3"}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import fastbn
-from benchmarks.cells import Cell
+from benchmarks.cells import GHOST, Cell
 from benchmarks.data import Data, Results
 from benchmarks.libraries import Task
 
@@ -17,6 +17,8 @@ def version() -> str:
 
 
 def prepare(cell: Cell, data: Data) -> Task:
+    if cell.is_grouped:
+        return grouped(cell, data)
     gamma, beta = data.gamma, data.beta
     named = options(cell, data)
     if cell.is_fused:
@@ -41,6 +43,26 @@ def prepare(cell: Cell, data: Data) -> Task:
         lambda: fastbn.normalize_backward(dy, None, mean, var, gamma, params=False, **named),
         lambda r: Results(r.dx),
     )
+
+
+def grouped(cell: Cell, data: Data) -> Task:
+    """Virtual batches and siblings."""
+    kind, named = cell.work.partition("-")[0], options(cell, data)
+    own: tuple[int, ...] = (cell.groups,) if kind == "group" else ()
+    verb = "batch_norm"
+    if kind == "ghost":
+        named["virtual_batch"] = GHOST
+    else:
+        verb = f"{kind}_norm"
+    forward, backward = getattr(fastbn, verb), getattr(fastbn, f"{verb}_backward")
+    x, gamma, beta = data.x, data.gamma, data.beta
+    if cell.plain_work == "forward":
+        return Task(lambda: forward(x, *own, gamma, beta, **named), lambda r: Results(r.y))
+    dy, (mean, var) = data.dy, data.statistics(cell)
+    if kind == "layer":
+        mean, var = mean[:, 0], var[:, 0]
+    given = dy, x, mean, var, *own, gamma
+    return Task(lambda: backward(*given, **named), lambda r: Results(*r))
 
 
 def options(cell: Cell, data: Data) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""PyTorch's own operators on the same memory; its backward has no ready output."""
+"""PyTorch's own operators on the same memory.
+
+Its backward, group norm and instance norm have no ready output: the environment lets it keep the
+memory of results that were dropped, so that it pays for no new pages either.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.cells import Cell
+from benchmarks.cells import GHOST, Cell
 from benchmarks.data import Array, Data, Results
 from benchmarks.libraries import Task
 
@@ -22,6 +26,8 @@ def version() -> str:
 def prepare(cell: Cell, data: Data) -> Task:
     torch.set_num_threads(cell.threads)
     gamma, eps = torch.from_numpy(data.gamma), data.eps
+    if cell.is_grouped:
+        return grouped(cell, data, gamma)
     if cell.plain_work in ("forward", "inference"):
         call = normalization(cell, data, gamma)
         if not cell.is_fused:
@@ -54,6 +60,97 @@ def prepare(cell: Cell, data: Data) -> Task:
         lambda: BACKWARD(dy, dy, gamma, mean, var, None, None, False, eps, wanted),
         lambda r: Results(array(cell, r[0])),
     )
+
+
+def grouped(cell: Cell, data: Data, gamma: Any) -> Task:
+    """Virtual batches one after the other, and the siblings."""
+    kind, forward = cell.work.partition("-")[0], cell.plain_work == "forward"
+    x, dy, beta, eps = tensor(cell, data.x), tensor(cell, data.dy), torch.from_numpy(data.beta), 1e-5
+    mean, rstd = (torch.from_numpy(v).to(gamma.dtype) for v in inverse(data.statistics(cell)))
+    wanted = [True, True, True]
+    if kind == "ghost":
+        return ghost(cell, data, gamma, beta, (mean, rstd))
+    if kind == "layer" and cell.layout == "NC":
+        shape = [cell.channels]
+        if forward:
+            out = (tensor(cell, data.out), *(torch.empty(len(x), 1) for _ in range(2)))
+            call = torch.ops.aten.native_layer_norm.out
+            y, *more = out
+            ready = {"out0": y, "out1": more[0], "out2": more[1]}
+            return Task(lambda: call(x, shape, gamma, beta, eps, **ready), results(cell))
+        call = torch.ops.aten.native_layer_norm_backward
+        return Task(lambda: call(dy, x, shape, mean, rstd, gamma, beta, wanted), results(cell))
+    if kind == "instance":
+        return instance(cell, x, dy, gamma, beta, (mean, rstd))
+    shape = [cell.shape[0], cell.channels, x[0, 0].numel(), cell.groups]
+    if forward:
+        call = torch.native_group_norm
+        return Task(lambda: call(x, gamma, beta, *shape, eps), results(cell))
+    call = torch.ops.aten.native_group_norm_backward
+    return Task(lambda: call(dy, x, mean, rstd, gamma, *shape, wanted), results(cell))
+
+
+def instance(cell: Cell, x: Any, dy: Any, gamma: Any, beta: Any, statistics: Any) -> Task:
+    """As torch.nn.functional.instance_norm and its gradient: planes are channels of one sample."""
+    n, planes = cell.shape[0], (1, -1, *cell.shape[2:])
+    if cell.plain_work == "forward":
+        call = torch.nn.functional.instance_norm
+        return Task(lambda: (call(x, weight=gamma, bias=beta),), results(cell))
+    mean, rstd = (v.reshape(-1) for v in statistics)
+
+    def backward() -> Any:
+        rows = (a.contiguous().reshape(planes) for a in (dy, x))
+        rest = (gamma.repeat(n), None, None, mean, rstd, True, 1e-5, [True, True, True])
+        dx, dgamma, dbeta = BACKWARD(*rows, *rest)
+        return dx.reshape(x.shape), *(v.reshape(n, -1).sum(0) for v in (dgamma, dbeta))
+
+    return Task(backward, results(cell))
+
+
+def ghost(cell: Cell, data: Data, gamma: Any, beta: Any, statistics: Any) -> Task:
+    """Batch norm of each virtual batch."""
+    x, dy, eps = tensor(cell, data.x), tensor(cell, data.dy), data.eps
+    starts = range(0, len(x), GHOST)
+    if cell.plain_work == "forward":
+        y = tensor(cell, data.out)
+        saved = [torch.empty(cell.channels, dtype=gamma.dtype) for _ in range(2)]
+        given = gamma, beta, None, None, True, 0.1, eps
+
+        def forward() -> Any:
+            for i in starts:
+                out = (y[i : i + GHOST], *saved)
+                torch.native_batch_norm(x[i : i + GHOST], *given, out=out)
+            return (y,)
+
+        return Task(forward, results(cell))
+
+    def backward() -> Any:
+        parts = []
+        for i, mean, rstd in zip(starts, *statistics, strict=True):
+            some = slice(i, i + GHOST)
+            rest = gamma, None, None, mean, rstd, True, eps, [True, True, True]
+            parts.append(BACKWARD(dy[some], x[some], *rest))
+        return parts
+
+    def read(parts: Any) -> Results:
+        dx, dgamma, dbeta = zip(*parts, strict=True)
+        sums = (torch.stack(v).sum(0).numpy() for v in (dgamma, dbeta))
+        return Results(array(cell, torch.cat(dx)), *sums)
+
+    return Task(backward, read)
+
+
+def inverse(statistics: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Mean and 1 / sqrt(var + eps)."""
+    mean, var = statistics
+    return mean, (var + Data.eps) ** -0.5
+
+
+def results(cell: Cell) -> Any:
+    """How y, or dx and its sums, are read."""
+    if cell.plain_work == "forward":
+        return lambda r: Results(array(cell, r[0]))
+    return lambda r: Results(array(cell, r[0]), r[1].numpy(), r[2].numpy())
 
 
 def normalization(cell: Cell, data: Data, gamma: Any) -> Any:

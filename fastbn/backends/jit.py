@@ -2662,9 +2662,10 @@ def _plain_gate(
 
 def _rows_of(a: Array, writes: bool = False) -> Array:
     """(1, 1, R, S) as (R, S): halves, which these loops do not know, in float32."""
+    rows: Array = a[0, 0]
     if a.dtype.itemsize > 2:
-        return a[0, 0]
-    return np.empty(a.shape[2:], np.float32) if writes else np.asarray(a[0, 0], np.float32)
+        return rows
+    return np.empty(rows.shape, np.float32) if writes else rows.astype(np.float32)
 
 
 @_inline
