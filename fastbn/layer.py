@@ -13,12 +13,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fastbn import checks
+from fastbn.affine_layer import PARAMETERS, AffineLayer
 from fastbn.backends.base import Affine, normal_scale, quiet
 from fastbn.call import count_of
 from fastbn.frozen import FrozenBatchNorm
@@ -48,14 +49,8 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
 }
 """What those libraries do where they are told nothing."""
 
-STATE = {
-    "weight": "gamma",
-    "bias": "beta",
-    "running_mean": "running_mean",
-    "running_var": "running_var",
-    "num_batches_tracked": "num_batches_tracked",
-}
-"""PyTorch's names of a layer's arrays, and ours."""
+RUNNING = "running_mean", "running_var", "num_batches_tracked"
+"""PyTorch's names of what runs, and ours."""
 
 
 class _Forward(NamedTuple):
@@ -75,7 +70,7 @@ class _Forward(NamedTuple):
     correction: Correction | None
 
 
-class BatchNorm:
+class BatchNorm(AffineLayer):
     """A batch normalization layer: parameters, running statistics, and the last call's gradients.
 
     In training ``y = activation(gamma * (x - mean) / sqrt(var + eps) + beta + residual)`` with the
@@ -159,6 +154,8 @@ class BatchNorm:
     (True, 1)
     """
 
+    _state_names: ClassVar[Mapping[str, str]] = PARAMETERS | {name: name for name in RUNNING}
+
     def __init__(
         self,
         channels: int,
@@ -178,8 +175,8 @@ class BatchNorm:
         activation: ActivationName = None,
         dtype: DTypeLike = "float32",
     ) -> None:
-        self.channels = checks.channels(channels)
-        self.eps = checks.epsilon(eps)
+        common: dict[str, Any] = {"eps": eps, "scale": scale, "shift": shift, "layout": layout}
+        super().__init__(channels, **common, activation=activation, dtype=dtype)
         self._momentum, self._decay = checks.momentum(momentum, decay, MOMENTUM)
         self.unbiased = checks.flag("unbiased", unbiased)
         tracks = checks.flag("track_running_stats", track_running_stats)
@@ -189,21 +186,11 @@ class BatchNorm:
         )
         self.one_value = checks.one_value(one_value, tracks, self.virtual_batch)
         self.nonfinite = checks.option("nonfinite", nonfinite, checks.NONFINITE)
-        self.layout = checks.layout(layout)
-        self.activation: ActivationName = checks.activation_name(activation)
-        of_type = checks.parameter_type(dtype)
-        self._dtype_name = of_type.name
-        has_scale, has_shift = checks.flag("scale", scale), checks.flag("shift", shift)
-        self.gamma: Array | None = np.ones(self.channels, of_type) if has_scale else None
-        self.beta: Array | None = np.zeros(self.channels, of_type) if has_shift else None
+        of_type = self._dtype_name
         self.running_mean: Array | None = np.zeros(self.channels, of_type) if tracks else None
         self.running_var: Array | None = np.ones(self.channels, of_type) if tracks else None
         self.num_batches_tracked = 0 if tracks else None
-        self.training, self.frozen_statistics, self.frozen_affine = True, False, False
-        self.dgamma: Array | None = None
-        self.dbeta: Array | None = None
-        self.dresidual: Array | None = None
-        self._forward: _Forward | None = None
+        self.frozen_statistics = False
         self._observe: Callable[[Moments], None] | None = None
         """While statistics are estimated anew: takes a call's moments; there is no update then."""
 
@@ -259,8 +246,7 @@ class BatchNorm:
 
     def train(self, mode: bool = True) -> Self:
         """Use the batch's own statistics from now on, or the running ones; gives the layer."""
-        self.training = checks.flag("mode", mode)
-        return self
+        return self._set_mode(mode)
 
     def eval(self) -> Self:
         """Use the running statistics from now on; gives the layer."""
@@ -407,11 +393,10 @@ class BatchNorm:
             An argument has a wrong type, shape or value, or there was no forward to go back
             through. Nothing has been written.
         """
-        params = not self.frozen_affine and (self.gamma is not None or self.beta is not None)
-        last = checks.forward(self._forward, dy, params)
+        params = self._wants_parameters()
+        last: _Forward = checks.forward(self._forward, dy, params)
         verb: Callable[..., Any] = normalize_backward if last.is_frozen else batch_norm_backward
-        # It tells the gradients' type, too.
-        gamma = np.ones(self.channels, self._dtype_name) if self.gamma is None else self.gamma
+        gamma = self._scale()
         if last.correction is not None:
             gamma, _ = self._parameters(last.correction)
         options: dict[str, Any] = {}
@@ -436,10 +421,7 @@ class BatchNorm:
         dgamma, dbeta = found.dgamma, found.dbeta
         if params and last.correction is not None:
             dgamma, dbeta = self._corrected(last.correction, dgamma, dbeta)
-        self.dgamma = None if self.gamma is None else dgamma
-        self.dbeta = None if self.beta is None else dbeta
-        self.dresidual = getattr(found, "dresidual", None)
-        return np.asarray(found.dx)
+        return self._leave(found, dgamma, dbeta)
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of the layer's arrays, by PyTorch's names; what the layer has not is left out.
@@ -453,7 +435,7 @@ class BatchNorm:
         >>> list(fastbn.BatchNorm(3, shift=False, track_running_stats=False).state_dict())
         ['weight']
         """
-        return {name: array.copy() for name, array in self._arrays().items()}
+        return self._copied()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over all arrays of a layer with the same channels, and no others.
@@ -487,19 +469,6 @@ class BatchNorm:
         return FrozenBatchNorm(
             mean, var, self.gamma, self.beta, activation=self.activation, **options
         )
-
-    def _arrays(self) -> dict[str, Array]:
-        own = {ours: getattr(self, ours) for ours in STATE.values()}
-        held = checks.arrays({ours: array for ours, array in own.items() if array is not None})
-        return {name: held[ours] for name, ours in STATE.items() if ours in held}
-
-    @quiet
-    def _restore(self, arrays: Mapping[str, Array]) -> None:
-        """Write arrays, known to fit, into the layer's own, of which some may be those."""
-        own = self._arrays()
-        rounded = {name: np.array(arrays[name], a.dtype) for name, a in own.items()}
-        for name, a in own.items():
-            a[...] = rounded[name]
 
     @quiet
     def _renew(self, mean: Array, var: Array, batches: int) -> None:
@@ -578,22 +547,14 @@ class BatchNorm:
         return renewed
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is of the layer, not of the arrays of its last call.
-        return self.__dict__ | {"_forward": None, "_observe": None}
+        return super().__getstate__() | {"_observe": None}
 
     def __repr__(self) -> str:
-        defaults: dict[str, Any] = BatchNorm.__init__.__kwdefaults__ or {}
-        told = {name: getattr(self, name) for name in defaults if hasattr(self, name)}
-        told |= {
-            "scale": self.gamma is not None,
-            "shift": self.beta is not None,
-            "track_running_stats": self.running_mean is not None,
-            "dtype": self._dtype_name,
-        }
-        if self.decay is not None:
-            del told["momentum"]
-        others = [f"{n}={told[n]!r}" for n in defaults if n in told and told[n] != defaults[n]]
-        return f"BatchNorm({', '.join([str(self.channels), *others])})"
+        tracks = self.running_mean is not None
+        momentum = self.momentum if self.decay is None else MOMENTUM
+        return self._described(
+            BatchNorm, self.channels, track_running_stats=tracks, momentum=momentum
+        )
 
 
 def _counts(samples: int, count: float, k: int | None) -> Array:
