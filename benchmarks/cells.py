@@ -262,9 +262,7 @@ def half_cells(shapes: Iterable[Shape], threads: int, dtypes: Iterable[str]) -> 
         yield from cells_of(shapes, threads=threads, works=WORKS[:3], dtype=dtype)
 
 
-def grouped_cells(
-    shapes: Iterable[Shape], rows: Iterable[Shape], threads: int
-) -> Iterator[Cell]:
+def grouped_cells(shapes: Iterable[Shape], rows: Iterable[Shape], threads: int) -> Iterator[Cell]:
     """Virtual batches and siblings; of rows those whose statistics are of several columns."""
     yield from cells_of(shapes, threads=threads, works=GROUPED)
     works = [work for work in GROUPED if work.startswith(("group", "layer"))]

@@ -35,6 +35,15 @@ from fastbn.results import (
     Statistics,
 )
 from fastbn.second import batch_norm_double_backward, normalize_double_backward
+from fastbn.sibling_layers import GroupNorm, InstanceNorm, LayerNorm
+from fastbn.siblings import (
+    group_norm,
+    group_norm_backward,
+    instance_norm,
+    instance_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+)
 from fastbn.statistics import Moments, population_statistics
 
 __all__ = [
@@ -45,6 +54,9 @@ __all__ = [
     "FrozenBatchNorm",
     "GradientSums",
     "Gradients",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
     "Moments",
     "PopulationStatistics",
     "Renormalization",
@@ -60,6 +72,12 @@ __all__ = [
     "get_config",
     "get_num_threads",
     "gradient_sums",
+    "group_norm",
+    "group_norm_backward",
+    "instance_norm",
+    "instance_norm_backward",
+    "layer_norm",
+    "layer_norm_backward",
     "moments",
     "normalize",
     "normalize_backward",

@@ -837,8 +837,13 @@ def arrays(own: dict[str, Any]) -> dict[str, NDArray[Any]]:
     return own
 
 
-def state(value: Any, own: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """A layer's arrays, by name: as many, of the shapes and kinds that it has."""
+def state(
+    value: Any,
+    own: dict[str, NDArray[Any]],
+    options: str = "scale, shift and track_running_stats",
+) -> dict[str, NDArray[Any]]:
+    """A layer's arrays, by name: as many, of the shapes and kinds that it has, which `options`
+    decide."""
     if not isinstance(value, Mapping):
         raise TypeError(f"state is {_described(value)}, expected a mapping, as state_dict gives it")
     missing, unknown = own.keys() - value.keys(), value.keys() - own.keys()
@@ -850,11 +855,33 @@ def state(value: Any, own: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         )
         raise ValueError(
             f"state has not the layer's names, expected {', '.join(map(repr, own))}; {odd}; make "
-            "the layer with the scale, shift and track_running_stats of the one that was saved"
+            f"the layer with the {options} of the one that was saved"
         )
     for name, a in own.items():
         _writeable(f"the layer's {name!r}", a, "a state is written into it; assign a copy")
     return {name: _state_array(name, value[name], a) for name, a in own.items()}
+
+
+def sample_state(value: Any, own: dict[str, NDArray[Any]], made: str) -> None:
+    """A state of a layer that keeps parameters of channels alone; what else is wrong, `state`
+    tells."""
+    if not isinstance(value, Mapping):
+        return
+    running = [name for name in value if name in ("running_mean", "running_var")]
+    if running:
+        raise ValueError(
+            f"state has {' and '.join(map(repr, running))}, expected parameters alone: a {made} "
+            "goes by each sample's own statistics, in evaluation too; leave out what runs, or use "
+            "fastbn.FrozenBatchNorm to normalize by it"
+        )
+    for name, a in own.items():
+        shape = tuple(getattr(value.get(name), "shape", ()))
+        if len(shape) > 1:
+            raise ValueError(
+                f"state[{name!r}] has shape {shape}, expected {a.shape}: gamma and beta are of "
+                f"channels, not of elements; make the {made} with scale=False and shift=False, and "
+                "multiply and add them yourself"
+            )
 
 
 def _state_array(name: str, value: Any, own: NDArray[Any]) -> NDArray[Any]:

@@ -181,10 +181,11 @@ def group_norm_backward(
 ) -> Gradients | ResidualGradients:
     """Gradient of `group_norm`, through the samples' own statistics.
 
-    With ``xhat = (x - mean) / sqrt(var + eps)``: ``dbeta = sum(dy)``, ``dgamma = sum(dy * xhat)``
-    over samples and places, and ``dx = (gamma * dy - mean(gamma * dy) - xhat * mean(gamma * dy *
-    xhat)) / sqrt(var + eps)`` with means over a group (Wu & He 2018, differentiated). With
-    an activation, dy is first multiplied by its slope.
+    With ``xhat = (x - mean) / sqrt(var + eps)``, ``dbeta = sum(dy)`` and
+    ``dgamma = sum(dy * xhat)`` over samples and places, and
+    ``dx = (gamma * dy - mean(gamma * dy) - xhat * mean(gamma * dy * xhat)) / sqrt(var + eps)``,
+    these means being of a group: Wu & He (2018), differentiated. With an activation, dy is
+    first multiplied by its slope.
 
     Parameters
     ----------
@@ -238,10 +239,11 @@ def instance_norm_backward(
 ) -> Gradients | ResidualGradients:
     """Gradient of `instance_norm`, through the samples' own statistics.
 
-    With ``xhat = (x - mean) / sqrt(var + eps)``: ``dbeta = sum(dy)``, ``dgamma = sum(dy * xhat)``
-    over samples and places, and ``dx = (gamma * dy - mean(gamma * dy) - xhat * mean(gamma * dy *
-    xhat)) / sqrt(var + eps)`` with means over a sample's channel (Wu & He 2018, differentiated).
-    With an activation, dy is first multiplied by its slope.
+    With ``xhat = (x - mean) / sqrt(var + eps)``, ``dbeta = sum(dy)`` and
+    ``dgamma = sum(dy * xhat)`` over samples and places, and
+    ``dx = (gamma * dy - mean(gamma * dy) - xhat * mean(gamma * dy * xhat)) / sqrt(var + eps)``,
+    these means being of a sample's channel: Wu & He (2018), differentiated. With an activation, dy
+    is first multiplied by its slope.
 
     Parameters
     ----------
@@ -293,10 +295,11 @@ def layer_norm_backward(
 ) -> Gradients | ResidualGradients:
     """Gradient of `layer_norm`, through the samples' own statistics.
 
-    With ``xhat = (x - mean) / sqrt(var + eps)``: ``dbeta = sum(dy)``, ``dgamma = sum(dy * xhat)``
-    over samples and places, and ``dx = (gamma * dy - mean(gamma * dy) - xhat * mean(gamma * dy *
-    xhat)) / sqrt(var + eps)`` with means over a sample (Wu & He 2018, differentiated). With
-    an activation, dy is first multiplied by its slope.
+    With ``xhat = (x - mean) / sqrt(var + eps)``, ``dbeta = sum(dy)`` and
+    ``dgamma = sum(dy * xhat)`` over samples and places, and
+    ``dx = (gamma * dy - mean(gamma * dy) - xhat * mean(gamma * dy * xhat)) / sqrt(var + eps)``,
+    these means being of a sample: Wu & He (2018), differentiated. With an activation, dy is
+    first multiplied by its slope.
 
     Parameters
     ----------

@@ -20,9 +20,9 @@ import pytest
 from benchmarks import compare, report, rounds, targets
 from benchmarks.cells import (
     FUSED,
-    HALVES,
     GHOST,
     GROUPED,
+    HALVES,
     MASKED,
     MB,
     ROWS,

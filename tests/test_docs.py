@@ -31,6 +31,15 @@ DOCUMENTED = (
     "fold_into_conv",
     "fold_into_linear",
     "FrozenBatchNorm",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "group_norm_backward",
+    "instance_norm_backward",
+    "layer_norm_backward",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
 )
 
 

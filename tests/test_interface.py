@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
-from variants import CYTHON, SIX, VARIANTS, activate
+from variants import CYTHON, EIGHT, VARIANTS, activate
 
 import fastbn
 from fastbn import backends
@@ -22,6 +22,14 @@ EXTRAS = {"cython": {"isa", "calls"}}
 """What a backend may have beyond the interface: how Cython tells its instruction sets apart."""
 
 SECOND = "ddx ddgamma ddbeta dy x mean var gamma=None * eps=1e-05 layout='NCHW' activation=None"
+
+OF_SAMPLES = "eps=1e-05 layout='NCHW' activation=None residual=None out=None"
+OF_SAMPLES_BACKWARD = (
+    "eps=1e-05 layout='NCHW' params=True activation=None y=None dresidual=False out=None"
+)
+LAYER_OF_SAMPLES = (
+    "channels * eps=1e-05 scale=True shift=True layout='NCHW' activation=None dtype='float32'"
+)
 
 SIGNATURES = {
     "batch_norm": (
@@ -52,6 +60,15 @@ SIGNATURES = {
         "track_running_stats=True one_value='raise' nonfinite='update' "
         "virtual_batch=None renormalization=None layout='NCHW' activation=None dtype='float32'"
     ),
+    "group_norm": f"x groups gamma=None beta=None * {OF_SAMPLES}",
+    "instance_norm": f"x gamma=None beta=None * {OF_SAMPLES}",
+    "layer_norm": f"x gamma=None beta=None * {OF_SAMPLES}",
+    "group_norm_backward": f"dy x mean var groups gamma=None * {OF_SAMPLES_BACKWARD}",
+    "instance_norm_backward": f"dy x mean var gamma=None * {OF_SAMPLES_BACKWARD}",
+    "layer_norm_backward": f"dy x mean var gamma=None * {OF_SAMPLES_BACKWARD}",
+    "GroupNorm": f"groups {LAYER_OF_SAMPLES}",
+    "InstanceNorm": LAYER_OF_SAMPLES,
+    "LayerNorm": LAYER_OF_SAMPLES,
     "Renormalization": "* r_max=3.0 d_max=5.0 start=5000 r_end=40000 d_end=25000",
     "Moments": "count mean var",
     "population_statistics": "batches * layout='NCHW' method='exact'",
@@ -78,18 +95,18 @@ def parameters(function: object) -> list[tuple[str, object]]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_backend_is_six_functions(name: str) -> None:
-    """Each backend has the six functions, the plain entries and the size of its tables, and nothing
-    more."""
+def test_a_backend_is_eight_functions(name: str) -> None:
+    """Each backend has the eight functions, the plain entries and the size of its tables, and
+    nothing more."""
     backend = backends.get(name) if name not in CYTHON else _cython(name)
     assert isinstance(backend, Backend)
     assert backend.name == name.partition("-")[0]
-    for function in (*SIX, *PLAIN, *BESIDE):
+    for function in (*EIGHT, *PLAIN, *BESIDE):
         assert parameters(getattr(type(backend), function)) == parameters(
             getattr(Backend, function)
         ), function
     public = {attribute for attribute in dir(backend) if not attribute.startswith("_")}
-    assert public - EXTRAS.get(backend.name, set()) == {"name", *SIX, *PLAIN, *BESIDE}
+    assert public - EXTRAS.get(backend.name, set()) == {"name", *EIGHT, *PLAIN, *BESIDE}
 
 
 def _cython(name: str) -> Backend:

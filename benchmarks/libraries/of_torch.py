@@ -65,7 +65,12 @@ def prepare(cell: Cell, data: Data) -> Task:
 def grouped(cell: Cell, data: Data, gamma: Any) -> Task:
     """Virtual batches one after the other, and the siblings."""
     kind, forward = cell.work.partition("-")[0], cell.plain_work == "forward"
-    x, dy, beta, eps = tensor(cell, data.x), tensor(cell, data.dy), torch.from_numpy(data.beta), 1e-5
+    x, dy, beta, eps = (
+        tensor(cell, data.x),
+        tensor(cell, data.dy),
+        torch.from_numpy(data.beta),
+        1e-5,
+    )
     mean, rstd = (torch.from_numpy(v).to(gamma.dtype) for v in inverse(data.statistics(cell)))
     wanted = [True, True, True]
     if kind == "ghost":

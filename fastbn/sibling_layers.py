@@ -1,0 +1,351 @@
+"""Group, instance and layer norm as layers: the verbs of siblings.py with parameters and gradients.
+
+1. One base does all; its layers differ in the verbs, which differ in what shares statistics.
+2. There are no running statistics. Training and evaluation are the same, and a state that says
+   otherwise is refused.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, Self
+
+from numpy.typing import DTypeLike, NDArray
+
+from fastbn import checks
+from fastbn.affine_layer import AffineLayer
+from fastbn.functional import ActivationName
+from fastbn.results import BatchNormResult, Gradients, ResidualGradients
+from fastbn.siblings import (
+    group_norm,
+    group_norm_backward,
+    instance_norm,
+    instance_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+)
+
+Array = NDArray[Any]
+Forward = Callable[..., BatchNormResult]
+Backward = Callable[..., Gradients | ResidualGradients]
+
+
+class _Forward(NamedTuple):
+    """What the backward of a forward needs."""
+
+    shape: tuple[int, ...]
+    x: Array | None
+    """None where y was written over it."""
+    mean: Array
+    var: Array
+    y: Array | None
+    is_frozen: bool = False
+
+
+class SampleNorm(AffineLayer, ABC):
+    """The base: each sample by statistics of its own."""
+
+    @property
+    @abstractmethod
+    def _verbs(self) -> tuple[Forward, Backward]:
+        """The two functions that the layer is of."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Set `training`, which changes nothing else; gives the layer."""
+        return self._set_mode(mode)
+
+    def eval(self) -> Self:
+        """Clear `training`, which changes nothing else; gives the layer."""
+        return self.train(False)
+
+    def __call__(
+        self, x: Array, residual: Array | None = None, *, out: Array | None = None
+    ) -> Array:
+        """Normalize `x`, in training and in evaluation alike.
+
+        Parameters
+        ----------
+        x : ndarray
+            Of C channels, as `fastbn.batch_norm` takes it. It is kept for the backward, not copied.
+        residual, out : ndarray, optional
+            As given to `fastbn.batch_norm`. After ``out=x`` there is no backward.
+
+        Returns
+        -------
+        y : ndarray
+            As `fastbn.group_norm` returns it; kept for the backward where there is an activation.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has a wrong type, shape or value. Nothing has been written.
+        """
+        checks.batch_of(type(self).__name__, x, self.channels, self.layout)
+        forward, _ = self._verbs
+        y, mean, var = forward(
+            x,
+            gamma=self.gamma,
+            beta=self.beta,
+            eps=self.eps,
+            layout=self.layout,
+            activation=self.activation,
+            residual=residual,
+            out=out,
+        )
+        x_kept = None if out is not None and checks.share(out, x) else x
+        y_kept = None if self.activation is None else y
+        self._forward = _Forward(x.shape, x_kept, mean, var, y_kept)
+        return y
+
+    def backward(
+        self, dy: Array, *, dresidual: bool | Array = False, out: Array | None = None
+    ) -> Array:
+        """The gradient of the last call with respect to x; leaves `dgamma` and `dbeta`.
+
+        Parameters
+        ----------
+        dy : ndarray
+            Gradient with respect to y, of its shape and dtype.
+        dresidual, out
+            As given to `fastbn.batch_norm_backward`; the residual's gradient is left in
+            `dresidual`.
+
+        Returns
+        -------
+        dx : ndarray
+            As `fastbn.batch_norm_backward` returns it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has a wrong type, shape or value, or there was no forward to go back
+            through. Nothing has been written.
+        """
+        params = self._wants_parameters()
+        last: _Forward = checks.forward(self._forward, dy, params)
+        _, backward = self._verbs
+        found = backward(
+            dy,
+            last.x,
+            last.mean,
+            last.var,
+            gamma=self._scale(),
+            eps=self.eps,
+            layout=self.layout,
+            params=params,
+            activation=self.activation,
+            y=last.y,
+            dresidual=dresidual,
+            out=out,
+        )
+        return self._leave(found, found.dgamma, found.dbeta)
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of gamma, as "weight", and beta, as "bias", PyTorch's names; what the layer has
+        not is left out."""
+        return self._copied()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over all arrays of a layer with the same channels, and no others.
+
+        Parameters
+        ----------
+        state : mapping of str to array-like
+            As `state_dict` gives it, or PyTorch's layer. Values, of half types too, are copied into
+            the layer's arrays and rounded to its dtype; what is too large for it becomes infinite.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A name is missing or too many (running statistics are), or an array is of another shape
+            (elementwise ones are) or holds no numbers. Nothing has been changed.
+        """
+        own = self._arrays()
+        checks.sample_state(state, own, type(self).__name__)
+        self._restore(checks.state(state, own, "scale and shift"))
+
+
+class GroupNorm(SampleNorm):
+    """A group normalization layer: parameters, and the last call's gradients.
+
+    ``y = activation(gamma * (x - mean) / sqrt(var + eps) + beta + residual)``, with mean and
+    variance of each sample's groups of consecutive channels, over all places (Wu & He 2018). There
+    are no running statistics: training and evaluation are the same.
+
+    Parameters
+    ----------
+    groups : int
+        A divisor of `channels`.
+    channels : int
+        Of the arrays to come, one or more.
+    eps : float
+        Added to the variance, zero or more.
+    scale, shift : bool
+        Whether there is a gamma, a beta.
+    layout, activation
+        As given to `fastbn.group_norm`.
+    dtype : {"float32", "float64"}
+        Of parameters, whatever the arrays are.
+
+    Attributes
+    ----------
+    gamma, beta : ndarray of `dtype`, shape (C,), or None
+        The parameters, at first 1 and 0.
+    dgamma, dbeta : ndarray of `dtype`, shape (C,), or None
+        Their gradients, of the last `backward`.
+    dresidual : ndarray or None
+        The residual's gradient, where the last `backward` was asked for it.
+    training : bool
+        Set by `train` and `eval`; no call goes by it.
+    frozen_affine : bool
+        Compute no dgamma and dbeta; at first False.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has a wrong type or value.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> x = np.random.default_rng(0).normal(5.0, 3.0, (8, 6, 4, 4)).astype(np.float32)
+    >>> layer = fastbn.GroupNorm(2, 6)
+    >>> y = layer(x)
+    >>> dx = layer.backward(np.ones_like(y))
+    >>> layer.dbeta
+    array([128., 128., 128., 128., 128., 128.], dtype=float32)
+    >>> bool(np.array_equal(layer.eval()(x[:1]), y[:1])), layer
+    (True, GroupNorm(2, 6))
+    """
+
+    def __init__(
+        self,
+        groups: int,
+        channels: int,
+        *,
+        eps: float = 1e-5,
+        scale: bool = True,
+        shift: bool = True,
+        layout: str = "NCHW",
+        activation: ActivationName = None,
+        dtype: DTypeLike = "float32",
+    ) -> None:
+        common: dict[str, Any] = {"eps": eps, "scale": scale, "shift": shift, "layout": layout}
+        super().__init__(channels, **common, activation=activation, dtype=dtype)
+        self.groups = checks.channel_groups(groups, self.channels)
+
+    @property
+    def _verbs(self) -> tuple[Forward, Backward]:
+        return (
+            partial(group_norm, groups=self.groups),
+            partial(group_norm_backward, groups=self.groups),
+        )
+
+    def __repr__(self) -> str:
+        return self._described(GroupNorm, self.groups, self.channels)
+
+
+class InstanceNorm(SampleNorm):
+    """An instance normalization layer: parameters, and the last call's gradients.
+
+    ``y = activation(gamma * (x - mean) / sqrt(var + eps) + beta + residual)``, with mean and
+    variance of each channel of each sample, over its places (Ulyanov et al. 2016). There are no
+    running statistics: training and evaluation are the same.
+
+    Parameters
+    ----------
+    channels, eps, scale, shift, layout, activation, dtype
+        As given to `GroupNorm`.
+
+    Attributes
+    ----------
+    gamma, beta, dgamma, dbeta, dresidual, training, frozen_affine
+        As `GroupNorm` has them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has a wrong type or value.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> fastbn.InstanceNorm(2, eps=0.0)(np.float32([[[1, 3], [10, 30]]]))
+    array([[[-1.,  1.],
+            [-1.,  1.]]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        eps: float = 1e-5,
+        scale: bool = True,
+        shift: bool = True,
+        layout: str = "NCHW",
+        activation: ActivationName = None,
+        dtype: DTypeLike = "float32",
+    ) -> None:
+        common: dict[str, Any] = {"eps": eps, "scale": scale, "shift": shift, "layout": layout}
+        super().__init__(channels, **common, activation=activation, dtype=dtype)
+
+    @property
+    def _verbs(self) -> tuple[Forward, Backward]:
+        return instance_norm, instance_norm_backward
+
+    def __repr__(self) -> str:
+        return self._described(InstanceNorm, self.channels)
+
+
+class LayerNorm(SampleNorm):
+    """A layer normalization layer: parameters, and the last call's gradients.
+
+    ``y = activation(gamma * (x - mean) / sqrt(var + eps) + beta + residual)``, with mean and
+    variance of each sample, over all axes but the first (Ba et al. 2016). There are no running
+    statistics: training and evaluation are the same.
+
+    Parameters
+    ----------
+    channels, eps, scale, shift, layout, activation, dtype
+        As given to `GroupNorm`; gamma and beta are of channels, not of elements.
+
+    Attributes
+    ----------
+    gamma, beta, dgamma, dbeta, dresidual, training, frozen_affine
+        As `GroupNorm` has them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument has a wrong type or value.
+
+    Examples
+    --------
+    >>> import numpy as np, fastbn
+    >>> fastbn.LayerNorm(2, eps=0.0)(np.float32([[1, 3], [10, 30]]))
+    array([[-1.,  1.],
+           [-1.,  1.]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        eps: float = 1e-5,
+        scale: bool = True,
+        shift: bool = True,
+        layout: str = "NCHW",
+        activation: ActivationName = None,
+        dtype: DTypeLike = "float32",
+    ) -> None:
+        common: dict[str, Any] = {"eps": eps, "scale": scale, "shift": shift, "layout": layout}
+        super().__init__(channels, **common, activation=activation, dtype=dtype)
+
+    @property
+    def _verbs(self) -> tuple[Forward, Backward]:
+        return layer_norm, layer_norm_backward
+
+    def __repr__(self) -> str:
+        return self._described(LayerNorm, self.channels)
