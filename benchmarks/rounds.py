@@ -341,8 +341,8 @@ def measure_all(
 
 
 def taking_part(cell: Cell, libraries: Sequence[str]) -> list[str]:
-    """Not all: only some are drawn in the plot of the series, masked works are fastbn's, and grouped
-    ones PyTorch's too."""
+    """Not all: only some are drawn in the plot of the series, masked works are fastbn's alone, and
+    grouped ones PyTorch's too."""
     return [
         name
         for name in libraries
