@@ -34,8 +34,8 @@ CHANNEL_BYTES = 160
 """Of the tables that a call makes here, for a channel: up to twenty float64 vectors at a time."""
 RUN_BYTES = 32
 """Of the same, for a channel of each of many runs: what a trip gives."""
-ROW_BYTES = 160
-"""Of the same, and of a backend's, for a row."""
+ROW_BYTES = 24
+"""Of the same, for a row."""
 WEIGHED = 16384
 """Samples whose weights are added up at a time."""
 SMALLEST = 1 << 20

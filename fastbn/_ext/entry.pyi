@@ -86,6 +86,7 @@ class Engine:
         var: Table,
         columns: Array,
         gamma: Table,
+        deep: int,
         eps: float,
         out: Array,
         threads: int,

@@ -79,7 +79,6 @@ cdef enum:
     CHUNK = 16384           # values of a channel in a chunk: the lanes' sums stay short
     FEWEST_ROWS = 64        # samples in a chunk, channels inside
     MOST_ROWS = 1024        # twice that of half types: sums take up 0.4 % of what is summed
-    DEEP = 256              # rows, at least, whose columns are summed apart: 1.6 % of x for the sums
     OVERFLOWING = 65536     # bytes of coefficients that L1 does not keep from row to row
 
 
@@ -148,16 +147,17 @@ cdef Py_ssize_t pitch_of(Py_ssize_t channels) noexcept nogil:
 
 
 cdef void set_groups(Task* t) noexcept nogil:
-    """The chunks of whole groups, where these are planes."""
+    """The chunks of whole groups, where these are planes: of channels outside, or of all channels
+    that there are."""
     cdef Task groups = t[0]
     t.group_chunks = 0
-    t.grouped = t.pool > 1 and not t.inside and t.reduce == MOMENTS
+    t.grouped = t.pool > 1 and t.reduce == MOMENTS and (not t.inside or t.pool == t.channels)
     if t.grouped:
-        groups.S *= t.pool
+        t.group_size = t.N * t.C + t.tail if t.inside else t.S * t.pool
+        groups.S, groups.N, groups.inside = t.group_size, 1, False
         set_chunks(&groups)
         t.group_chunks, t.group_rows = groups.chunks, groups.rows
         t.group_pieces, t.group_piece = groups.pieces, groups.piece
-        t.group_pitch = pitch_of(t.C // t.pool)
 
 
 cdef void set_chunks(Task* t) noexcept nogil:
@@ -194,10 +194,10 @@ cdef int count_outputs(Task* t) noexcept nogil:
 cdef Py_ssize_t streams_from(Task* t) noexcept nogil:
     if t.reduce == NO_REDUCE:
         return tuning.stream_maps
-    return tuning.stream_rows if t.inside and not fits_alone(t) else tuning.stream_planes
+    return tuning.stream_rows if t.inside and not fits_l2(t) else tuning.stream_planes
 
 
-cdef bint fits_alone(Task* t) noexcept nogil:
+cdef bint fits_l2(Task* t) noexcept nogil:
     """Whether the second walk over a run finds it in a core's own cache."""
     return t.G > 1 and bytes_of(t) // t.G * count_inputs(t) <= tuning.l2
 
@@ -208,6 +208,7 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
     cdef Py_ssize_t total = bytes_of(t) * (inputs + count_outputs(t))
     cdef Py_ssize_t column = max((t.N + (t.tail > 0)) * t.S * t.itemsize * inputs, 1)
     cdef Py_ssize_t channels = t.G * t.C, block
+    t.split = t.lookahead = False
     cdef Py_ssize_t plane = t.S * t.itemsize, row = t.C * t.itemsize if t.inside else plane
     # Past the caches go whole lines only; rows of a few lines would mostly be ends. Planes that
     # follow each other are joined.
@@ -218,7 +219,7 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
     t.stream_dresidual = t.stream and t.dresidual.data != NULL and streams_alike(t, row)
     t.planes_ahead = 0 if t.inside or plane > 4 * AHEAD else AHEAD // plane + 1
     t.threads = min(<Py_ssize_t> threads, max(1, 2 * total // tuning.serial_below - 1))
-    if t.reduce == NO_REDUCE or t.inside and (t.G == 1 or is_uneven(t, t.G)):
+    if t.reduce == NO_REDUCE or t.inside and (t.G == 1 or is_uneven(t, t.G) or t.mask != NULL):
         # In the order of memory: planes side by side, or rows. Stretches of them have their tables
         # in L1, but memory wants long ones.
         t.split = True
@@ -238,10 +239,11 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
     # Whoever is free takes the next block; small arrays are worked on where they were last time.
     t.shared = not t.split and total > t.threads * tuning.l2
     t.fetch = total >= t.threads * tuning.fetch
-    t.alone = t.G > 1 and not t.split and t.mask == NULL
-    t.kept = most_chunks(t) if t.split or t.column_sums != NULL else 1
     t.block = even_block(t, block)
-    t.stretch = ceil_div(max(tuning.stretch // inputs, 16), 16) * 16 if t.alone and t.inside else t.C
+    t.kept = most_chunks(t) if t.split or t.column_sums != NULL else 1
+    t.stretch = ceil_div(max(tuning.stretch // inputs, 16), 16) * 16 if t.inside and not t.split else t.C
+    t.pitch = pitch_of(t.C if t.split else t.block)
+    t.group_pitch = pitch_of((t.C if t.split else t.block) // t.pool)
     t.map_block = even_block(t, t.C)
     set_rows(t)
 
@@ -308,7 +310,7 @@ cdef Py_ssize_t most_chunks(Task* t) noexcept nogil:
 
 cdef Py_ssize_t owners_of(Task* t) noexcept nogil:
     """How many tables there are at a time."""
-    return t.threads if t.alone else t.G
+    return t.G if t.split else t.threads
 
 
 cdef int set_scratch(Task* t, char** memory) except -1 nogil:
@@ -439,7 +441,7 @@ cdef int run_parts(Task* t, Run run, int threads) except -1 nogil:
     cdef Py_ssize_t most, G, C, g = 0, c
     cdef Task part
     schedule(t, threads)
-    if owners_of(t) * t.C * table_bytes(t) <= limit_of(t):
+    if owners_of(t) * t.pitch * table_bytes(t) <= limit_of(t):
         return run_part(t, run, threads)
     t.kept = most_chunks(t)     # some parts may be shared by all threads
     most = channels_at_once(t)
@@ -770,9 +772,10 @@ cdef class Engine:
         return self.with_tables(&t, x, threads)
 
     def backward_rows(self, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mean, cnp.ndarray var,
-                      cnp.ndarray columns, cnp.ndarray gamma, double eps, cnp.ndarray out,
-                      int threads, gate):
-        """Also takes gamma as doubles; gives the sums of columns as (2, P, places)."""
+                      cnp.ndarray columns, cnp.ndarray gamma, Py_ssize_t deep, double eps,
+                      cnp.ndarray out, int threads, gate):
+        """Also takes gamma as doubles, and how deep pieces are; gives the sums of columns as
+        (2, P, places)."""
         cdef Task t = new_task(x, GRADIENT_MOMENTS, INPUT_GRADIENT, None)
         cdef cnp.npy_intp[4] shape
         cdef cnp.ndarray sums
@@ -780,7 +783,7 @@ cdef class Engine:
         t.mean, t.var, t.eps = table(mean), table(var), eps
         set_columns(&t, columns)
         t.gamma_wide = <const double*> cnp.PyArray_DATA(gamma)
-        t.deep = ceil_div(max(ceil_div(t.C, 64), DEEP), t.period) * t.period
+        t.deep = deep
         shape[0], shape[1], shape[2], shape[3] = ceil_div(t.C, t.deep), 2, t.period, t.places
         sums = cnp.PyArray_EMPTY(4, shape, cnp.NPY_FLOAT64, 0)
         t.column_sums = <double*> cnp.PyArray_DATA(sums)

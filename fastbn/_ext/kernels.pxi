@@ -40,8 +40,8 @@ from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy, memset
 
 from fastbn._ext.task cimport (
-    ACTIVE, AFFINE, AHEAD, BY_COLUMN, FEW_ROWS, GATED, GRADIENT_MOMENTS, INPUT_GRADIENT, KEEPS, KINDS, MOMENTS,
-    NO_MAP, NO_REDUCE, PACKED, RESIDUAL, ROWS_PICKED, SELECTED, WIDE, WITH_X, Operand, Table, Task,
+    ACTIVE, AFFINE, AHEAD, BY_COLUMN, FEW_ROWS, GATED, GRADIENT_MOMENTS, INPUT_GRADIENT, KEEPS,
+    KINDS, MOMENTS, NO_MAP, NO_REDUCE, PACKED, RESIDUAL, ROWS_PICKED, SELECTED, WIDE, WITH_X, Operand, Table, Task,
 )
 
 cdef extern from "simd.h" nogil:
@@ -244,6 +244,11 @@ cdef inline bint mark(const Task* t, Selected p, Py_ssize_t rows, Marked* marked
 
 
 # ---- Reductions ----
+
+cdef inline Py_ssize_t row_of_gamma(const Task* t, Py_ssize_t c) noexcept nogil:
+    """Where plane c's gamma and beta are, which go by column."""
+    return (c + t.phase) % t.period
+
 
 cdef inline Py_ssize_t ahead_values() noexcept nogil:
     return AHEAD // <Py_ssize_t> sizeof(element)
@@ -912,15 +917,15 @@ cdef void unpack(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noex
 
 cdef void finish(const Task* t, const Task* summed, Py_ssize_t g, Py_ssize_t c0,
                  Py_ssize_t c1) noexcept nogil:
-    """What stands between the passes; `summed` is the task, or its groups."""
-    cdef Py_ssize_t pool = t.pool if t.grouped else 1
+    """What stands between the passes; `summed` is the task, or all of its groups."""
+    cdef Py_ssize_t first = 0 if t.grouped else c0, end = summed.C if t.grouped else c1
     if t.prepared != NULL:
         unpack(t, g, c0, c1)
         return
     if t.reduce != NO_REDUCE:
-        merge(summed, g, c0 // pool, c1 // pool)
+        merge(summed, g, first, end)
     if t.reduce == MOMENTS:
-        finish_moments(summed, g, c0 // pool, c1 // pool)
+        finish_moments(summed, g, first, end)
     if t.reduce == GRADIENT_MOMENTS or t.map == INPUT_GRADIENT:
         finish_gradients(t, g, c0, c1)
     elif t.map == AFFINE:
@@ -1114,7 +1119,7 @@ cdef inline void map_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0
             if kind & SELECTED:
                 p.weight = vsplat(<real> selected.weighs.first[0])
             if kind & BY_COLUMN:
-                p.columns = <const real*> t.columns + c % t.period * t.places + k.s0
+                p.columns = <const real*> t.columns + row_of_gamma(t, c) * t.places + k.s0
                 p.after = t.period * t.places
             p.source_ahead, p.x_ahead = ahead * t.source.c, ahead * t.x.c
             p.other_ahead = ahead * t.other.c
@@ -1375,30 +1380,33 @@ cdef inline Py_ssize_t next_block(Task* t, Py_ssize_t b, Py_ssize_t end) noexcep
     return min(fetch_add(&t.next_block, 1) if t.shared else b + 1, end)
 
 
-cdef inline void enter_run(Operand* a, Py_ssize_t g) noexcept nogil:
+cdef inline void enter(Operand* a, const Block* k) noexcept nogil:
     if a.data != NULL:
-        a.data += g * a.g * <Py_ssize_t> sizeof(element)
+        a.data += (k.g * a.g + k.c0 * a.c) * <Py_ssize_t> sizeof(element)
 
 
-cdef inline void enter_row(Table* table, Py_ssize_t g) noexcept nogil:
+cdef inline void enter_table(Table* table, const Block* k) noexcept nogil:
     if table.data != NULL:
-        table.data += g * table.g
+        table.data += k.g * table.g + k.c0 // max(table.pool, 1) * table.c
 
 
-cdef Task run_of(const Task* t, Py_ssize_t g, Py_ssize_t thread) noexcept nogil:
-    """Run g as a task of its own, with the thread's tables."""
+cdef Task task_of(const Task* t, const Block* k, Py_ssize_t thread) noexcept nogil:
+    """A block as a task of its own, with the thread's tables."""
     cdef Task own = t[0]
-    enter_run(&own.x, g)
-    enter_run(&own.source, g)
-    enter_run(&own.other, g)
-    enter_run(&own.out, g)
-    enter_run(&own.dresidual, g)
-    enter_row(&own.mean, g)
-    enter_row(&own.var, g)
-    enter_row(&own.gamma, g)
-    enter_row(&own.beta, g)
-    enter_row(&own.first, g)
-    enter_row(&own.second, g)
+    enter(&own.x, k)
+    enter(&own.source, k)
+    enter(&own.other, k)
+    enter(&own.out, k)
+    enter(&own.dresidual, k)
+    enter_table(&own.mean, k)
+    enter_table(&own.var, k)
+    enter_table(&own.gamma, k)
+    enter_table(&own.beta, k)
+    enter_table(&own.first, k)
+    enter_table(&own.second, k)
+    own.phase = k.c0
+    if not t.inside:
+        own.C = own.channels = k.c1 - k.c0
     own.shift += thread * t.pitch
     own.unit += thread * t.pitch
     own.total += thread * 2 * t.pitch
@@ -1412,8 +1420,10 @@ cdef Task run_of(const Task* t, Py_ssize_t g, Py_ssize_t thread) noexcept nogil:
 cdef Task groups_of(const Task* t) noexcept nogil:
     """The task on planes of whole groups, as they are summed."""
     cdef Task groups = t[0]
-    groups.C = groups.channels = t.C // t.pool
-    groups.S, groups.count, groups.x.c = t.S * t.pool, t.count * t.pool, t.x.c * t.pool
+    groups.C = groups.channels = t.channels // t.pool
+    groups.N, groups.S, groups.x.c = 1, t.group_size, t.group_size
+    groups.inside, groups.fold, groups.tail, groups.stretch = False, 1, 0, groups.C
+    groups.count = t.count * t.pool
     groups.chunks, groups.rows = t.group_chunks, t.group_rows
     groups.pieces, groups.piece = t.group_pieces, t.group_piece
     groups.pitch, groups.planes_ahead = t.group_pitch, 0
@@ -1445,26 +1455,21 @@ cdef void run_blocks(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil
     cdef Py_ssize_t blocks = count_blocks(t, t.block), later, ahead, j
     cdef Py_ssize_t end = blocks if t.shared else blocks * (thread + 1) // team
     cdef Py_ssize_t b = next_block(t, blocks * thread // team - 1, end)
-    cdef Py_ssize_t pool = t.pool if t.grouped else 1
     cdef Task own, groups
-    cdef const Task* run = t
-    cdef const Task* summed = t
+    cdef const Task* summed = &own
     while b < end:
         k = block(t, b, t.block)
-        if t.alone:
-            own = run_of(t, k.g, thread)
-            run, summed, k.g = &own, &own, 0
+        own = task_of(t, &k, thread)
         if t.grouped:
-            groups = groups_of(run)
+            groups = groups_of(&own)
             summed = &groups
-        if t.reduce != NO_REDUCE:
-            reduce_block(summed, k.g, k.c0 // pool, k.c1 // pool)
-        finish(run, summed, k.g, k.c0, k.c1)
+        reduce_block(summed, 0, 0, summed.C)
+        finish(&own, summed, 0, 0, own.C)
         later = next_block(t, b, end)
         ahead = (later - b) * t.block if t.lookahead and later < end else 0
         if t.map != NO_MAP:
             for j in range(t.chunks - 1, -1, -1):
-                map_chunk(run, k.g, k.c0, k.c1, j, ahead)
+                map_chunk(&own, 0, 0, own.C, j, ahead)
         b = later
 
 
@@ -1508,12 +1513,12 @@ cdef inline void sum_few_rows(int kind, int rows, const Task* t, Py_ssize_t c, P
     """The sums of a few rows, `period` apart from row c on, over chunk j, and of its columns."""
     cdef Chunk k = chunk(t, j)
     cdef Py_ssize_t s = 0, size = k.s1 - k.s0, r, after = t.period * t.places
-    cdef const double* gamma = t.gamma_wide + c % t.period * t.places + k.s0
+    cdef const double* gamma = t.gamma_wide + row_of_gamma(t, c) * t.places + k.s0
     cdef double* sum = sums(t, 0, j) + c
     cdef wide[FEW_ROWS] first, second
     cdef rows_at p
     cdef Summed at = summed_at(t, 0, 0, c, k.s0)
-    column += c % t.period * t.places + k.s0
+    column += row_of_gamma(t, c) * t.places + k.s0
     p.x_step, p.dy_step, p.y_step = t.x.c * t.period, t.source.c * t.period, t.other.c * t.period
     for r in range(rows):
         first[r], second[r] = wsplat(0), wsplat(0)
@@ -1556,14 +1561,14 @@ cdef inline void sum_rows_of(int kind, const Task* t, Py_ssize_t c, Py_ssize_t e
             c += t.period
 
 
-cdef void sum_both_ways(const Task* t, Py_ssize_t c0, Py_ssize_t c1, double* column) noexcept nogil:
+cdef void sum_both_ways(const Task* t, double* column) noexcept nogil:
     """The sums of a block of rows, and of its columns."""
     cdef Py_ssize_t c
-    for c in range(c0, min(c0 + t.period, c1)):
+    for c in range(min(t.period, t.C)):
         if t.kind & GATED:
-            sum_rows_of(GATED, t, c, c1, column)
+            sum_rows_of(GATED, t, c, t.C, column)
         else:
-            sum_rows_of(0, t, c, c1, column)
+            sum_rows_of(0, t, c, t.C, column)
 
 
 cdef void add_up_columns(const Task* t, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
@@ -1578,19 +1583,22 @@ cdef void run_rows(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
     """The backward trip by column: each thread takes pieces of rows, and of these a block at a time
     through both passes."""
     cdef Py_ssize_t pieces = (t.C + t.deep - 1) // t.deep, size = 2 * t.period * t.places
-    cdef Py_ssize_t piece, c, c1, end, j
+    cdef Py_ssize_t piece, c, end, j
+    cdef Task own
+    cdef Block k
     cdef double* sum
     for piece in range(pieces * thread // team, pieces * (thread + 1) // team):
         c, end = piece * t.deep, min((piece + 1) * t.deep, t.C)
         sum = t.column_sums + piece * size
         memset(sum, 0, size * sizeof(double))
         while c < end:
-            c1 = min(c + t.block, end)
-            sum_both_ways(t, c, c1, sum)
-            finish(t, t, 0, c, c1)
+            k.g, k.c0, k.c1 = 0, c, min(c + t.block, end)
+            own = task_of(t, &k, thread)
+            sum_both_ways(&own, sum)
+            finish(&own, &own, 0, 0, own.C)
             for j in range(t.chunks - 1, -1, -1):
-                map_chunk(t, 0, c, c1, j, 0)
-            c = c1
+                map_chunk(&own, 0, 0, own.C, j, 0)
+            c = k.c1
     team_barrier()
     add_up_columns(t, size * thread // team, size * (thread + 1) // team)
 

@@ -47,7 +47,7 @@ cdef struct Task:
     # is `grouped` is summed as planes of whole groups, which are cut into chunks of their own.
     Py_ssize_t pool
     bint grouped
-    Py_ssize_t group_chunks, group_rows, group_pieces, group_piece, group_pitch
+    Py_ssize_t group_size, group_chunks, group_rows, group_pieces, group_piece, group_pitch
     # NULL data where there is none: y gates dy, and dresidual is what it lets through.
     Operand x, dy, out, residual, y, dresidual
     # Which places count, a byte each; NULL: all. Channels outside: byte s of sample n at n*S + s.
@@ -56,10 +56,10 @@ cdef struct Task:
     Py_ssize_t mask_g
     const double* weights
     Py_ssize_t weights_g, weight_samples
-    # By column: plane c goes by row c % period of gamma, as doubles, and of gamma and beta, as reals,
-    # each (period, places). Back, the planes are cut into pieces of `deep`, each with its own sums of
-    # dy * xhat and dy, (pieces, 2, period, places), which are added up into the first.
-    Py_ssize_t period, places, deep
+    # By column: plane c goes by row (c + phase) % period of gamma, as doubles, and of gamma and beta,
+    # as reals, each (period, places). Back, the planes are cut into pieces of `deep`, each with its
+    # own sums of dy * xhat and dy, (pieces, 2, period, places), which are added up into the first.
+    Py_ssize_t period, phase, places, deep
     const double* gamma_wide
     const char* columns
     double* column_sums
@@ -85,8 +85,8 @@ cdef struct Task:
     # Order of work, kind of store, size of the team: decided by the machine; no bit depends on it.
     # Blocks are of channels; the map of a split trip has its own. Large: rows beyond the caches.
     # Fetch: values before they are needed, where the processor's own fetching is not enough.
-    # Alone: a thread takes runs one by one, and the tables below are threads', not runs'.
-    bint split, shared, alone, large, stream, stream_dresidual, joined, lookahead, fetch
+    # Not split: each thread takes blocks of its own, and the tables below are threads', of a block.
+    bint split, shared, large, stream, stream_dresidual, joined, lookahead, fetch
     Py_ssize_t block, map_block
     # Channels inside: columns and rows that are summed together, and rows that are mapped together.
     Py_ssize_t stretch, few, together

@@ -80,6 +80,7 @@ from fastbn.backends.base import (
     Selection,
     Table,
     Tail,
+    depth,
     inverse_deviation,
 )
 from fastbn.elements import SINGLE, arithmetic, is_bfloat16
@@ -104,8 +105,6 @@ USUAL_MODE = 0x1F80
 """MXCSR of a new process: rounds to nearest, flushes nothing, traps nothing."""
 POOLED = 80
 """Bytes of tables for a channel between two passes, where channels are pooled."""
-DEEP = 256
-"""Rows, at least, whose columns are summed apart."""
 FEW = 1024
 """Channels whose small step is no work for several threads."""
 
@@ -2923,9 +2922,8 @@ class NumbaBackend(Backend):
         (slope, top), y, through = (LINEAR, dy, None) if gate is None else gate
         targets = _rows_of(out, writes=True), _rows_of(dy if through is None else through)
         arrays, given = map(_rows_of, (dy, x, y)), (mean[0], inverse_deviation(var, eps)[0], gamma)
-        (period, size), rows = gamma.shape, mean.size
-        deep = -(-max(rows // 64, DEEP) // period) * period
-        sums = np.zeros((-(-rows // deep), 2, period, size))
+        deep = depth(*gamma.shape, mean.size)
+        sums = np.zeros((-(-mean.size // deep), 2, *gamma.shape))
         keeps = through is not None
         _backward_rows(
             _team(threads, 3 * x.nbytes), *arrays, *given, slope, top, keeps, deep, *targets, sums

@@ -20,6 +20,7 @@ from fastbn.backends.base import (
     Selection,
     Table,
     Tail,
+    depth,
     quiet,
 )
 from fastbn.elements import arithmetic
@@ -169,7 +170,7 @@ class NativeBackend(Backend):
     ) -> tuple[Table, Table]:
         columns = _columns(gamma, gamma, arithmetic(x.dtype))
         (doubles, _), size = _columns(gamma, gamma, np.dtype(np.float64)), gamma.shape[1]
-        of_columns = columns, np.ascontiguousarray(doubles)
+        of_columns = columns, np.ascontiguousarray(doubles), depth(*gamma.shape, x.shape[2])
         sums = self._engine.backward_rows(dy, x, mean, var, *of_columns, eps, out, threads, gate)
         return sums[0, :, :size], sums[1, :, :size]
 
@@ -218,8 +219,10 @@ def facts() -> NativeFacts:
 
 
 def _walkable(a: Array, pool: int = 1) -> Array:
-    """`a`, or a dense copy where its narrow rows, or planes that are summed together, lie apart."""
-    apart = pool > 1 and a.shape[3] > 1 and a.strides[2] != a.shape[3] * a.itemsize
+    """`a`, or a dense copy where its narrow rows, or what is summed as one plane, lie apart."""
+    _, samples, channels, size = a.shape
+    apart = pool > 1 and size > 1 and a.strides[2] != size * a.itemsize
+    apart |= pool == channels and size == 1 < samples and a.strides[1] != channels * a.itemsize
     return a if entry.walks(a) and not apart else np.ascontiguousarray(a)
 
 
