@@ -247,6 +247,75 @@ def second(p: SecondProblem) -> WideSecond:
     return WideSecond(g * s * of_v + a * xhat + b, a * s * of_dy - g * s**2 * dx, dgamma)
 
 
+# --- group, instance and layer norm ---------------------------------------------------------------
+# Arrays as (N, C, P), statistics as (N, groups): each sample's group is a batch of one channel,
+# whose gamma and beta differ from place to place.
+
+
+def by_sample(a: Array, layout: str) -> Wide:
+    """The values as (N, C, P) in extended precision."""
+    moved = np.moveaxis(a, channel_axis(a.ndim, layout), 1)
+    return moved.reshape(*moved.shape[:2], -1).astype(np.longdouble)
+
+
+def over_channels(statistic: Wide, channels: int) -> Wide:
+    """A statistic of groups for each of their channels: (N, C, 1)."""
+    return np.repeat(statistic, channels // statistic.shape[1], 1)[:, :, None]
+
+
+def _over_groups(a: Wide, groups: int) -> Wide:
+    """The values of each group as a row."""
+    return a.reshape(len(a) * groups, -1)
+
+
+def _group_means(a: Wide, groups: int) -> Wide:
+    means: Wide = _over_groups(a, groups).mean(1).reshape(len(a), groups)
+    return means
+
+
+def sample_moments(x: Wide, groups: int) -> tuple[Wide, Wide]:
+    """Mean and biased variance of each sample's groups."""
+    mean, var = moments(_over_groups(x, groups))
+    return mean.reshape(len(x), groups), var.reshape(len(x), groups)
+
+
+def sample_normalize(x: Wide, mean: Wide, var: Wide, gamma: Wide, beta: Wide, eps: float) -> Wide:
+    """y by given statistics of groups."""
+    m, rstd = (over_channels(v, x.shape[1]) for v in (mean, rstd_of(var, eps)))
+    return (x - m) * rstd * gamma[:, None] + beta[:, None]
+
+
+class WideSampleGradients(NamedTuple):
+    """The gradients in extended precision, and the magnitudes that their bounds speak of."""
+
+    dx: Wide
+    dgamma: Wide
+    dbeta: Wide
+    terms: Wide
+    """|gamma dy| + mean|gamma dy| + |xhat| mean|gamma dy xhat|, over s, of each place."""
+    sums: Wide
+    """sum|dy| + sum|dy xhat| of each sample's channels, (N, C)."""
+
+
+def sample_backward(
+    dy: Wide, x: Wide, mean: Wide, var: Wide, gamma: Wide, eps: float
+) -> WideSampleGradients:
+    """The gradients through the statistics of groups."""
+    channels, groups = x.shape[1], mean.shape[1]
+    m, rstd = (over_channels(v, channels) for v in (mean, rstd_of(var, eps)))
+    xhat, scaled = (x - m) * rstd, dy * gamma[:, None]
+
+    def of_group(a: Wide) -> Wide:
+        return over_channels(_group_means(a, groups), channels)
+
+    dx = scaled - of_group(scaled) - xhat * of_group(scaled * xhat)
+    size = np.abs(scaled)
+    terms = size + of_group(size) + np.abs(xhat) * of_group(np.abs(scaled * xhat))
+    sums = np.abs(dy).sum(2) + np.abs(dy * xhat).sum(2)
+    dgamma, dbeta = (dy * xhat).sum((0, 2)), dy.sum((0, 2))
+    return WideSampleGradients(dx * rstd, dgamma, dbeta, terms * rstd, sums)
+
+
 # --- bounds -------------------------------------------------------------------------------------
 
 
@@ -349,6 +418,54 @@ def bound_dgamma(dtype: Any, exact: WideGradients, mean: Wide, var: Wide, eps: f
 def bound_dbeta(dtype: Any, exact: WideGradients, mean: Wide, var: Wide, eps: float) -> Wide:
     """How far each dbeta, stored as `dtype`, may be off."""
     return _bound_sum(dtype, exact.dbeta, exact, mean, var, eps)
+
+
+def bound_sample_var(mean: Wide, var: Wide, channels: int, places: int) -> Wide:
+    """How far a group's variance may be off: channels of several places are merged, after their
+    means were stored in float64."""
+    merged = places > 1 and mean.shape[1] < channels
+    off = np.longdouble(2.0**-52 if merged else 0) * np.abs(mean)
+    bound: Wide = bound_var(var) + off * np.sqrt(var) + np.square(off) * (var > 0)
+    return bound
+
+
+def bound_sample_y(
+    dtype: Any,
+    of_gamma: Any,
+    y: Wide,
+    mean: Wide,
+    var: Wide,
+    gamma: Wide,
+    beta: Wide,
+    eps: float,
+) -> Wide:
+    """How far each y may be off. By column xhat, gamma and their product are rounded in addition;
+    gamma is not where it was of float32."""
+    k = factor(dtype, mean, rstd_of(var, eps))
+    if y.shape[2] == 1 and mean.shape[1] < y.shape[1] and np.dtype(dtype).itemsize <= 4:
+        k = k * (1.5 if np.dtype(of_gamma).itemsize <= 4 else 1.75)
+    size = np.abs(y) + np.abs(gamma)[:, None] + np.abs(beta)[:, None]
+    bound: Wide = over_channels(k, y.shape[1]) * size
+    return bound
+
+
+def bound_sample_dx(
+    dtype: Any, exact: WideSampleGradients, mean: Wide, var: Wide, eps: float
+) -> Wide:
+    """How far each dx may be off."""
+    k = factor(dtype, mean, rstd_of(var, eps))
+    bound: Wide = 2 * over_channels(k, exact.dx.shape[1]) * exact.terms
+    return bound
+
+
+def bound_sample_sums(
+    dtype: Any, exact: WideSampleGradients, mean: Wide, var: Wide, eps: float
+) -> tuple[Wide, Wide]:
+    """How far dgamma and dbeta, stored as `dtype`, may be off: what samples' sums are, together."""
+    relative = np.longdouble(1e-12) + 4 * 2.0**-52 * np.abs(mean) * rstd_of(var, eps)
+    of_sums = (over_channels(relative, exact.sums.shape[1])[:, :, 0] * exact.sums).sum(0)
+    u = np.longdouble(unit(dtype))
+    return u * np.abs(exact.dgamma) + of_sums, u * np.abs(exact.dbeta) + of_sums
 
 
 def terms_of_second(p: SecondProblem) -> WideSecond:

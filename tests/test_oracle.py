@@ -59,3 +59,29 @@ def test_assert_within_catches_a_nan_and_an_error() -> None:
     for wrong in (np.array([1.0, np.nan, 1.0]), np.array([1.0, 1.0, 1.1])):
         with pytest.raises(AssertionError, match="1 of 3 wrong"):
             assert_within(wrong, one, 0.05, "y")
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_the_oracle_of_samples_is_that_of_batches(groups: int) -> None:
+    """Each sample's group, by itself, as a batch of one channel; gamma and beta apart."""
+    x, dy = np.random.default_rng(0).normal(2, 3, (2, 4, 6, 5)).astype(np.longdouble)
+    gamma, beta = np.random.default_rng(1).normal(size=(2, 6)).astype(np.longdouble)
+    mean, var = oracle.sample_moments(x, groups)
+    y = oracle.sample_normalize(x, mean, var, gamma, beta, 1e-5)
+    got = oracle.sample_backward(dy, x, mean, var, gamma, 1e-5)
+    one, zero = np.ones(1, np.longdouble), np.zeros(1, np.longdouble)
+    dgamma = np.zeros((4, 6, 5), np.longdouble)
+    size = 6 // groups
+    for n, g in np.ndindex(4, groups):
+        at = n, slice(g * size, (g + 1) * size)
+        values, scale = x[at].reshape(1, -1), gamma[at[1], None]
+        m, v = oracle.moments(values)
+        assert (m, v) == (mean[n, g], var[n, g])
+        xhat = oracle.normalize(values, m, v, one, zero, 1e-5).reshape(size, -1)
+        np.testing.assert_allclose(y[at], xhat * scale + beta[at[1], None], rtol=1e-15)
+        scaled = (dy[at] * scale).reshape(1, -1)
+        alone = oracle.backward(scaled, values, m, v, one, 1e-5, frozen=False)
+        np.testing.assert_allclose(got.dx[at], alone.dx.reshape(size, -1), rtol=1e-12, atol=1e-16)
+        dgamma[at] = dy[at] * xhat
+    np.testing.assert_allclose(got.dgamma, dgamma.sum((0, 2)), rtol=1e-12)
+    np.testing.assert_allclose(got.dbeta, dy.sum((0, 2)), rtol=1e-15)
