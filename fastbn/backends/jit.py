@@ -2922,8 +2922,9 @@ class NumbaBackend(Backend):
         (slope, top), y, through = (LINEAR, dy, None) if gate is None else gate
         targets = _rows_of(out, writes=True), _rows_of(dy if through is None else through)
         arrays, given = map(_rows_of, (dy, x, y)), (mean[0], inverse_deviation(var, eps)[0], gamma)
-        deep = depth(*gamma.shape, mean.size)
-        sums = np.zeros((-(-mean.size // deep), 2, *gamma.shape))
+        period, size = gamma.shape
+        deep = depth(period, size, mean.size)
+        sums = np.zeros((-(-mean.size // deep), 2, period, size))
         keeps = through is not None
         _backward_rows(
             _team(threads, 3 * x.nbytes), *arrays, *given, slope, top, keeps, deep, *targets, sums

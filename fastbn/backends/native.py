@@ -169,8 +169,8 @@ class NativeBackend(Backend):
         gate: Gate | None = None,
     ) -> tuple[Table, Table]:
         columns = _columns(gamma, gamma, arithmetic(x.dtype))
-        (doubles, _), size = _columns(gamma, gamma, np.dtype(np.float64)), gamma.shape[1]
-        of_columns = columns, np.ascontiguousarray(doubles), depth(*gamma.shape, x.shape[2])
+        doubles, (period, size) = _columns(gamma, gamma, np.dtype(np.float64))[0], gamma.shape
+        of_columns = columns, doubles, depth(period, size, x.shape[2])
         sums = self._engine.backward_rows(dy, x, mean, var, *of_columns, eps, out, threads, gate)
         return sums[0, :, :size], sums[1, :, :size]
 
