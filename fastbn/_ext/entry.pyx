@@ -154,7 +154,7 @@ cdef void set_groups(Task* t) noexcept nogil:
     t.grouped = t.pool > 1 and t.reduce == MOMENTS and (not t.inside or t.pool == t.channels)
     if t.grouped:
         t.group_size = t.N * t.C + t.tail if t.inside else t.S * t.pool
-        groups.S, groups.N, groups.inside = t.group_size, 1, False
+        groups.S, groups.N, groups.inside = t.group_size, 1 if t.inside else t.N, False
         set_chunks(&groups)
         t.group_chunks, t.group_rows = groups.chunks, groups.rows
         t.group_pieces, t.group_piece = groups.pieces, groups.piece

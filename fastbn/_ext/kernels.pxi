@@ -1421,7 +1421,7 @@ cdef Task groups_of(const Task* t) noexcept nogil:
     """The task on planes of whole groups, as they are summed."""
     cdef Task groups = t[0]
     groups.C = groups.channels = t.channels // t.pool
-    groups.N, groups.S, groups.x.c = 1, t.group_size, t.group_size
+    groups.N, groups.S, groups.x.c = 1 if t.inside else t.N, t.group_size, t.group_size
     groups.inside, groups.fold, groups.tail, groups.stretch = False, 1, 0, groups.C
     groups.count = t.count * t.pool
     groups.chunks, groups.rows = t.group_chunks, t.group_rows

@@ -2920,7 +2920,8 @@ class NumbaBackend(Backend):
         gate: Gate | None = None,
     ) -> tuple[Table, Table]:
         (slope, top), y, through = (LINEAR, dy, None) if gate is None else gate
-        targets = _rows_of(out, writes=True), _rows_of(dy if through is None else through)
+        target = _rows_of(out, writes=True)
+        targets = target, target if through is None else _rows_of(through, writes=True)
         arrays, given = map(_rows_of, (dy, x, y)), (mean[0], inverse_deviation(var, eps)[0], gamma)
         period, size = gamma.shape
         deep = depth(period, size, mean.size)
