@@ -145,6 +145,36 @@ def run_masked(
     return results | {f"normalize: {name}": value for name, value in got._asdict().items()}
 
 
+def run_siblings(
+    x: Array,
+    dy: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    layout: str = "NCHW",
+    eps: float = 1e-5,
+    place: Place = as_given,
+) -> Results:
+    """What group, instance and layer norm give, plain and fused, by name."""
+    channels = x.shape[channel_axis(x.ndim, layout)]
+    groups = next((n for n in range(2, channels + 1) if channels % n == 0), 1)
+    plain: dict[str, Any] = {"eps": eps, "layout": layout}
+    results: Results = {}
+    for n, activation in ((1, None), (groups, None), (channels, None), (groups, "relu6")):
+        options = plain | {"activation": activation}
+        a, b, out = place(x, dy)
+        residual = None if activation is None else b
+        given: Any = (a, n, gamma, beta)
+        y, mean, var = fastbn.group_norm(*given, residual=residual, out=out, **options)
+        y = y.copy()
+        a, b, out = place(x, dy)
+        gate: dict[str, Any] = {} if activation is None else {"y": y, "dresidual": True}
+        got = fastbn.group_norm_backward(b, a, mean, var, n, gamma, out=out, **gate, **options)
+        found = {"y": y, "mean": mean, "var": var, **got._asdict()}
+        results |= {f"{n} groups, {activation}: {k}": np.copy(v) for k, v in found.items()}
+    return results
+
+
 def of_channels(results: Results, chosen: Array, layout: str) -> Results:
     """The results of some channels alone."""
     return {

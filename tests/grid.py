@@ -13,7 +13,7 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from bits import Array, Place, Results, as_given, run_all, run_fused, run_masked
+from bits import Array, Place, Results, as_given, run_all, run_fused, run_masked, run_siblings
 from variants import VARIANTS, Variant, activate
 
 import fastbn
@@ -52,6 +52,13 @@ SHAPES: tuple[tuple[int, ...], ...] = (
     (2, 20_003),
     (2048, 1256),
 )
+OF_SAMPLES: tuple[tuple[int, ...], ...] = (
+    # rows: narrow, broken lanes, whole ones, in pieces
+    *((4003, 12), (701, 100), (1501, 48), (3, 20_000)),
+    # planes: tiny, of groups in pieces, of a vector's width and more
+    *((601, 8, 2), (20, 70, 7, 7), (5, 300, 7, 7), (12, 18, 13, 17), (3, 6, 130, 131)),
+)
+"""Those of group norm and its like, whose groups are samples' own."""
 EXTREME = {"float64": 1e153}
 """Values of this size have squares whose sum overflows."""
 TYPES = {np.dtype(dtype).name: dtype for dtype in (*DTYPES, *HALVES)}
@@ -70,8 +77,9 @@ class Point(NamedTuple):
         return f"{self.shape} {self.layout} {self.dtype} {self.kind}"
 
 
-RUNS = {"plain": run_all, "fused": run_fused, "masked": run_masked}
-"""Fused: with activations and a residual. Masked: with `where`, and with `weights`."""
+RUNS = {"plain": run_all, "fused": run_fused, "masked": run_masked, "siblings": run_siblings}
+"""Fused: with activations and a residual. Masked: with `where`, and with `weights`. Siblings: group
+norm of one, of some and of as many groups as channels."""
 
 
 GRID = tuple(
@@ -83,6 +91,8 @@ GRID = tuple(
         (SHAPES[3::9], ("float64", "float16"), "fused"),
         (SHAPES[::3], ("float32",), "masked"),
         (SHAPES[4::9], ("float64", "bfloat16"), "masked"),
+        (OF_SAMPLES, ("float32", "bfloat16"), "siblings"),
+        (OF_SAMPLES[1::3], ("float64", "float16"), "siblings"),
     )
     for shape in shapes
     for layout in LAYOUTS
@@ -126,10 +136,15 @@ def way(*, threads: int = 1, place: Place = as_given) -> Way:
 
 def points_of(name: str) -> tuple[Point, ...]:
     """The variant's grid: NumPy has neither threads nor chunks nor parts, and takes one channel
-    after the other; a third of what is not too wide will do."""
+    after the other, or one of a sample; a third of what is not too wide will do."""
     if name != "numpy":
         return GRID
-    return tuple(point for point in GRID[::3] if point.shape[1] < 1000)
+
+    def channels(point: Point) -> int:
+        samples, wide = point.shape[:2]
+        return wide * samples if point.kind == "siblings" else wide
+
+    return tuple(point for point in GRID[::3] if channels(point) < 2000)
 
 
 def digests(name: str, compute: Way) -> Digests:

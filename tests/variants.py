@@ -19,8 +19,8 @@ from fastbn import backends, config
 from fastbn.backends.base import Backend
 
 PASSES = ("moments", "normalize", "gradient_moments", "input_gradient")
-TRIPS = ("forward", "backward", "forward_rows", "backward_rows")
-EIGHT = PASSES + TRIPS
+TRIPS = ("forward", "backward")
+EIGHT = (*PASSES, *TRIPS, "forward_rows", "backward_rows")
 
 
 @dataclass(frozen=True)
