@@ -322,6 +322,23 @@ def test_constant_groups(eps: float) -> None:
                 assert not got.dgamma.any()
 
 
+@pytest.mark.usefixtures("variant")
+def test_nothing_warns() -> None:
+    """Half types round what is too large to infinity, and parts of a batch add up, quietly."""
+    with np.errstate(all="raise", under="ignore"):
+        for shape in ((6, 12), (6, 12, 3)):
+            x, dy, _, gamma, _ = made(shape, "NCHW", np.float16)
+            norm, told = Norm("layer"), {"gamma": gamma * 1e6}
+            y, mean, var = norm.forward(x, **told)
+            assert np.isinf(y).any()
+            assert np.isinf(norm.backward(dy, x, mean, var, **told).dx).any()
+        x = np.tile(np.float32([[1, 2, 3, 4]]), (2 << 16, 1))
+        dy = np.full_like(x, np.inf)
+        dy[1 << 16 :] *= -1  # where parts of rows begin
+        _, mean, var = fastbn.layer_norm(x)
+        assert np.isnan(fastbn.layer_norm_backward(dy, x, mean, var).dbeta).all()
+
+
 @pytest.mark.no_kernel
 @pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("shape", [(0, 6), (0, 6, 4), (3, 6, 0), (3, 0, 4)], ids=str)
