@@ -1,7 +1,7 @@
-"""A small network on NumPy and fastbn alone: dense layers, batch norm, sigmoids, softmax.
+"""Small networks on NumPy and fastbn alone: dense layers, convolutions, batch norm, softmax.
 
-The network of Ioffe & Szegedy (2015), section 4.1, and the worked example of training with fastbn
-and then serving what was trained: read `BatchNorm` first.
+Among them the network of Ioffe & Szegedy (2015), section 4.1, and the worked example of training
+with fastbn and then serving what was trained: read `BatchNorm` first.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 import fastbn
@@ -48,8 +49,15 @@ class Layer:
 class Dense(Layer):
     """``y = x @ weight + bias``."""
 
-    def __init__(self, inputs: int, outputs: int, rng: np.random.Generator) -> None:
-        self.weight = rng.normal(0, WEIGHT_SPREAD, (inputs, outputs)).astype(np.float32)
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        rng: np.random.Generator,
+        *,
+        spread: float = WEIGHT_SPREAD,
+    ) -> None:
+        self.weight = rng.normal(0, spread, (inputs, outputs)).astype(np.float32)
         self.bias = np.zeros(outputs, np.float32)
         self.parameters = self.weight, self.bias
 
@@ -123,36 +131,116 @@ class Sigmoid(Layer):
         return dy * self.y * (1 - self.y)
 
 
+class Convolution(Layer):
+    """A 3x3 convolution."""
+
+    def __init__(self, inputs: int, outputs: int, rng: np.random.Generator) -> None:
+        spread = np.sqrt(2 / (9 * inputs))  # He et al. (2015), for ReLU
+        self.kernel = rng.normal(0, spread, (3, 3, inputs, outputs)).astype(np.float32)
+        self.parameters = (self.kernel,)
+
+    def forward(self, x: Array) -> Array:
+        self.x = x
+        return convolve(x, self.kernel)
+
+    def backward(self, dy: Array) -> Array:
+        gradient: Array = patches(self.x).T @ dy.reshape(-1, dy.shape[-1])
+        self.gradients = (gradient.reshape(self.kernel.shape),)
+        # A pixel of x went to its neighbours: the kernel, turned around.
+        return convolve(dy, self.kernel[::-1, ::-1].swapaxes(2, 3))
+
+
+class Pool(Layer):
+    """Means of 2x2 pixels, as rows of features."""
+
+    def forward(self, x: Array) -> Array:
+        self.shape = x.shape
+        return pool(x)
+
+    def backward(self, dy: Array) -> Array:
+        dx = np.empty(self.shape, dy.dtype)
+        n, height, width, channels = self.shape
+        quarters(dx)[...] = dy.reshape(n, height // 2, 1, width // 2, 1, channels) / 4
+        return dx
+
+
+class ReLU(Layer):
+    """``y = max(x, 0)``."""
+
+    def forward(self, x: Array) -> Array:
+        self.y: Array = np.maximum(x, 0)
+        return self.y
+
+    def backward(self, dy: Array) -> Array:
+        return dy * (self.y > 0)
+
+
+class Chain(Layer):
+    """Layers one after the other, as a layer."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = layers
+        self.parameters = [each for layer in layers for each in layer.parameters]
+
+    def forward(self, x: Array) -> Array:
+        for layer in self.layers:
+            x = layer.forward(x)
+        return x
+
+    def backward(self, dy: Array) -> Array:
+        for layer in reversed(self.layers):
+            dy = layer.backward(dy)
+        self.gradients = [each for layer in self.layers for each in layer.gradients]
+        return dy
+
+    def serve(self, x: Array) -> Array:
+        for layer in self.layers:
+            x = layer.serve(x)
+        return x
+
+
+class Residual(Chain):
+    """``x + layers(x)`` (He et al. 2016)."""
+
+    def forward(self, x: Array) -> Array:
+        return x + super().forward(x)
+
+    def backward(self, dy: Array) -> Array:
+        return dy + super().backward(dy)
+
+    def serve(self, x: Array) -> Array:
+        return x + super().serve(x)
+
+
 class Network:
     """Layers one after the other, for images or rows of features, and scores of classes."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = layers
+        self.chain = Chain(layers)
 
     def backpropagate(self, x: Array, labels: Array) -> None:
         """Set every layer's gradients, of a batch's mean cross-entropy with the labels."""
-        for layer in self.layers:
-            x = layer.forward(x)
-        dy = cross_entropy_gradient(x, labels)
-        for layer in reversed(self.layers):
-            dy = layer.backward(dy)
+        scores = self.chain.forward(x)
+        self.chain.backward(cross_entropy_gradient(scores, labels))
 
     def train(self, x: Array, labels: Array, rate: float) -> None:
         """One step of stochastic gradient descent on a batch."""
         self.backpropagate(x, labels)
-        for layer in self.layers:
-            layer.update(rate)
+        self.chain.update(rate)
 
     def scores(self, x: Array) -> Array:
         """What each class scores once training is over."""
-        for layer in self.layers:
-            x = layer.serve(x)
-        return x
+        return self.chain.serve(x)
 
     def serve(self, x: Array) -> Array:
         """The most probable class of each of `x`."""
         labels: Array = self.scores(x).argmax(axis=1)
         return labels
+
+    def accuracy(self, x: Array, labels: Array) -> float:
+        """The share of the labels that it gets right."""
+        return float(np.mean(self.serve(x) == labels))
 
 
 def sigmoids(sizes: Sequence[int], *, batch_norm: bool, seed: int) -> Network:
@@ -166,6 +254,35 @@ def sigmoids(sizes: Sequence[int], *, batch_norm: bool, seed: int) -> Network:
             layers.append(BatchNorm(outputs))
         layers.append(Sigmoid())
     return Network([*layers, Dense(widths[-1], classes, rng)])
+
+
+def patches(x: Array) -> Array:
+    """The 3x3 neighbourhood of every pixel, zeros beyond the edge: (N, H, W, C) to rows of 9 C."""
+    n, height, width, channels = x.shape
+    padded = np.zeros((n, height + 2, width + 2, channels), x.dtype)
+    padded[:, 1:-1, 1:-1] = x
+    windows = sliding_window_view(padded, (3, 3), axis=(1, 2))
+    rows: Array = windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, 9 * channels)
+    return rows
+
+
+def convolve(x: Array, kernel: Array) -> Array:
+    """Convolve (N, H, W, C) images with a (3, 3, C, outputs) kernel."""
+    y: Array = patches(x) @ kernel.reshape(-1, kernel.shape[-1])
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def quarters(x: Array) -> Array:
+    """A view of images as 2x2 pixels on axes 2 and 4."""
+    n, height, width, channels = x.shape
+    return x.reshape(n, height // 2, 2, width // 2, 2, channels)
+
+
+def pool(x: Array) -> Array:
+    """Means of 2x2 pixels, as rows of features."""
+    q = quarters(x)
+    sums = q[:, :, 0, :, 0] + q[:, :, 0, :, 1] + q[:, :, 1, :, 0] + q[:, :, 1, :, 1]
+    return 0.25 * sums.reshape(len(x), -1)
 
 
 def softmax(scores: Array) -> Array:

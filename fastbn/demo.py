@@ -152,7 +152,7 @@ def train_both(digits: Digits, steps: int, progress: Progress) -> Curves:
             if step % EVALUATE_EVERY:
                 continue
             for name, network in networks.items():
-                accuracy = float(np.mean(network.serve(digits.test_x) == digits.test_labels))
+                accuracy = network.accuracy(digits.test_x, digits.test_labels)
                 curves[name].steps.append(step)
                 curves[name].accuracy.append(accuracy)
                 progress.update(bars[name], completed=step, note=f"{accuracy:.1%} held-out")

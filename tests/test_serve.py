@@ -100,7 +100,7 @@ def header(text: str) -> bytes:
 
 
 def test_training_reaches_its_goal(network: Trained, digits: Digits) -> None:
-    assert train.accuracy(network, digits.test_x.reshape(-1, 8, 8, 1), digits.test_labels) >= 0.97
+    assert network.accuracy(digits.test_x.reshape(-1, 8, 8, 1), digits.test_labels) >= 0.97
 
 
 @pytest.mark.parametrize("normalization", ["fastbn", "numpy"])

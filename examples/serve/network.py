@@ -17,11 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 import fastbn
-from fastbn._network import BatchNorm, Dense, Layer, Network, softmax
+from fastbn._network import (
+    BatchNorm,
+    Convolution,
+    Dense,
+    Network,
+    Pool,
+    Residual,
+    convolve,
+    pool,
+    softmax,
+)
 
 Array = NDArray[Any]
 Norm = Callable[[Array], Array]
@@ -38,86 +47,13 @@ NORMALIZATIONS = ("fastbn", "numpy")
 EPS = 1e-5  # fastbn's default
 
 
-def patches(x: Array) -> Array:
-    """The 3x3 neighbourhood of every pixel, zeros beyond the edge: (N, H, W, C) to rows of 9 C."""
-    n, height, width, channels = x.shape
-    padded = np.zeros((n, height + 2, width + 2, channels), x.dtype)
-    padded[:, 1:-1, 1:-1] = x
-    windows = sliding_window_view(padded, (3, 3), axis=(1, 2))
-    rows: Array = windows.transpose(0, 1, 2, 4, 5, 3).reshape(-1, 9 * channels)
-    return rows
-
-
-def convolve(x: Array, kernel: Array) -> Array:
-    """Convolve (N, H, W, C) images with a (3, 3, C, outputs) kernel."""
-    y: Array = patches(x) @ kernel.reshape(-1, kernel.shape[-1])
-    return y.reshape(*x.shape[:-1], -1)
-
-
-def quarters(x: Array) -> Array:
-    """A view of images as 2x2 pixels on axes 2 and 4."""
-    n, height, width, channels = x.shape
-    return x.reshape(n, height // 2, 2, width // 2, 2, channels)
-
-
-def pool(x: Array) -> Array:
-    """Means of 2x2 pixels, as rows of features."""
-    q = quarters(x)
-    sums = q[:, :, 0, :, 0] + q[:, :, 0, :, 1] + q[:, :, 1, :, 0] + q[:, :, 1, :, 1]
-    return 0.25 * sums.reshape(len(x), -1)
-
-
-class Convolution(Layer):
-    """A 3x3 convolution."""
-
-    def __init__(self, inputs: int, outputs: int, rng: np.random.Generator) -> None:
-        spread = np.sqrt(2 / (9 * inputs))  # He et al. (2015), for ReLU
-        self.kernel = rng.normal(0, spread, (3, 3, inputs, outputs)).astype(np.float32)
-        self.parameters = (self.kernel,)
-
-    def forward(self, x: Array) -> Array:
-        self.x = x
-        return convolve(x, self.kernel)
-
-    def backward(self, dy: Array) -> Array:
-        gradient: Array = patches(self.x).T @ dy.reshape(-1, dy.shape[-1])
-        self.gradients = (gradient.reshape(self.kernel.shape),)
-        # A pixel of x went to its neighbours: the kernel, turned around.
-        return convolve(dy, self.kernel[::-1, ::-1].swapaxes(2, 3))
-
-
-class Block(Layer):
+class Block(Residual):
     """``x + conv(relu(norm(x)))``."""
 
     def __init__(self, channels: int, rng: np.random.Generator) -> None:
         self.norm = BatchNorm(channels, layout="NHWC", activation="relu")
         self.convolution = Convolution(channels, channels, rng)
-        self.parameters = (*self.norm.parameters, *self.convolution.parameters)
-
-    def forward(self, x: Array) -> Array:
-        return x + self.convolution.forward(self.norm.forward(x))
-
-    def backward(self, dy: Array) -> Array:
-        dx = dy + self.norm.backward(self.convolution.backward(dy))
-        self.gradients = (*self.norm.gradients, *self.convolution.gradients)
-        return dx
-
-    def serve(self, x: Array) -> Array:
-        return x + self.convolution.serve(self.norm.serve(x))
-
-
-class Pool(Layer):
-    """Means of 2x2 pixels, as rows of features."""
-
-    def forward(self, x: Array) -> Array:
-        self.shape = x.shape
-        return pool(x)
-
-    def backward(self, dy: Array) -> Array:
-        dx = np.empty(self.shape, dy.dtype)
-        n, height, width, channels = self.shape
-        quarters(dx)[...] = dy.reshape(n, height // 2, 1, width // 2, 1, channels) / 4
-        return dx
+        super().__init__([self.norm, self.convolution])
 
 
 class Trained(Network):

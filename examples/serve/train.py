@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from network import SIDE, Array, Trained, store
+from network import SIDE, Trained, store
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from threadpoolctl import threadpool_limits
@@ -64,16 +64,11 @@ def train(epochs: int, console: Console) -> Trained:
                 network.backpropagate(train_x[batch], train_labels[batch])
                 momentum.step(RATE * (1 - (epoch + i / batches) / epochs))
         seen, unseen = (
-            accuracy(network, x, labels)
+            network.accuracy(x, labels)
             for x, labels in ((train_x, train_labels), (test_x, test_labels))
         )
         console.print(f"trained by {what_runs()}: {seen:.1%} of its digits, {unseen:.1%} held out")
     return network
-
-
-def accuracy(network: Trained, x: Array, labels: Array) -> float:
-    """The share of the labels that it gets right."""
-    return float(np.mean(network.serve(x) == labels))
 
 
 def ready(model: Path) -> Path:
