@@ -6,7 +6,7 @@ with fastbn and then serving what was trained: read `BatchNorm` first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -243,17 +243,24 @@ class Network:
         return float(np.mean(self.serve(x) == labels))
 
 
-def sigmoids(sizes: Sequence[int], *, batch_norm: bool, seed: int) -> Network:
-    """Hidden layers of sigmoids, batch-normalized or not, and a softmax over the classes."""
+def perceptron(
+    sizes: Sequence[int],
+    *,
+    batch_norm: bool,
+    seed: int,
+    unit: Callable[[], Layer] = Sigmoid,
+    spread: float = WEIGHT_SPREAD,
+) -> Network:
+    """Hidden layers of units, batch-normalized or not, and a softmax over the classes."""
     rng = np.random.default_rng(seed)
     *widths, classes = sizes
     layers: list[Layer] = []
     for inputs, outputs in pairwise(widths):
-        layers.append(Dense(inputs, outputs, rng))
+        layers.append(Dense(inputs, outputs, rng, spread=spread))
         if batch_norm:
             layers.append(BatchNorm(outputs))
-        layers.append(Sigmoid())
-    return Network([*layers, Dense(widths[-1], classes, rng)])
+        layers.append(unit())
+    return Network([*layers, Dense(widths[-1], classes, rng, spread=spread)])
 
 
 def patches(x: Array) -> Array:
