@@ -13,7 +13,10 @@ import pytest
 import saturating_sigmoids
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-EXPERIMENTS = ("saturating_sigmoids",)
+EXPERIMENTS = (
+    "saturating_sigmoids",
+    "learning_rates",
+)
 OTHERS = ("in_place",)
 PNG = b"\x89PNG\r\n\x1a\n"
 
