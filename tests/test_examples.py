@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 EXPERIMENTS = (
     "saturating_sigmoids",
     "learning_rates",
+    "why_it_works",
 )
 OTHERS = ("in_place",)
 PNG = b"\x89PNG\r\n\x1a\n"
