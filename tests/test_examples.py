@@ -11,12 +11,14 @@ import experiment
 import numpy as np
 import pytest
 import saturating_sigmoids
+import scale_invariance
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 EXPERIMENTS = (
     "saturating_sigmoids",
     "learning_rates",
     "why_it_works",
+    "scale_invariance",
 )
 OTHERS = ("in_place",)
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -52,7 +54,7 @@ def test_experiment(
     assert plot.read_bytes().startswith(PNG)
 
 
-@pytest.mark.parametrize("module", [saturating_sigmoids])
+@pytest.mark.parametrize("module", [saturating_sigmoids, scale_invariance])
 def test_experiment_repeats(module: ModuleType) -> None:
     """The same numbers on every run."""
     with experiment.repeatable():
