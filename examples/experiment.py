@@ -1,6 +1,6 @@
-"""What the experiments beside this file share: batches, seeds and their spread, plots, `run`.
+"""What the experiments beside this file share: a network, batches, spread over seeds, plots, `run`.
 
-Their layers are those of `fastbn._network`, their data scikit-learn's handwritten digits.
+Their other layers are those of `fastbn._network`, their data scikit-learn's handwritten digits.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -22,10 +23,13 @@ from threadpoolctl import threadpool_limits
 
 import fastbn
 from fastbn.__main__ import writable
-from fastbn._network import Array, Network
+from fastbn._network import Array, Convolution, Dense, Layer, Network, Pool, ReLU
 from fastbn.demo import QUIET, WITH_COLOUR, WITHOUT_COLOUR, Digits, what_runs
 
 SEEDS, QUICK_SEEDS = range(5), range(2)
+
+SIDE, CLASSES = 8, 10  # pixels, digits
+CHANNELS = (1, 8, 16)  # of the images, and after each convolution
 
 # From the palette of Okabe and Ito, as the demonstration's.
 BLUE, VERMILION, ORANGE, GREEN = WITH_COLOUR, WITHOUT_COLOUR, "#E69F00", "#009E73"
@@ -46,6 +50,39 @@ class Track(Protocol):
     """Goes through jobs one by one, and shows how far it is."""
 
     def __call__(self, jobs: Sequence[Job], /) -> Iterable[Job]: ...
+
+
+class Norm(Layer):
+    """One of fastbn's layers in a network."""
+
+    def __init__(self, layer: fastbn.BatchNorm) -> None:
+        self.layer = layer
+        self.parameters = [a for a in (layer.gamma, layer.beta) if a is not None]
+
+    def forward(self, x: Array) -> Array:
+        return self.layer.train()(x)
+
+    def backward(self, dy: Array) -> Array:
+        dx = self.layer.backward(dy)
+        self.gradients = self.layer.dgamma, self.layer.dbeta
+        return dx
+
+    def serve(self, x: Array) -> Array:
+        return self.layer.eval()(x)
+
+
+def convolutional(norm: Callable[[int], Layer], seed: int) -> Network:
+    """Two 3x3 convolutions of 8 and 16 channels, each with a norm and ReLU, and a dense layer."""
+    rng = np.random.default_rng(seed)
+    layers: list[Layer] = []
+    for inputs, outputs in pairwise(CHANNELS):
+        layers += Convolution(inputs, outputs, rng), norm(outputs), ReLU()
+    return Network([*layers, Pool(), Dense(CHANNELS[-1] * (SIDE // 2) ** 2, CLASSES, rng)])
+
+
+def images(x: Array) -> Array:
+    """Rows of pixels as (N, H, W, C)."""
+    return x.reshape(-1, SIDE, SIDE, 1)
 
 
 class Spread(NamedTuple):

@@ -18,6 +18,7 @@ EXPERIMENTS = (
     "saturating_sigmoids",
     "learning_rates",
     "why_it_works",
+    "fine_tuning",
     "scale_invariance",
 )
 OTHERS = ("in_place",)
