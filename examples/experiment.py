@@ -60,7 +60,7 @@ class Norm(Layer):
         self.parameters = [a for a in (layer.gamma, layer.beta) if a is not None]
 
     def forward(self, x: Array) -> Array:
-        return self.layer.train()(x)
+        return self.layer(x)
 
     def backward(self, dy: Array) -> Array:
         dx = self.layer.backward(dy)
@@ -68,7 +68,9 @@ class Norm(Layer):
         return dx
 
     def serve(self, x: Array) -> Array:
-        return self.layer.eval()(x)
+        y = self.layer.eval()(x)
+        self.layer.train()
+        return y
 
 
 def convolutional(norm: Callable[[int], Layer], seed: int) -> Network:

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from fastbn._network import Chain, perceptron
+from fastbn._network import BatchNorm, Chain, perceptron
 from fastbn.demo import BATCH, HELD_OUT, RATE, SIZES, Digits, load_digits, table_of
 
 STEPS, QUICK_STEPS = 10_000, 1_000
@@ -52,7 +52,7 @@ def measure(quick: bool, track: experiment.Track) -> Runs:
 
 def train(digits: Digits, batch_norm: bool, steps: int, seed: int) -> Run:
     """Train one network, and look at one of its sigmoids all the while."""
-    network = perceptron(SIZES, batch_norm=batch_norm, seed=seed)
+    network = perceptron(SIZES, norm=BatchNorm if batch_norm else None, seed=seed)
     before_sigmoid = Chain(network.layers[:-2])  # the sigmoid and the output layer come last
     found = Run([], [], [])
     data = experiment.batches(digits, BATCH, steps, seed)

@@ -310,4 +310,4 @@ def draw_gradient(axes: Axes, name: str, seen: Seen) -> None:
 
 
 if __name__ == "__main__":
-    experiment.run(__doc__, measure, tables, draw, size=(11, 6.5))
+    experiment.run(__doc__, measure, tables, draw, size=(10, 6))

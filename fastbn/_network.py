@@ -246,19 +246,19 @@ class Network:
 def perceptron(
     sizes: Sequence[int],
     *,
-    batch_norm: bool,
+    norm: Callable[[int], Layer] | None,
     seed: int,
     unit: Callable[[], Layer] = Sigmoid,
     spread: float = WEIGHT_SPREAD,
 ) -> Network:
-    """Hidden layers of units, batch-normalized or not, and a softmax over the classes."""
+    """Hidden layers of units, each after a norm or not, and a softmax over the classes."""
     rng = np.random.default_rng(seed)
     *widths, classes = sizes
     layers: list[Layer] = []
     for inputs, outputs in pairwise(widths):
         layers.append(Dense(inputs, outputs, rng, spread=spread))
-        if batch_norm:
-            layers.append(BatchNorm(outputs))
+        if norm:
+            layers.append(norm(outputs))
         layers.append(unit())
     return Network([*layers, Dense(widths[-1], classes, rng, spread=spread)])
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import fastbn
-from fastbn._network import Array, perceptron
+from fastbn._network import Array, BatchNorm, perceptron
 
 if TYPE_CHECKING:  # the `demo` extra: each is imported where it is used
     from matplotlib.axes import Axes
@@ -137,8 +137,8 @@ def train_both(digits: Digits, steps: int, progress: Progress) -> Curves:
     from threadpoolctl import threadpool_limits
 
     networks = {
-        "with batch norm": perceptron(SIZES, batch_norm=True, seed=SEED),
-        "without batch norm": perceptron(SIZES, batch_norm=False, seed=SEED),
+        "with batch norm": perceptron(SIZES, norm=BatchNorm, seed=SEED),
+        "without batch norm": perceptron(SIZES, norm=None, seed=SEED),
     }
     curves = {name: Curve([], []) for name in networks}
     bars = {name: progress.add_task(name, total=steps, note="") for name in networks}
