@@ -67,3 +67,13 @@ def test_spread_of_seeds() -> None:
     assert experiment.spread([3, 1, 2, 5]) == (1, 2.5, 5)
     assert experiment.spread([1, np.inf, np.inf]).text(".0f") == "never (1 to never)"
     assert experiment.spread([0.5, 0.5]).text() == "50.0%"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_is_documented(name: str) -> None:
+    """The document has a section on the script, with its plot, which is small."""
+    folder = EXAMPLES.parent / "docs"
+    text = (folder / "experiments.md").read_text()
+    assert f"`{name}.py`" in text
+    assert f"(experiments/{name}.png)" in text
+    assert (folder / "experiments" / f"{name}.png").stat().st_size < 150_000
