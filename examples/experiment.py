@@ -126,6 +126,12 @@ def learn(
             yield step
 
 
+def fit(network: Network, data: Iterable[tuple[Array, Array]], rate: float) -> None:
+    """Train on every batch."""
+    for x, labels in data:
+        network.train(x, labels, rate)
+
+
 def first_step(steps: Sequence[int], accuracy: Sequence[float], goal: float) -> float:
     """The first evaluated step with the goal's accuracy, or infinity."""
     points = zip(steps, accuracy, strict=True)

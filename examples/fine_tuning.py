@@ -12,7 +12,6 @@ seeds, on training digits left over.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from itertools import product
@@ -122,7 +121,7 @@ Accuracies = dict[tuple[str, str, int], list[float]]
 def pretrain(source: Digits, seed: int) -> Network:
     """A network that knows the digits as they were."""
     network = convolutional(batch_norm, seed)
-    deque(experiment.learn(network, experiment.batches(source, BATCH, STEPS, seed), RATE, 1), 0)
+    experiment.fit(network, experiment.batches(source, BATCH, STEPS, seed), RATE)
     return network
 
 
@@ -131,8 +130,7 @@ def tune(network: Network, target: Digits, way: Way, size: int, steps: int, seed
     network = deepcopy(network)
     way.prepare(network, target.train_x)
     if way.learns:
-        data = experiment.batches(target, size, steps, seed)
-        deque(experiment.learn(network, data, FINE_RATE, 1), 0)
+        experiment.fit(network, experiment.batches(target, size, steps, seed), FINE_RATE)
     return network.accuracy(target.test_x, target.test_labels)
 
 

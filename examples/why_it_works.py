@@ -171,10 +171,7 @@ def look(batch_norm: bool, seed: int) -> Seen:
     at_first = ratios(network, x, labels)
     exploding = residual_network(batch_norm, seed)
     update = explode(exploding, experiment.batches(digits, BATCH, LARGE_UPDATES, seed), x)
-    for _ in experiment.learn(
-        network, experiment.batches(digits, BATCH, SMALL_UPDATES, seed), SMALL_RATE, BATCH
-    ):
-        pass
+    experiment.fit(network, experiment.batches(digits, BATCH, SMALL_UPDATES, seed), SMALL_RATE)
     after = ratios(network, x, labels)
     return Seen([at_first, after], start, he_start, *update, gradient)
 
