@@ -53,9 +53,9 @@ class Track(Protocol):
 
 
 class Norm(Layer):
-    """One of fastbn's layers in a network."""
+    """One of fastbn's layers in a network, that serves as it trains."""
 
-    def __init__(self, layer: fastbn.BatchNorm) -> None:
+    def __init__(self, layer: fastbn.BatchNorm | fastbn.GroupNorm) -> None:
         self.layer = layer
         self.parameters = [a for a in (layer.gamma, layer.beta) if a is not None]
 
@@ -66,6 +66,12 @@ class Norm(Layer):
         dx = self.layer.backward(dy)
         self.gradients = self.layer.dgamma, self.layer.dbeta
         return dx
+
+
+class RunningNorm(Norm):
+    """Batch norm, that serves by its running statistics."""
+
+    layer: fastbn.BatchNorm
 
     def serve(self, x: Array) -> Array:
         y = self.layer.eval()(x)

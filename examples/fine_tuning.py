@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import experiment
 import numpy as np
-from experiment import Norm, convolutional, images
+from experiment import RunningNorm, convolutional, images
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -55,14 +55,14 @@ def split(digits: Digits, shift: Shift, seed: int) -> tuple[Digits, Digits]:
     return part(source, lambda x: x), part(target, noisy)
 
 
-def batch_norm(channels: int) -> Norm:
+def batch_norm(channels: int) -> RunningNorm:
     """The norm of the network."""
-    return Norm(fastbn.BatchNorm(channels, layout="NHWC"))
+    return RunningNorm(fastbn.BatchNorm(channels, layout="NHWC"))
 
 
 def norms(network: Network) -> list[fastbn.BatchNorm]:
     """The network's norms."""
-    return [layer.layer for layer in network.layers if isinstance(layer, Norm)]
+    return [layer.layer for layer in network.layers if isinstance(layer, RunningNorm)]
 
 
 def update(network: Network, x: Array) -> None:

@@ -18,6 +18,7 @@ EXPERIMENTS = (
     "saturating_sigmoids",
     "learning_rates",
     "why_it_works",
+    "small_batches",
     "fine_tuning",
     "scale_invariance",
 )
