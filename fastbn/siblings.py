@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import checks
-from fastbn.backends.base import Gate, Table, Tail
+from fastbn.backends.base import Gate, Table, Tail, quiet
 from fastbn.call import Call, Sharing, SharingOf
 from fastbn.config import current
 from fastbn.functional import ActivationName, named, round_into, run_backward, run_forward
@@ -412,6 +412,13 @@ def _by_row(call: Call) -> bool:
     return any(span.arrangement.by_row for span in call.spans)
 
 
+@quiet
+def _add(totals: list[Table], found: tuple[Table, Table]) -> None:
+    """Add the sums of some rows to those of all."""
+    for total, sums in zip(totals, found, strict=True):
+        total += sums
+
+
 def _by_column(call: Call, name: str, default: float) -> Table:
     """gamma or beta as a row of float64 for each group."""
     vector, shape = call.vectors[name], (-1, call.pool)
@@ -452,8 +459,7 @@ def _rows_backward(
         of_part = through and through.part(part)
         arrays = part.of(dy_view), part.of(x), mean[:, part.channels], var[:, part.channels], gamma
         found = backend.backward_rows(*arrays, eps, part.of(target), threads, of_part)
-        for total, sums in zip(totals, found, strict=True):
-            total += sums
+        _add(totals, found)
     span.deliver(target, dx)
     if gate and through and gate.dresidual is not None and through.dresidual is not None:
         span.deliver(through.dresidual, gate.dresidual)

@@ -82,6 +82,7 @@ from fastbn.backends.base import (
     Tail,
     depth,
     inverse_deviation,
+    quiet,
 )
 from fastbn.elements import SINGLE, arithmetic, is_bfloat16
 
@@ -2885,6 +2886,7 @@ class NumbaBackend(Backend):
         _call(GRADIENTS, written, x, dy, out, table, threads, eps, _after(gate), selection)
         return table[DGAMMA], table[DBETA]
 
+    @quiet
     def forward_rows(
         self,
         x: Array,
@@ -2907,6 +2909,7 @@ class NumbaBackend(Backend):
             out[0, 0] = target
         return mean, var
 
+    @quiet
     def backward_rows(
         self,
         dy: Array,
