@@ -2,7 +2,7 @@
 
 Each verb first offers its arguments to the backend's plain entry, which does the whole call for
 contiguous arrays that fit, and otherwise answers None having touched nothing. Only then are they
-checked, explained, and arranged as (G, N, C, S) views for the six functions of a backend, by a
+checked, explained, and arranged as (G, N, C, S) views for the functions of a backend, by a
 `Call`.
 """
 

@@ -1,6 +1,6 @@
 """Between Python and the kernels: fills in Tasks, decides the order of work, runs them.
 
-1. `Engine` holds the kernels of one instruction set. Its six functions take what `base.Backend`
+1. `Engine` holds the kernels of one instruction set. Its eight functions take what `base.Backend`
    says; its plain entries do a whole public call for contiguous arrays that fit, reading arrays by
    NumPy's C interface (a few nanoseconds each), and answer None, having touched nothing, for
    everything else: only then Python checks and explains.
@@ -703,7 +703,7 @@ cdef class Engine:
         self.go(t, x, threads)
         return first, second
 
-    # The six functions of a backend
+    # The functions of a backend
 
     def moments(self, cnp.ndarray x, int threads, selection):
         cdef Task t = new_task(x, MOMENTS, NO_MAP, selection)

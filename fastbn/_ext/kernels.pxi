@@ -697,8 +697,7 @@ cdef void pool_moments(const Task* t, Py_ssize_t g, Py_ssize_t group) noexcept n
         together += mean[i] - mean[0]
     together = mean[0] + together / t.pool
     for i in range(t.pool):
-        square += var[i] + (mean[i] - together) * (mean[i] - together)
-    square /= t.pool
+        square += (var[i] + (mean[i] - together) * (mean[i] - together)) * (1. / t.pool)
     scatter(&t.first, g, group, 1, &together)
     scatter(&t.second, g, group, 1, &square)
 

@@ -152,7 +152,7 @@ def pooled_moments(mean: Table, var: Table, pool: int) -> tuple[Table, Table]:
     means, variances = (a.reshape(len(a), -1, pool) for a in (mean, var))
     first = means[:, :, 0]
     together = first + (means - first[:, :, None]).mean(2)
-    return together, (variances + np.square(means - together[:, :, None])).mean(2)
+    return together, ((variances + np.square(means - together[:, :, None])) / pool).sum(2)
 
 
 @quiet
