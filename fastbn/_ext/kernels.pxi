@@ -1404,6 +1404,12 @@ cdef Task task_of(const Task* t, const Block* k, Py_ssize_t thread) noexcept nog
     enter_table(&own.first, k)
     enter_table(&own.second, k)
     own.phase = k.c0
+    own.starts += k.g
+    if t.mask != NULL:
+        own.mask += k.g * t.mask_g
+        own.G -= k.g
+    if t.weights != NULL:
+        own.weights += k.g * t.weights_g
     if not t.inside:
         own.C = own.channels = k.c1 - k.c0
     own.shift += thread * t.pitch
