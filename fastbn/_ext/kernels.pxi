@@ -1417,7 +1417,7 @@ cdef Task task_of(const Task* t, const Block* k, Py_ssize_t thread) noexcept nog
     own.total += thread * 2 * t.pitch
     own.lost += thread * 2 * t.pitch
     own.each += thread * 2 * t.pitch
-    own.partial += thread * 2 * t.pitch
+    own.partial += thread * t.kept * 2 * t.pitch
     own.packed += thread * PACKED * t.pitch * <Py_ssize_t> sizeof(real)
     return own
 
