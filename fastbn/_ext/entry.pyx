@@ -241,7 +241,9 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
     t.fetch = total >= t.threads * tuning.fetch
     t.block = even_block(t, block)
     t.kept = most_chunks(t) if t.split or t.column_sums != NULL else 1
-    t.stretch = ceil_div(max(tuning.stretch // inputs, 16), 16) * 16 if t.inside and not t.split else t.C
+    t.stretch = t.C
+    if t.inside and not t.split:
+        t.stretch = ceil_div(max(tuning.stretch // inputs, 16), 16) * 16
     t.pitch = pitch_of(t.C if t.split else t.block)
     t.group_pitch = pitch_of((t.C if t.split else t.block) // t.pool)
     t.map_block = even_block(t, t.C)

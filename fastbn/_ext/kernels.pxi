@@ -23,8 +23,9 @@
 #    Places that do not count are masked: of what was loaded, and of what is stored, only their
 #    bits are cleared, so that nothing that stands there gets anywhere. All channels share a mask:
 #    what counts of a row is known once if it is one sample; else each column's sample tells.
-# 6. Channels that are pooled share their statistics, as in group norm: each is summed by itself, and
-#    in the small step those of a group are put together. So a block is of whole groups.
+# 6. Channels that are pooled share their statistics, as in group norm. For moments a group is summed
+#    as one plane where it is one in memory; else, and on the way back, each channel is summed by
+#    itself, and the small step puts those of a group together. So a block is of whole groups.
 # 7. A row (of layer norm) is a plane whose gamma and beta are by column: maps multiply by them after
 #    or, back, before all else. The sums of columns are taken while a few rows are in the cache, for
 #    as many rows as depend on shape alone.
@@ -41,7 +42,8 @@ from libc.string cimport memcpy, memset
 
 from fastbn._ext.task cimport (
     ACTIVE, AFFINE, AHEAD, BY_COLUMN, FEW_ROWS, GATED, GRADIENT_MOMENTS, INPUT_GRADIENT, KEEPS,
-    KINDS, MOMENTS, NO_MAP, NO_REDUCE, PACKED, RESIDUAL, ROWS_PICKED, SELECTED, WIDE, WITH_X, Operand, Table, Task,
+    KINDS, MOMENTS, NO_MAP, NO_REDUCE, PACKED, RESIDUAL, ROWS_PICKED, SELECTED, WIDE, WITH_X,
+    Operand, Table, Task,
 )
 
 cdef extern from "simd.h" nogil:
