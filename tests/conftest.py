@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -53,6 +54,13 @@ def large(request: pytest.FixtureRequest) -> Iterator[None]:
         if available < needed:
             pytest.skip(f"needs {needed:.1f} GB of memory, {available:.1f} GB are available")
         yield
+
+
+@pytest.fixture(scope="session")
+def torch() -> Any:
+    """PyTorch; where it is missing, a test is skipped before `variant` expects a call of it, since
+    fixtures of the session come first."""
+    return pytest.importorskip("torch")
 
 
 @pytest.fixture(params=VARIANTS)

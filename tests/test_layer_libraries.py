@@ -124,10 +124,11 @@ def pytorch_layer(torch: Any, rank: int, **options: Any) -> Any:
 @pytest.mark.parametrize("momentum", [0.1, 0.6, None])
 @pytest.mark.parametrize("rank", [2, 3, 4])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_pytorch_number_for_number(dtype: str, rank: int, momentum: float | None) -> None:
+def test_pytorch_number_for_number(
+    torch: Any, dtype: str, rank: int, momentum: float | None
+) -> None:
     """y, gradients and running statistics of several steps, and y in evaluation after them, but for
     the roundings of two sums and a few products that PyTorch makes in each step."""
-    torch = pytest.importorskip("torch")
     theirs = pytorch_layer(torch, rank, momentum=momentum, dtype=getattr(torch, dtype))
     ours = fastbn.BatchNorm.like("pytorch", CHANNELS, momentum=momentum, dtype=dtype)
     ours.load_state_dict(theirs.state_dict())
@@ -285,9 +286,8 @@ def test_flax_number_for_number(rank: int, masks: bool) -> None:
 
 @pytest.mark.parametrize("tracks", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
-def test_a_state_passes_both_ways(affine: bool, tracks: bool) -> None:
+def test_a_state_passes_both_ways(torch: Any, affine: bool, tracks: bool) -> None:
     """Names, order, shapes, types and values; PyTorch takes ours strictly."""
-    torch = pytest.importorskip("torch")
     options = {"affine": affine, "track_running_stats": tracks}
     theirs, back = (pytorch_layer(torch, 4, **options) for _ in range(2))
     for x in batches((4, CHANNELS, 3, 5), "NCHW", np.float32):
@@ -319,10 +319,9 @@ def trained(torch: Any, widths: tuple[int, ...], x: Array) -> Any:
     return network.eval()
 
 
-def test_a_checkpoint() -> None:
+def test_a_checkpoint(torch: Any) -> None:
     """A network's evaluation output from its saved weights: both are within twice what roundings
     of each layer, carried through those after it, come to."""
-    torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     widths = (6, 9, 7, 4)
     x = np.random.default_rng(0).normal(1, 2, (64, widths[0]))

@@ -310,9 +310,8 @@ def through_torch(torch: Any, case: Case, frozen: bool) -> oracle.WideSecond:
 @pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("rank", [2, 3, 4])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_pytorch_number_for_number(frozen: bool, rank: int) -> None:
+def test_pytorch_number_for_number(torch: Any, frozen: bool, rank: int) -> None:
     """By autograd in float64, whose statistics lose as many digits as ours may."""
-    torch = pytest.importorskip("torch")
     case = Case.of(np.random.default_rng(rank).normal(1, 2, (7, 5, 6, 3)[:rank]))
     for judged in case.judged(frozen, through_torch(torch, case, frozen)):
         assert_within(*judged)

@@ -410,9 +410,8 @@ THEIRS = [(kind, rank) for kind in ("GroupNorm", "InstanceNorm") for rank in (3,
 
 @pytest.mark.parametrize(("kind", "rank"), [*THEIRS, ("LayerNorm", 2)])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_pytorch_number_for_number(kind: str, dtype: str, rank: int) -> None:
+def test_pytorch_number_for_number(torch: Any, kind: str, dtype: str, rank: int) -> None:
     """y and gradients of its layers from their state; PyTorch takes ours strictly."""
-    torch = pytest.importorskip("torch")
     theirs = theirs_of(torch, kind, rank, dtype=getattr(torch, dtype))
     ours = made(kind, dtype=dtype)
     state = {name: np.asarray(a) for name, a in theirs.state_dict().items()}
@@ -433,9 +432,8 @@ def test_pytorch_number_for_number(kind: str, dtype: str, rank: int) -> None:
         assert off <= (1e-10 + roundings * unit(dtype)) * max(1, np.abs(b).max()), name
 
 
-def test_pytorch_states_that_say_something_else() -> None:
+def test_pytorch_states_that_say_something_else(torch: Any) -> None:
     """Elementwise parameters, and running statistics, are told apart from ours."""
-    torch = pytest.importorskip("torch")
     elementwise = torch.nn.LayerNorm((CHANNELS, 3, 3)).state_dict()
     with fails(ValueError, "state['weight'] has shape (6, 3, 3), expected"):
         made("LayerNorm").load_state_dict(elementwise)

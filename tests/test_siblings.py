@@ -442,9 +442,8 @@ def through_torch(torch: Any, norm: Norm, x: Array, dy: Array, gamma: Array, bet
 
 @pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("kind", ["instance", "layer", 3])
-def test_pytorch_number_for_number(kind: Any) -> None:
+def test_pytorch_number_for_number(torch: Any, kind: Any) -> None:
     """By autograd in float64, whose statistics lose as many digits as ours may."""
-    torch = pytest.importorskip("torch")
     norm = Norm(kind)
     for shape in ((7, 12), (7, 12, 6), (4, 12, 6, 5), (2, 12, 3, 3, 2)):
         if kind == "instance" and len(shape) == 2:
