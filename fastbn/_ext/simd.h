@@ -203,6 +203,7 @@ INLINE long elements_in(long n, int i, int of) {
 }
 
 #if FASTBN_WIDTH == 64 && !defined(FASTBN_PORTABLE)
+#define OF_PART INLINE
 #define PART(n, i) ((uint32_t)((1u << (n)) - 1) >> ((i) * ELEMENTS))
 #if defined(FASTBN_F32)
 INLINE raw_register load_part(const element *p, long n, int i) {
@@ -228,6 +229,7 @@ INLINE void store_part(element *p, raw_register v, long n, int i) {
 #endif
 
 #elif FASTBN_WIDTH == 32 && !defined(FASTBN_PORTABLE) && !defined(FASTBN_HALF)
+#define OF_PART INLINE
 #ifdef FASTBN_F32
 INLINE __m256i part(long n, int i) {
     return _mm256_loadu_si256((const __m256i *)(LANE_MASK32 + LANES - n + i * ELEMENTS));
@@ -250,13 +252,14 @@ INLINE void store_part(element *p, raw_register v, long n, int i) {
 }
 #endif
 
-#else /* no masked loads: element by element */
-INLINE raw_register load_part(const element *p, long n, int i) {
+#else /* no masked loads: element by element, so much code that each call of it is a call */
+#define OF_PART static __attribute__((noinline, unused))
+OF_PART raw_register load_part(const element *p, long n, int i) {
     raw_register v = {0};
     memcpy(&v, p, elements_in(n, i, ELEMENTS) * sizeof(element));
     return v;
 }
-INLINE void store_part(element *p, raw_register v, long n, int i) {
+OF_PART void store_part(element *p, raw_register v, long n, int i) {
     memcpy(p, &v, elements_in(n, i, ELEMENTS) * sizeof(element));
 }
 #endif
@@ -274,7 +277,7 @@ INLINE picks picks_of(const uint8_t *p) {
 /* One byte, sixteen times. */
 INLINE picks picks_alike(const uint8_t *p) { return (picks){0} + *p; }
 /* Sixteen in a row, and zeros past the end. */
-INLINE picks picks_before(const uint8_t *end, const uint8_t *p) {
+OF_PART picks picks_before(const uint8_t *end, const uint8_t *p) {
     picks some = {0};
     if (end - p >= LANES)
         return picks_of(p);
@@ -362,13 +365,14 @@ INLINE vec vload(const element *p) {
 /* Whether n is known to the compiler, and all lanes. */
 #define IS_WHOLE(n) (__builtin_constant_p(n) && (n) == LANES)
 /* The first n. */
-INLINE vec vload_some(const element *p, long n) {
+OF_PART vec vload_part(const element *p, long n) {
     vec v;
-    if (IS_WHOLE(n))
-        return vload(p);
     UNROLLED (int i = 0; i < VEC_REGISTERS; i++)
         v.r[i] = from_raw(load_part(p + i * ELEMENTS, n, i));
     return v;
+}
+INLINE vec vload_some(const element *p, long n) {
+    return IS_WHOLE(n) ? vload(p) : vload_part(p, n);
 }
 INLINE void vstore(element *p, vec v) {
     UNROLLED (int i = 0; i < VEC_REGISTERS; i++) {
@@ -376,7 +380,7 @@ INLINE void vstore(element *p, vec v) {
         memcpy(p + i * ELEMENTS, &raw, sizeof raw);
     }
 }
-INLINE void vstore_part(element *p, vec v, long n) {
+OF_PART void vstore_part(element *p, vec v, long n) {
     UNROLLED (int i = 0; i < VEC_REGISTERS; i++)
         store_part(p + i * ELEMENTS, to_raw(v.r[i]), n, i);
 }
@@ -568,7 +572,7 @@ INLINE f64_register widen(const element *p) {
 #endif
 #endif
 }
-INLINE f64_register widen_part(const element *p, long n, int i) {
+OF_PART f64_register widen_part(const element *p, long n, int i) {
     element lanes[DOUBLES] = {0};
     memcpy(lanes, p, elements_in(n, i, DOUBLES) * sizeof(element));
     return widen(lanes);
@@ -580,18 +584,18 @@ INLINE f64_register widen_some(const element *p, long count) {
     return __builtin_convertvector(half, f64_register);
 }
 INLINE f64_register widen(const element *p) { return widen_some(p, DOUBLES); }
-INLINE f64_register widen_part(const element *p, long n, int i) {
+OF_PART f64_register widen_part(const element *p, long n, int i) {
     return widen_some(p, elements_in(n, i, DOUBLES));
 }
 #elif FASTBN_WIDTH == 64
 INLINE f64_register widen(const element *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
-INLINE f64_register widen_part(const element *p, long n, int i) {
+OF_PART f64_register widen_part(const element *p, long n, int i) {
     uint32_t part = ((1u << n) - 1) >> (i * DOUBLES);
     return _mm512_cvtps_pd(_mm256_maskz_loadu_ps((__mmask8)part, p));
 }
 #elif FASTBN_WIDTH == 32
 INLINE f64_register widen(const element *p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
-INLINE f64_register widen_part(const element *p, long n, int i) {
+OF_PART f64_register widen_part(const element *p, long n, int i) {
     const int32_t *mask = LANE_MASK32 + LANES - n + i * DOUBLES;
     return _mm256_cvtps_pd(_mm_maskload_ps(p, _mm_loadu_si128((const __m128i *)mask)));
 }
@@ -599,7 +603,7 @@ INLINE f64_register widen_part(const element *p, long n, int i) {
 INLINE f64_register widen(const element *p) {
     return _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p)));
 }
-INLINE f64_register widen_part(const element *p, long n, int i) {
+OF_PART f64_register widen_part(const element *p, long n, int i) {
     __m128 v = {0};
     memcpy(&v, p, elements_in(n, i, DOUBLES) * sizeof(element));
     return _mm_cvtps_pd(v);
