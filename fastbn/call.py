@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from fastbn import checks
 from fastbn._caches import CALLS_SHARE, parts, scratch
 from fastbn.activations import LINEAR
-from fastbn.backends.base import Backend, Gate, Part, Selection, Table, Tail
+from fastbn.backends.base import ROW_BYTES, Backend, Gate, Part, Selection, Table, Tail
 from fastbn.elements import arithmetic
 from fastbn.layouts import Arrangement, channel_axis
 
@@ -34,8 +34,6 @@ CHANNEL_BYTES = 160
 """Of the tables that a call makes here, for a channel: up to twenty float64 vectors at a time."""
 RUN_BYTES = 32
 """Of the same, for a channel of each of many runs: what a trip gives."""
-ROW_BYTES = 24
-"""Of the same, for a row."""
 WEIGHED = 16384
 """Samples whose weights are added up at a time."""
 SMALLEST = 1 << 20
@@ -66,6 +64,12 @@ def count_of(x: Array, layout: str, where: Array | None, weights: Array | None) 
     """The same of arguments as the verbs take them."""
     selected = None if where is None else checks.where(where, "x", x, layout)
     return count(x, x.shape[channel_axis(layout, x.ndim)], selected, weights)
+
+
+def zero_gradient(x: Array, gamma: Array | None, channels: int) -> Array:
+    """Zeros for a gradient of gamma or beta: in gamma's type or, without, in arithmetic's."""
+    dtype = arithmetic(x.dtype) if gamma is None else gamma.dtype
+    return np.zeros(channels, dtype.newbyteorder("="))
 
 
 @dataclass(frozen=True)
@@ -280,7 +284,5 @@ class Call:
         return np.zeros(self.channels, dtype)
 
     def gradient(self) -> Array:
-        """Zeros for a gradient of gamma or beta: in gamma's type or, without, in arithmetic's."""
-        gamma = self.vectors["gamma"]
-        dtype = arithmetic(self.array.dtype) if gamma is None else gamma.dtype
-        return self.zeros(dtype.newbyteorder("="))
+        """Zeros for a gradient of gamma or beta."""
+        return zero_gradient(self.array, self.vectors["gamma"], self.channels)

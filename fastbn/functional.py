@@ -639,9 +639,7 @@ def run_backward(
         if total is not None:
             round_into(parameters, (total.dgamma, total.dbeta))
         return
-    totals = parameters
-    if call.groups is not None:
-        totals = [np.full(call.channels, -0.0) for _ in parameters]  # to which -0.0 may be added
+    totals = parameters if call.groups is None else _nothing(parameters)
     for span in call.spans:
         target, through = span.target(dx), span.gate(gate)
         views = span.view(dy), None if frozen and not parameters else span.view(call.array), target
@@ -711,6 +709,18 @@ def _add_into(totals: list[Array], at: slice, sums: tuple[Table, ...], *, anew: 
     """Add the sums of some runs to those of channels, or put them there."""
     for total, found in zip(totals, sums, strict=False):
         total[at] = found.sum(0) if anew else total[at] + found.sum(0)
+
+
+def _nothing(parameters: list[Array]) -> list[Array]:
+    """Float64 totals of no runs, to which -0.0 may be added."""
+    return [np.full(parameter.shape, -0.0) for parameter in parameters]
+
+
+def add_up(parameters: list[Array], sums: tuple[Table, ...]) -> None:
+    """The sums of all runs as the gradients of parameters."""
+    totals = _nothing(parameters)
+    _add_into(totals, slice(None), sums, anew=False)
+    round_into(parameters, totals)
 
 
 @quiet

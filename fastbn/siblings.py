@@ -17,9 +17,16 @@ from numpy.typing import NDArray
 
 from fastbn import checks
 from fastbn.backends.base import Gate, Table, Tail, quiet
-from fastbn.call import Call, Sharing, SharingOf
+from fastbn.call import Call, Sharing, SharingOf, zero_gradient
 from fastbn.config import current
-from fastbn.functional import ActivationName, named, round_into, run_backward, run_forward
+from fastbn.functional import (
+    ActivationName,
+    add_up,
+    named,
+    round_into,
+    run_backward,
+    run_forward,
+)
 from fastbn.results import BatchNormResult, Gradients, ResidualGradients
 
 Array = NDArray[Any]
@@ -364,6 +371,11 @@ def _forward(
     out: Any,
 ) -> BatchNormResult:
     """All forward functions; what shares statistics is what tells them apart."""
+    backend, threads = current()
+    fused = activation, residual, out
+    plain = backend.plain_samples(x, sharing, gamma, beta, eps, layout, *fused, threads)
+    if plain is not None:
+        return BatchNormResult(*plain)
     call = Call(x, "x", layout, sharing=sharing, gamma=gamma, beta=beta)
     eps = checks.epsilon(eps)
     tail = call.tail(activation, residual)
@@ -390,6 +402,12 @@ def _backward(
 ) -> Gradients | ResidualGradients:
     """All backward functions."""
     params = checks.flag("params", params)
+    backend, threads = current()
+    fused = activation, y, dresidual, out
+    arguments = dy, x, sharing, mean, var, gamma, eps, layout, *fused, threads
+    plain = backend.plain_samples_backward(*arguments)
+    if plain is not None:
+        return _of_samples(x, gamma, params, *plain)
     vectors = {"gamma": gamma, "mean": mean, "var": var}
     call = Call(x, "x", layout, sharing=sharing, single=False, **vectors)
     dy = checks.companion("dy", dy, "x", call.array)
@@ -402,6 +420,22 @@ def _backward(
     run = _rows_backward if _by_row(call) else run_backward
     run(call, dy, eps, gate, dx, parameters)
     dgamma, dbeta = parameters or (None, None)
+    return named(dx, dgamma, dbeta, dresidual)
+
+
+def _of_samples(
+    x: Array,
+    gamma: Array | None,
+    params: bool,
+    dx: Array,
+    dresidual: Array | None,
+    *sums: Table,
+) -> Gradients | ResidualGradients:
+    """The result, from dgamma and dbeta of each sample, or of all."""
+    if not params:
+        return named(dx, None, None, dresidual)
+    dgamma, dbeta = parameters = [zero_gradient(x, gamma, a.shape[1]) for a in sums]
+    add_up(parameters, sums)
     return named(dx, dgamma, dbeta, dresidual)
 
 
@@ -452,7 +486,7 @@ def _rows_backward(
     (span,) = call.spans
     gamma = _by_column(call, "gamma", 1.0)
     mean, var = (np.asarray(call.vectors[name], np.float64).reshape(1, -1) for name in STATISTICS)
-    totals = [np.zeros_like(gamma), np.zeros_like(gamma)]
+    totals = [np.full_like(gamma, -0.0), np.full_like(gamma, -0.0)]  # to which -0.0 may be added
     dy_view, x, target = span.view(dy), span.view(call.array), span.target(dx)
     through = span.gate(gate)
     for part in span.row_parts(call.array.nbytes, len(gamma)):

@@ -16,6 +16,8 @@ PLAIN = (
     "plain_batch_norm",
     "plain_normalize",
     "plain_backward",
+    "plain_samples",
+    "plain_samples_backward",
 )
 BESIDE = ("channel_bytes", "plain_frozen")
 EXTRAS = {"cython": {"isa", "calls"}}

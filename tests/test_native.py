@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from bits import Results, assert_same_bits
 from machines import ALWAYS_STREAM, pretend
 from processes import output
+from samples import Norm, made
 from variants import CYTHON, activate, environment
 
 import fastbn
-from benchmarks.oracle import DTYPES, LAYOUTS, to_layout
+from benchmarks.oracle import ACTIVATIONS, DTYPES, HALVES, LAYOUTS, to_layout
 from fastbn import backends
 
 if "cython" not in backends.usable():
@@ -45,6 +48,52 @@ def test_streams_to_any_address(name: str, dtype: Any, layout: str) -> None:
                 np.testing.assert_array_equal(out, expected_dx)
                 assert (memory[:offset] == 7).all()
                 assert (memory[offset + x.size :] == 7).all()
+
+
+def sample_calls(dtype: Any, layout: str, fused: bool) -> Results:
+    """What group, instance and layer norm give for plain arguments."""
+    found: Results = {}
+    shapes = (2, 6, 5), (3, 12, 4, 5), (1, 32, 17, 1), (5, 6), (40, 48), (3, 1, 5), (2, 4, 40, 420)
+    kinds: tuple[str | int, ...] = ("instance", "layer", 2)
+    for shape, kind, activation in product(shapes, kinds, ACTIVATIONS):
+        if kind == 2 and shape[1] == 1:
+            continue
+        x, dy, z, gamma, beta = made(shape, layout, dtype)
+        g, b = (None, beta) if activation is None else (gamma.astype("f4"), beta)
+        options: dict[str, Any] = {"layout": layout, "activation": activation}
+        result = Norm(kind).forward(x, gamma=g, beta=b, residual=z if fused else None, **options)
+        gate = {} if activation is None else {"y": result.y, "dresidual": fused}
+        got = Norm(kind).backward(dy, x, *result[1:], gamma=g, **gate, **options)
+        named = result._asdict() | got._asdict()
+        found |= {f"{shape} {kind} {activation} {n}": np.asarray(a) for n, a in named.items()}
+    return found
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *HALVES])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CYTHON)
+def test_plain_calls_on_samples_have_the_bits_of_others(
+    name: str, layout: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls that compiled code does whole, and the same calls by way of the checks; both happen."""
+    with activate(name) as active:
+        plain: list[bool] = []
+        for entry_name in ("plain_samples", "plain_samples_backward"):
+            whole = getattr(active.backend, entry_name)
+
+            def counted(*arguments: Any, whole: Any = whole) -> Any:
+                result = whole(*arguments)
+                plain.append(result is not None)
+                return result
+
+            monkeypatch.setattr(active.backend, entry_name, counted)
+        found = [sample_calls(dtype, layout, fused) for fused in (False, True)]
+        # But for instance norm of two shapes (N, C): statistics of single values.
+        assert plain.count(False) == 2 * 2 * 2 * len(ACTIVATIONS)
+        for entry_name in ("plain_samples", "plain_samples_backward"):
+            monkeypatch.setattr(active.backend, entry_name, lambda *arguments: None)
+        for fused, results in enumerate(found):
+            assert_same_bits(results, sample_calls(dtype, layout, bool(fused)))
 
 
 def test_thresholds_are_named() -> None:

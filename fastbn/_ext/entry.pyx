@@ -14,9 +14,10 @@
 
 from fastbn import activations
 from fastbn._caches import (
-    FETCH, KERNELS_SHARE, L2, MOST_FOLDED, SCRATCH, SCRATCH_PART, SERIAL_BELOW, SPARSE, STREAM_MAPS,
-    STREAM_PLANES, STREAM_ROWS, STRETCH,
+    CALLS_SHARE, FETCH, KERNELS_SHARE, L2, MOST_FOLDED, SCRATCH, SCRATCH_PART, SERIAL_BELOW, SPARSE,
+    STREAM_MAPS, STREAM_PLANES, STREAM_ROWS, STRETCH,
 )
+from fastbn.backends.base import ROW_BYTES, depth
 from fastbn.elements import is_bfloat16
 
 cimport numpy as cnp
@@ -101,8 +102,8 @@ tuning.stream_maps = STREAM_MAPS
 tuning.stretch, tuning.sparse, tuning.fetch = STRETCH, SPARSE, FETCH
 tuning.scratch = SCRATCH
 
-cdef Py_ssize_t most_folded = MOST_FOLDED, scratch_part = SCRATCH_PART
-cdef double kernels_share = KERNELS_SHARE
+cdef Py_ssize_t most_folded = MOST_FOLDED, scratch_part = SCRATCH_PART, row_bytes = ROW_BYTES
+cdef double calls_share = CALLS_SHARE, kernels_share = KERNELS_SHARE
 
 
 def tune(**thresholds):
@@ -378,9 +379,9 @@ cdef Py_ssize_t table_bytes(Task* t) noexcept nogil:
     return rows_of_sums(t) * <Py_ssize_t> sizeof(double) + PACKED * t.real_bytes
 
 
-cdef Py_ssize_t limit_of(Task* t) noexcept nogil:
-    """What all tables together may take."""
-    return <Py_ssize_t> (max(tuning.scratch, bytes_of(t) // scratch_part) * kernels_share)
+cdef Py_ssize_t limit_of(Task* t, double share) noexcept nogil:
+    """What tables with this share may take together."""
+    return <Py_ssize_t> (max(tuning.scratch, bytes_of(t) // scratch_part) * share)
 
 
 cdef Py_ssize_t channels_at_once(Task* t) noexcept nogil:
@@ -388,7 +389,7 @@ cdef Py_ssize_t channels_at_once(Task* t) noexcept nogil:
 
     The verbs have a share of the limits as well, where they make tables of their own.
     """
-    cdef Py_ssize_t most = max(limit_of(t) // table_bytes(t) // LANES, 1) * LANES
+    cdef Py_ssize_t most = max(limit_of(t, kernels_share) // table_bytes(t) // LANES, 1) * LANES
     if t.C <= most or t.fold > 1 or t.pool > 1 or t.period > 0 or t.prepared != NULL:
         return max(most, t.C)
     return ceil_div(t.C, ceil_div(t.C, most) * LANES) * LANES
@@ -443,7 +444,7 @@ cdef int run_parts(Task* t, Run run, int threads) except -1 nogil:
     cdef Py_ssize_t most, G, C, g = 0, c
     cdef Task part
     schedule(t, threads)
-    if owners_of(t) * t.pitch * table_bytes(t) <= limit_of(t):
+    if owners_of(t) * t.pitch * table_bytes(t) <= limit_of(t, kernels_share):
         return run_part(t, run, threads)
     t.kept = most_chunks(t)     # some parts may be shared by all threads
     most = channels_at_once(t)
@@ -501,10 +502,10 @@ cdef Operand operand(Task* t, cnp.ndarray a) noexcept:
 
 
 cdef Operand dense(Task* t, cnp.ndarray a) noexcept:
-    """A contiguous array of one run."""
+    """A contiguous array."""
     cdef Operand o
     o.data = <char*> cnp.PyArray_DATA(a)
-    o.g = 0
+    o.g = (t.N * t.C + t.tail) * t.S
     o.n = t.C * t.S
     o.c = t.S
     return o
@@ -565,10 +566,94 @@ cdef bint set_plain_shape(Task* t, object x, object layout):
     return True
 
 
+cdef object set_plain_samples(Task* t, object x, object layout, object sharing):
+    """A plain shape with each sample as a run or, where it has one place, as rows: the shape of a
+    table of what shares statistics. None where tables of all rows would not be small, and for
+    statistics of single values."""
+    cdef Py_ssize_t N, C, S, groups, pool
+    if not set_plain_shape(t, x, layout):
+        return None
+    set_element(t, element_of(x))
+    N, C = cnp.PyArray_DIM(x, 0), t.channels
+    S = cnp.PyArray_SIZE(x) // (N * C)
+    groups, pool, shape = sharing(N, C)
+    if S == 1 and (pool == 1 or N * groups * row_bytes > limit_of(t, calls_share)):
+        return None
+    if S == 1:
+        set_shape(t, 1, 1, N * groups, pool, False)
+        t.period = groups
+    elif layout == "NHWC":
+        set_shape(t, N, S, C, 1, True)
+        t.pool = pool
+    else:
+        set_shape(t, N, 1, C, S, False)
+        t.pool = pool
+    return shape
+
+
+cdef Table sample_table(Task* t, cnp.ndarray a) noexcept:
+    """Contiguous statistics of samples, as a (G, C / pool) table."""
+    cdef Table result = table(a)
+    result.g, result.c = t.channels // t.pool * <Py_ssize_t> sizeof(double), sizeof(double)
+    result.pool = t.pool
+    return result
+
+
+cdef bint are_statistics(object a, tuple shape):
+    """Whether these are contiguous, native float64 statistics of that shape."""
+    cdef int i
+    if not cnp.PyArray_CheckExact(a) or cnp.PyArray_NDIM(a) != len(shape):
+        return False
+    for i in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_DIM(a, i) != shape[i]:
+            return False
+    return cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT64 and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> a)
+
+
+cdef Py_ssize_t parameters_of(Task* t) noexcept:
+    """How many values gamma and beta have."""
+    return t.period * t.S if t.period > 0 else t.channels
+
+
+cdef cnp.ndarray new_columns(Task* t, object gamma, object beta, int element):
+    """gamma and beta by column, (2, P, places), with room for a vector behind the end of each row."""
+    cdef cnp.npy_intp[3] shape
+    cdef cnp.ndarray columns
+    shape[0], shape[1], shape[2] = 2, t.period, pitch_of(t.S)
+    columns = cnp.PyArray_ZEROS(3, shape, element, 0)
+    fill_columns(t, columns, 0, gamma, 1)
+    fill_columns(t, columns, 1, beta, 0)
+    return columns
+
+
+cdef void fill_columns(Task* t, cnp.ndarray columns, Py_ssize_t which, object v, double default):
+    """One of the two, rounded to the columns' type."""
+    cdef Py_ssize_t places = cnp.PyArray_DIM(columns, 2), p, s
+    cdef Py_ssize_t at = which * t.period * places
+    cdef void* to = cnp.PyArray_DATA(columns)
+    cdef bint single = cnp.PyArray_TYPE(columns) == cnp.NPY_FLOAT32
+    cdef double value = default
+    cdef Table given
+    if v is not None:
+        given = table(v)
+    for p in range(t.period):
+        for s in range(t.S):
+            if v is not None and given.single:
+                value = (<float*> given.data)[0]
+            elif v is not None:
+                value = (<double*> given.data)[0]
+            if single:
+                (<float*> to)[at + p * places + s] = <float> value
+            else:
+                (<double*> to)[at + p * places + s] = value
+            if v is not None:
+                given.data += given.c
+
+
 cdef bint fits(Task* t, object v):
     """Whether v is a native (C,) array of float32 or float64."""
     return (cnp.PyArray_CheckExact(v) and cnp.PyArray_NDIM(v) == 1
-            and cnp.PyArray_DIM(v, 0) == t.channels and cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray> v)
+            and cnp.PyArray_DIM(v, 0) == parameters_of(t) and cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray> v)
             and (cnp.PyArray_TYPE(v) == cnp.NPY_FLOAT32 or cnp.PyArray_TYPE(v) == cnp.NPY_FLOAT64))
 
 
@@ -580,14 +665,16 @@ cdef bint is_like(object a, object x):
 
 cdef bint is_valid_variance(Task* t, bint nan):
     """Whether no variance is negative or, unless allowed, NaN."""
-    cdef Py_ssize_t c
-    cdef char* at = t.var.data
+    cdef Py_ssize_t g, c
+    cdef char* at
     cdef double v
     cdef bint valid = True
-    for c in range(t.channels):
-        v = (<float*> at)[0] if t.var.single else (<double*> at)[0]
-        valid &= v >= 0 or (nan and v != v)
-        at += t.var.c
+    for g in range(t.G):
+        at = t.var.data + g * t.var.g
+        for c in range(t.channels // t.pool):
+            v = (<float*> at)[0] if t.var.single else (<double*> at)[0]
+            valid &= v >= 0 or (nan and v != v)
+            at += t.var.c
     return valid
 
 
@@ -705,6 +792,19 @@ cdef class Engine:
         self.go(t, x, threads)
         return first, second
 
+    cdef cnp.ndarray go_back_by_column(self, Task* t, cnp.ndarray x, cnp.ndarray gamma,
+                                       Py_ssize_t deep, int threads):
+        """Run with gamma as doubles, and give the sums of columns."""
+        cdef cnp.npy_intp[4] shape
+        cdef cnp.ndarray sums
+        t.gamma_wide = <const double*> cnp.PyArray_DATA(gamma)
+        t.deep = deep
+        shape[0], shape[1], shape[2], shape[3] = ceil_div(t.C, t.deep), 2, t.period, t.places
+        sums = cnp.PyArray_EMPTY(4, shape, cnp.NPY_FLOAT64, 0)
+        t.column_sums = <double*> cnp.PyArray_DATA(sums)
+        self.go(t, x, threads)
+        return sums[0]
+
     # The functions of a backend
 
     def moments(self, cnp.ndarray x, int threads, selection):
@@ -779,19 +879,11 @@ cdef class Engine:
         """Also takes gamma as doubles, and how deep pieces are; gives the sums of columns as
         (2, P, places)."""
         cdef Task t = new_task(x, GRADIENT_MOMENTS, INPUT_GRADIENT, None)
-        cdef cnp.npy_intp[4] shape
-        cdef cnp.ndarray sums
         t.x, t.dy, t.out = operand(&t, x), operand(&t, dy), operand(&t, out)
         t.mean, t.var, t.eps = table(mean), table(var), eps
         set_columns(&t, columns)
-        t.gamma_wide = <const double*> cnp.PyArray_DATA(gamma)
-        t.deep = deep
-        shape[0], shape[1], shape[2], shape[3] = ceil_div(t.C, t.deep), 2, t.period, t.places
-        sums = cnp.PyArray_EMPTY(4, shape, cnp.NPY_FLOAT64, 0)
-        t.column_sums = <double*> cnp.PyArray_DATA(sums)
         fuse_gate(&t, gate, True)
-        self.go(&t, x, threads)
-        return sums[0]
+        return self.go_back_by_column(&t, x, gamma, deep, threads)
 
     # The plain entries
 
@@ -814,25 +906,32 @@ cdef class Engine:
         cdef Task t
         cdef cnp.ndarray mean, var
         memset(&t, 0, sizeof(Task))
-        if not set_plain_shape(&t, x, layout) or not is_valid_eps(eps):
+        if not set_plain_shape(&t, x, layout):
             return None
-        if not (gamma is None or fits(&t, gamma)) or not (beta is None or fits(&t, beta)):
-            return None
-        if not set_activation(&t, activation) or not set_residual(&t, residual, x):
-            return None
+        out = set_plain_forward(&t, x, gamma, beta, eps, activation, residual, out)
         if out is None:
-            out = empty_like(x)
-        elif not (is_plain_out(out, x) and in_place_or_apart(out, x)
-                  and in_place_or_apart(out, residual) and all_apart(out, None, None, gamma, beta)):
             return None
-        t.reduce, t.map, t.eps = MOMENTS, AFFINE, eps
-        t.x, t.out = dense(&t, x), dense(&t, out)
-        set_parameters(&t, gamma, beta)
         mean = new_vector(t.channels, cnp.NPY_FLOAT64)
         var = new_vector(t.channels, cnp.NPY_FLOAT64)
         t.first, t.second = table(mean), table(var)
         self.go(&t, x, threads)
         return out, mean, var
+
+    def plain_samples(self, x, sharing, gamma, beta, eps, layout, activation, residual, out,
+                      int threads):
+        cdef Task t
+        memset(&t, 0, sizeof(Task))
+        shape = set_plain_samples(&t, x, layout, sharing)
+        if shape is None:
+            return None
+        out = set_plain_forward(&t, x, gamma, beta, eps, activation, residual, out)
+        if out is None:
+            return None
+        if t.period > 0:
+            columns = new_columns(&t, gamma, beta, arithmetic_type(&t))
+            set_columns(&t, columns)
+        mean, var = self.with_tables(&t, x, threads, t.pool)
+        return out, mean.reshape(shape), var.reshape(shape)
 
     def plain_normalize(self, x, mean, var, gamma, beta, eps, layout, activation, residual, out,
                         int threads):
@@ -885,51 +984,112 @@ cdef class Engine:
         cdef int element
         memset(&t, 0, sizeof(Task))
         cdef bint lone = frozen and params is False
-        if not set_plain_shape(&t, dy, layout) or not is_valid_eps(eps):
-            return None
-        if not (lone and x is None) and not is_like(x, dy):
-            return None
-        if not (params is True or params is False) or not (gamma is None or fits(&t, gamma)):
+        if not set_plain_shape(&t, dy, layout) or not (params is True or params is False):
             return None
         if not fits(&t, mean) or not fits(&t, var):
             return None
         t.mean, t.var = table(mean), table(var)
-        if not frozen and (t.mean.single or t.var.single) or not is_valid_variance(&t, not frozen):
+        if not frozen and (t.mean.single or t.var.single):
             return None
-        if not set_gate(&t, activation, y, dy):
+        results = set_plain_backward(&t, dy, x, mean, var, gamma, eps, activation, y, dresidual,
+                                     frozen, lone, out)
+        if results is None:
             return None
-        if dresidual is True:
-            dresidual = empty_like(dy)
-        elif dresidual is False:
-            dresidual = None
-        elif not (is_plain_out(dresidual, dy) and in_place_or_apart(dresidual, dy)
-                  and (x is None or apart(dresidual, x)) and (y is None or apart(dresidual, y))
-                  and all_apart(dresidual, mean, var, gamma, None)):
-            return None
-        if out is None:
-            out = empty_like(dy)
-        elif not (is_plain_out(out, dy) and in_place_or_apart(out, dy) and in_place_or_apart(out, x)
-                  and all_apart(out, mean, var, gamma, y)
-                  and (dresidual is None or apart(out, dresidual))):
-            return None
-        t.reduce = NO_REDUCE if lone else GRADIENT_MOMENTS
-        t.map = AFFINE if frozen else INPUT_GRADIENT
-        t.eps = eps
-        t.dy, t.out = dense(&t, dy), dense(&t, out)
-        set_parameters(&t, gamma, None)
-        if lone:
-            memset(&t.mean, 0, sizeof(Table))   # dy is not centred
-        else:
-            t.x = dense(&t, x)
+        out, dresidual = results
+        if not lone:
             element = gradient_type(dy if gamma is None else gamma)
             dgamma, dbeta = new_vector(t.channels, element), new_vector(t.channels, element)
             t.first, t.second = table(dgamma), table(dbeta)
-        if dresidual is not None:
-            keep_dresidual(&t, dense(&t, dresidual))
         self.go(&t, dy, threads)
         if params is False:
             return out, None, None, dresidual
         return out, dgamma, dbeta, dresidual
+
+    def plain_samples_backward(self, dy, x, sharing, mean, var, gamma, eps, layout, activation, y,
+                               dresidual, out, int threads):
+        """dgamma and dbeta are of each sample, (N, C), or of all, (1, C)."""
+        cdef Task t
+        memset(&t, 0, sizeof(Task))
+        shape = set_plain_samples(&t, x, layout, sharing)
+        if shape is None or not are_statistics(mean, shape) or not are_statistics(var, shape):
+            return None
+        if 2 * <Py_ssize_t> sizeof(double) * t.G * t.channels > limit_of(&t, calls_share):
+            return None
+        t.mean, t.var = sample_table(&t, mean), sample_table(&t, var)
+        results = set_plain_backward(&t, dy, x, mean, var, gamma, eps, activation, y, dresidual,
+                                     False, False, out)
+        if results is None:
+            return None
+        if t.period == 0:
+            return *results, *self.with_tables(&t, x, threads)
+        columns = new_columns(&t, gamma, None, arithmetic_type(&t))
+        doubles = new_columns(&t, gamma, None, cnp.NPY_FLOAT64)
+        set_columns(&t, columns)
+        sums = self.go_back_by_column(&t, x, doubles, depth(t.period, t.S, t.C), threads)
+        return *results, *sums[:, :, : t.S].reshape(2, 1, -1)
+
+
+cdef object set_plain_forward(Task* t, object x, object gamma, object beta, object eps,
+                              object activation, object residual, object out):
+    """A training forward on a shape that is set: its output, or None."""
+    if not is_valid_eps(eps):
+        return None
+    if not (gamma is None or fits(t, gamma)) or not (beta is None or fits(t, beta)):
+        return None
+    if not set_activation(t, activation) or not set_residual(t, residual, x):
+        return None
+    if out is None:
+        out = empty_like(x)
+    elif not (is_plain_out(out, x) and in_place_or_apart(out, x)
+              and in_place_or_apart(out, residual) and all_apart(out, None, None, gamma, beta)):
+        return None
+    t.reduce, t.map, t.eps = MOMENTS, AFFINE, eps
+    t.x, t.out = dense(t, x), dense(t, out)
+    set_parameters(t, gamma, beta)
+    return out
+
+
+cdef tuple set_plain_backward(Task* t, object dy, object x, object mean, object var, object gamma,
+                              object eps, object activation, object y, object dresidual,
+                              bint frozen, bint lone, object out):
+    """A backward on a shape that is set, by statistics that are: dx and dresidual, or None. `lone`
+    is that of dx alone by fixed statistics."""
+    if not is_valid_eps(eps) or not (gamma is None or fits(t, gamma)):
+        return None
+    if not (lone and x is None) and not is_like(x, dy):
+        return None
+    if not is_valid_variance(t, not frozen) or not set_gate(t, activation, y, dy):
+        return None
+    if dresidual is True:
+        dresidual = empty_like(dy)
+    elif dresidual is False:
+        dresidual = None
+    elif not (is_plain_out(dresidual, dy) and in_place_or_apart(dresidual, dy)
+              and (x is None or apart(dresidual, x)) and (y is None or apart(dresidual, y))
+              and all_apart(dresidual, mean, var, gamma, None)):
+        return None
+    if out is None:
+        out = empty_like(dy)
+    elif not (is_plain_out(out, dy) and in_place_or_apart(out, dy) and in_place_or_apart(out, x)
+              and all_apart(out, mean, var, gamma, y)
+              and (dresidual is None or apart(out, dresidual))):
+        return None
+    t.reduce = NO_REDUCE if lone else GRADIENT_MOMENTS
+    t.map = AFFINE if frozen else INPUT_GRADIENT
+    t.eps = eps
+    t.dy, t.out = dense(t, dy), dense(t, out)
+    set_parameters(t, gamma, None)
+    if lone:
+        memset(&t.mean, 0, sizeof(Table))   # dy is not centred
+    else:
+        t.x = dense(t, x)
+    if dresidual is not None:
+        keep_dresidual(t, dense(t, dresidual))
+    return out, dresidual
+
+
+cdef int arithmetic_type(Task* t) noexcept:
+    return cnp.NPY_FLOAT64 if t.real_bytes == 8 else cnp.NPY_FLOAT32
 
 
 cdef int gradient_type(object a):
@@ -993,6 +1153,8 @@ cdef void set_columns(Task* t, cnp.ndarray columns) noexcept:
 
 
 cdef void set_parameters(Task* t, object gamma, object beta):
+    if t.period > 0:
+        return      # by column
     if gamma is not None:
         t.gamma = table(gamma)
     if beta is not None:

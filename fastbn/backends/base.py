@@ -176,6 +176,10 @@ def pooled_coefficients(
     return GradientCoefficients(gamma * rstd, b, np.zeros_like(rstd), mean, rstd, rest)
 
 
+ROW_BYTES = 24
+"""Of the tables of a call on rows, for a row."""
+
+
 def depth(period: int, size: int, rows: int) -> int:
     """How many rows have sums of columns together, by their shape alone: about a sixty-fourth of
     them, but not so few that the sums outgrow 1.6 % of the rows, or half a MiB where that is more,
@@ -194,8 +198,9 @@ class Backend(ABC):
 
     A backend may have plain entries as well: the whole public call for plain arguments. Each takes
     the verb's arguments in order (`plain_backward` one more, `frozen`) and the number of
-    threads. None means "not plain": nothing was touched, and the caller checks, arranges
-    and calls the eight functions instead.
+    threads; those of group, instance and layer norm take what shares statistics after the arrays,
+    and give dgamma and dbeta of each sample, or of all. None means "not plain": nothing was
+    touched, and the caller checks, arranges and calls the eight functions instead.
     """
 
     name: str
@@ -203,6 +208,10 @@ class Backend(ABC):
     plain_batch_norm: Callable[..., tuple[Array, Table, Table] | None] = staticmethod(_never_plain)
     plain_normalize: Callable[..., Array | None] = staticmethod(_never_plain)
     plain_backward: Callable[..., tuple[Array, Array | None, Array | None, Array | None] | None] = (
+        staticmethod(_never_plain)
+    )
+    plain_samples: Callable[..., tuple[Array, Table, Table] | None] = staticmethod(_never_plain)
+    plain_samples_backward: Callable[..., tuple[Array, Array | None, Table, Table] | None] = (
         staticmethod(_never_plain)
     )
 

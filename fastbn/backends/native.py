@@ -43,6 +43,8 @@ class NativeBackend(Backend):
         self.plain_batch_norm = self._engine.plain_batch_norm
         self.plain_normalize = self._engine.plain_normalize
         self.plain_backward = self._engine.plain_backward
+        self.plain_samples = self._engine.plain_samples
+        self.plain_samples_backward = self._engine.plain_samples_backward
 
     def calls(self) -> int:
         """How often kernels of this instruction set have run in this process."""
