@@ -96,6 +96,26 @@ def test_plain_calls_on_samples_have_the_bits_of_others(
             assert_same_bits(results, sample_calls(dtype, layout, bool(fused)))
 
 
+@pytest.mark.parametrize("shape", [(6, 4, 10), (6, 10)])
+def test_arrays_that_are_not_plain_beside_one_that_is(shape: tuple[int, ...]) -> None:
+    """Each argument of group norm and its backward may lie in memory as it likes."""
+    x, dy, z, gamma, beta = made(shape, "NCHW", np.float32)
+    y, mean, var = fastbn.group_norm(x, 2, gamma, beta, residual=z, activation="relu")
+    given: dict[str, Any] = {"dy": dy, "x": x, "mean": mean, "var": var, "groups": 2}
+    given |= {"gamma": gamma, "y": y, "activation": "relu", "dresidual": True}
+    expected = fastbn.group_norm_backward(**given)._asdict()
+    for name in ("dy", "x", "mean", "var", "gamma", "y"):
+        a = given[name]
+        apart = np.repeat(a, 2, -1)[..., ::2]
+        swapped = a.astype(a.dtype.newbyteorder("S"))
+        for other in (apart, swapped):
+            assert_same_bits(
+                fastbn.group_norm_backward(**given | {name: other})._asdict(), expected
+            )
+        with pytest.raises(TypeError, match=rf"^{name} is a list"):
+            fastbn.group_norm_backward(**given | {name: a.tolist()})
+
+
 def test_thresholds_are_named() -> None:
     """A threshold that does not exist is refused, with those that do."""
     with pytest.raises(ValueError, match=r"l2.*serial_below.*stream_planes"):

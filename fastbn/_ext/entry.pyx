@@ -1011,7 +1011,9 @@ cdef class Engine:
         cdef Task t
         memset(&t, 0, sizeof(Task))
         shape = set_plain_samples(&t, x, layout, sharing)
-        if shape is None or not are_statistics(mean, shape) or not are_statistics(var, shape):
+        if shape is None or not is_like(dy, x):
+            return None
+        if not are_statistics(mean, shape) or not are_statistics(var, shape):
             return None
         if 2 * <Py_ssize_t> sizeof(double) * t.G * t.channels > limit_of(&t, calls_share):
             return None
@@ -1052,8 +1054,8 @@ cdef object set_plain_forward(Task* t, object x, object gamma, object beta, obje
 cdef tuple set_plain_backward(Task* t, object dy, object x, object mean, object var, object gamma,
                               object eps, object activation, object y, object dresidual,
                               bint frozen, bint lone, object out):
-    """A backward on a shape that is set, by statistics that are: dx and dresidual, or None. `lone`
-    is that of dx alone by fixed statistics."""
+    """A backward on dy's shape, which is set, by statistics that are: dx and dresidual, or None.
+    `lone` is that of dx alone by fixed statistics."""
     if not is_valid_eps(eps) or not (gamma is None or fits(t, gamma)):
         return None
     if not (lone and x is None) and not is_like(x, dy):
