@@ -391,13 +391,21 @@ def bound_dx(
     *,
     frozen: bool,
 ) -> Wide:
-    """How far each dx may be off; with frozen statistics it is dy scaled, and so is the bound."""
+    """How far each dx may be off; with frozen statistics it is dy scaled, and so is the bound.
+
+    Else terms below the normal numbers are rounded there, each by half of the smallest: two of
+    kernels, two of their constant and, times xhat, the coefficient of xhat. `units` has one whole.
+    """
     rstd = rstd_of(var, eps)
     k = factor(dtype, mean, rstd)
-    size = np.abs(dy)
-    if not frozen:
-        size = size + exact.mean_dy[:, None] + np.abs(exact.xhat) * exact.mean_dy_xhat[:, None]
-    return (2 * k * np.abs(gamma) * rstd)[:, None] * size
+    each: Wide = (2 * k * np.abs(gamma) * rstd)[:, None]
+    if frozen:
+        return each * np.abs(dy)
+    xhat = np.abs(exact.xhat)
+    smallest = np.longdouble(float(limits(np.promote_types(dtype, np.float32)).smallest_subnormal))
+    size = np.abs(dy) + exact.mean_dy[:, None] + xhat * exact.mean_dy_xhat[:, None]
+    bound: Wide = each * size + smallest * (1 + xhat / 2)
+    return bound
 
 
 def _bound_sum(

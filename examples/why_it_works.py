@@ -188,7 +188,7 @@ def measure(quick: bool, track: experiment.Track) -> Networks:
 
 def largest_good(found: Sequence[float]) -> float:
     """The largest step that lowers the loss."""
-    return float(SIZES[np.array(found) < 1].max())
+    return float(SIZES[np.array(found) < 1].max(initial=0))
 
 
 def smallest_bad(found: Sequence[float]) -> float:
@@ -295,7 +295,7 @@ def draw_update(axes: Axes, found: Networks) -> None:
             colour = experiment.NORMALIZED_COLOURS[name]
             axes.plot(DEPTHS, moments.var, color=colour, linestyle=style, label=f"{share:.0%}")
     axes.set_yscale("log")
-    experiment.label(axes, "Variance in an update that explodes", "blocks", "")
+    experiment.label(axes, "Variance in one update at a rate of 0.1", "blocks", "")
     axes.legend(title="share of it", frameon=False, fontsize="x-small", ncols=2)
 
 

@@ -120,10 +120,11 @@ class Span:
         starts = range(0, runs, at_once)
         return [Part(slice(i, min(i + at_once, runs)), slice(0, channels)) for i in starts]
 
-    def row_parts(self, array_bytes: int, period: int) -> list[Part]:
+    def row_parts(self, backend: Backend, array_bytes: int, period: int) -> list[Part]:
         """All rows, in parts of whole periods."""
-        rows = self.arrangement.view_shape[2]
-        limit, each = scratch(array_bytes, CALLS_SHARE), period * ROW_BYTES
+        shape = self.arrangement.view_shape
+        rows, limit = shape[2], scratch(array_bytes, CALLS_SHARE)
+        each = period * (ROW_BYTES + backend.channel_bytes(shape))
         at_once = max(limit // each, SMALLEST * rows // array_bytes // period, 1) * period
         starts = range(0, rows, at_once)
         return [Part(slice(0, 1), slice(i, min(i + at_once, rows))) for i in starts]
@@ -172,7 +173,7 @@ class Call:
         self.pool = 1
         if self.sharing is not None:
             self.virtual_batch, self.pool = 1, self.sharing.pool
-        self.groups = None if self.virtual_batch is None else -(-len(x) // self.virtual_batch)
+        self.runs = None if self.virtual_batch is None else -(-len(x) // self.virtual_batch)
         self.vectors: dict[str, Array | None] = {}
         for key, value in vectors.items():
             if key in ("mean", "var") and self.sharing is not None:
@@ -180,7 +181,7 @@ class Call:
                 self.vectors[key] = given.reshape(len(x), self.sharing.groups)
             elif key in ("mean", "var"):
                 self.vectors[key] = checks.statistic(
-                    key, value, name, x, layout, single=single, groups=self.groups
+                    key, value, name, x, layout, single=single, groups=self.runs
                 )
             else:
                 self.vectors[key] = checks.parameter(key, value, name, x, layout)
@@ -271,13 +272,13 @@ class Call:
     def statistics(self) -> Table:
         """A table of zeros, a row for each run."""
         groups = self.channels if self.sharing is None else self.sharing.groups
-        return np.zeros((1 if self.groups is None else self.groups, groups))
+        return np.zeros((1 if self.runs is None else self.runs, groups))
 
     def shaped(self, statistics: Table) -> Table:
         """As they are returned: of one run in all, a vector."""
         if self.sharing is not None:
             return statistics.reshape(self.sharing.shape)
-        return statistics[0] if self.groups is None else statistics
+        return statistics[0] if self.runs is None else statistics
 
     def zeros(self, dtype: Any) -> Array:
         """A vector of zeros, one a channel."""

@@ -288,19 +288,18 @@ def sample_statistic(
 
 def channel_groups(value: Any, channels: int) -> int:
     """Groups of as many channels each."""
-    if not isinstance(value, Integral) or isinstance(value, bool | np.bool_):
-        raise TypeError(f"groups is {_described(value)}, expected a whole number; pass an int")
-    if value < 1:
+    n = _whole("groups", value, "a whole number", "pass an int")
+    if n < 1:
         raise ValueError(
-            f"groups is {value}, expected 1 or more; 1 is layer norm, and as many as channels "
+            f"groups is {n}, expected 1 or more; 1 is layer norm, and as many as channels "
             "instance norm"
         )
-    if channels % value != 0:
+    if channels % n != 0:
         raise ValueError(
-            f"groups is {value}, expected a divisor of {channels}, the number of channels: groups "
+            f"groups is {n}, expected a divisor of {channels}, the number of channels: groups "
             "have as many channels each; pass one, or another layout"
         )
-    return int(value)
+    return n
 
 
 def mean(value: NDArray[Any], name: str = "mean") -> NDArray[Any]:
@@ -332,15 +331,11 @@ def virtual_batch(value: Any, **others: Any) -> int | None:
     """How many samples have statistics of their own; None for all. Goes with nothing else."""
     if value is None:
         return None
-    if not isinstance(value, Integral) or isinstance(value, bool | np.bool_):
-        raise TypeError(
-            f"virtual_batch is {_described(value)}, expected a whole number of samples; pass an "
-            "int, or None for the batch as a whole"
-        )
-    if value < 1:
+    remedy = "pass an int, or None for the batch as a whole"
+    n = _whole("virtual_batch", value, "a whole number of samples", remedy)
+    if n < 1:
         raise ValueError(
-            f"virtual_batch is {value}, expected 1 or more samples; pass None for the batch as a "
-            "whole"
+            f"virtual_batch is {n}, expected 1 or more samples; pass None for the batch as a whole"
         )
     for name, other in others.items():
         if other is not None:
@@ -348,7 +343,7 @@ def virtual_batch(value: Any, **others: Any) -> int | None:
                 f"virtual_batch and {name} are both given, expected one of them: {name} is of the "
                 f"batch as a whole; call batch_norm for each group of samples with its {name}"
             )
-    return int(value)
+    return n
 
 
 def _first(bad: NDArray[np.bool_]) -> int | None:
@@ -557,9 +552,7 @@ def option(name: str, value: Any, known: tuple[str, ...]) -> str:
 
 def channels(value: Any) -> int:
     """How many channels a layer has: one or more."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"channels is {_described(value)}, expected a whole number; pass an int")
-    n = int(value)
+    n = _whole("channels", value, "a whole number", "pass an int")
     if n < 1:
         raise ValueError(f"channels is {n}, expected one or more; pass those of the arrays to come")
     return n
@@ -631,12 +624,17 @@ def renormalization(value: Any, kind: type, tracks: bool, virtual_batch: int | N
             "renormalization is given, expected None where track_running_stats is False: it goes "
             "by the running statistics; leave one of them out"
         )
-    if virtual_batch is not None:
+    not_in_groups(value, virtual_batch)
+    return value
+
+
+def not_in_groups(renormalization: Any, virtual_batch: int | None) -> None:
+    """That a batch with renormalization has no groups."""
+    if renormalization is not None and virtual_batch is not None:
         raise ValueError(
             "renormalization and virtual_batch are both given, expected one of them: r and d are "
             "of the batch as a whole; leave one out"
         )
-    return value
 
 
 def limit(name: str, value: Any, least: float, meaning: str) -> None:
@@ -654,10 +652,7 @@ def limit(name: str, value: Any, least: float, meaning: str) -> None:
 def schedule(start: Any, ends: dict[str, Any]) -> None:
     """Numbers of batches between which limits open."""
     for name, value in ({"start": start} | ends).items():
-        if not isinstance(value, Integral) or isinstance(value, bool | np.bool_):
-            raise TypeError(
-                f"{name} is {_described(value)}, expected a whole number of batches; pass an int"
-            )
+        _whole(name, value, "a whole number of batches", "pass an int")
     if start < 0:
         raise ValueError(f"start is {start}, expected a number of batches, zero or more; pass 0")
     for name, end in ends.items():
@@ -821,7 +816,7 @@ def forward(last: Any, dy: Any, params: bool) -> Any:
             f"dy has shape {shape}, expected {last.shape}, the shape of the x that the layer was "
             "last called on; call backward after its own forward"
         )
-    if last.x is None and (params or not last.is_frozen):
+    if last.x is None and last.needs_x(params):
         raise ValueError(
             "the layer's last call wrote y over x (out=x), and the gradient needs x; call it "
             "with another out"
@@ -931,9 +926,7 @@ def weight(value: Any) -> NDArray[Any]:
 
 def groups(value: Any, layer: NDArray[Any]) -> int:
     """The groups of a convolution: a whole number that divides its weight's first axis."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"groups is {_described(value)}, expected a whole number; pass 1 for none")
-    n = int(value)
+    n = _whole("groups", value, "a whole number", "pass 1 for none")
     if n < 1 or layer.shape[0] % n:
         raise ValueError(
             f"groups is {n}, expected a divisor of {layer.shape[0]} (axis 0 of weight's shape "
@@ -996,12 +989,7 @@ def flag(name: str, value: Any) -> bool:
 
 def threads(name: str, value: Any) -> int:
     """A number of threads: a whole number from 1 to `MAX_THREADS`."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(
-            f"{name} is {_described(value)}, expected a whole number of threads; pass an int, "
-            "1 for serial work"
-        )
-    n = int(value)
+    n = _whole(name, value, "a whole number of threads", "pass an int, 1 for serial work")
     if not 1 <= n <= MAX_THREADS:
         raise ValueError(
             f"{name} is {n}, expected a number of threads from 1 to {MAX_THREADS}; "
@@ -1096,6 +1084,13 @@ def _described(value: Any) -> str:
     kind = type(value).__name__
     article = "an" if kind[0].lower() in "aeiou" or kind == "ndarray" else "a"
     return f"{article} {kind}" + (f" ({text})" if len(text) <= 40 and kind not in text else "")
+
+
+def _whole(name: str, value: Any, expected: str, remedy: str) -> int:
+    """A whole number that is no flag."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} is {_described(value)}, expected {expected}; {remedy}")
+    return int(value)
 
 
 def _wrong_type_or_value(value: Any, expected: type, message: str) -> TypeError | ValueError:

@@ -639,17 +639,17 @@ def run_backward(
         if total is not None:
             round_into(parameters, (total.dgamma, total.dbeta))
         return
-    totals = parameters if call.groups is None else _nothing(parameters)
+    totals = parameters if call.runs is None else _nothing(parameters)
     for span in call.spans:
         target, through = span.target(dx), span.gate(gate)
         views = span.view(dy), None if frozen and not parameters else span.view(call.array), target
         for part in span.parts(backend, call.array.nbytes):
             found = _part_backward(call, span, part, views, eps, frozen, through, total)
-            _add_into(totals, part.channels, found, anew=call.groups is None)
+            _add_into(totals, part.channels, found, anew=call.runs is None)
         span.deliver(target, dx)
         if gate and through and gate.dresidual is not None and through.dresidual is not None:
             span.deliver(through.dresidual, gate.dresidual)
-    if call.groups is not None:
+    if call.runs is not None:
         round_into(parameters, totals)
 
 

@@ -69,6 +69,10 @@ class _Forward(NamedTuple):
     virtual_batch: int | None
     correction: Correction | None
 
+    def needs_x(self, params: bool) -> bool:
+        """Whether a backward, of the parameters too or not, reads x."""
+        return params or not self.is_frozen
+
 
 class BatchNorm(AffineLayer):
     """A batch normalization layer: parameters, running statistics, and the last call's gradients.
@@ -312,6 +316,7 @@ class BatchNorm(AffineLayer):
     ) -> tuple[BatchNormResult, Correction | None]:
         """Normalize by the batch's own statistics, and see to the running ones."""
         checks.option("nonfinite", self.nonfinite, checks.NONFINITE)
+        checks.not_in_groups(self.renormalization, selected["virtual_batch"])
         counts = _counts(len(x), count, selected["virtual_batch"])
         updates = self._updates(counts)
         corrected = None
@@ -329,8 +334,9 @@ class BatchNorm(AffineLayer):
         for name, a in renewed.items():
             getattr(self, name)[...] = a
         if self._observe is not None:
-            whole = result[1:] if len(counts) == 1 else moments(x, layout=self.layout)
-            self._observe(Moments(count, *(a.reshape(self.channels) for a in whole)))
+            in_groups = selected["virtual_batch"] is not None
+            whole = moments(x, layout=self.layout) if in_groups else result[1:]
+            self._observe(Moments(count, *whole))
         return result, corrected
 
     def _correction(self, mean: Array, var: Array) -> Correction:

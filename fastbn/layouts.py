@@ -1,8 +1,8 @@
 """An array and a layout -> the (G, N, C, S) view that every backend computes on.
 
 1. Batch normalization does not care in which order the values of a channel come, so every layout
-   is one view (G, N, C, S): G runs with statistics of their own (1 here), N samples, C channels,
-   S values a channel and sample.
+   is one view (G, N, C, S): G runs with statistics of their own (one, or the virtual batches),
+   N samples, C channels, S values a channel and sample.
 2. The view follows the *memory*, not the layout's name. Sort the axes by stride: those outside
    the channel axis become N, those inside it S. NCHW memory gives (1, N, C, H*W), channels-last
    memory (1, N*H*W, C, 1), whichever name it was handed over with.

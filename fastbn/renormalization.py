@@ -3,7 +3,8 @@
 Training normalizes by the batch, evaluation by the running statistics; in a small or unlike batch
 these are far apart. ``y = gamma * (r * xhat + d) + beta`` with ``r = s_B / s`` and
 ``d = (mean_B - mean) / s`` is what evaluation gives; clipped, and constants in the gradient, they
-let the batch's statistics work as far as the limits say: Ioffe (2017), Algorithm 1.
+let the batch's statistics work as far as the limits say: Ioffe (2017), Algorithm 1. Its running s
+is an average of deviations; here s is that of the running variance, by which evaluation goes.
 """
 
 from __future__ import annotations

@@ -41,11 +41,31 @@ class _Forward(NamedTuple):
     mean: Array
     var: Array
     y: Array | None
-    is_frozen: bool = False
+
+    def needs_x(self, params: bool) -> bool:
+        """Every backward reads x."""
+        return True
 
 
 class SampleNorm(AffineLayer, ABC):
     """The base: each sample by statistics of its own."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        eps: float = 1e-5,
+        scale: bool = True,
+        shift: bool = True,
+        layout: str = "NCHW",
+        activation: ActivationName = None,
+        dtype: DTypeLike = "float32",
+    ) -> None:
+        common: dict[str, Any] = {"eps": eps, "scale": scale, "shift": shift, "layout": layout}
+        super().__init__(channels, **common, activation=activation, dtype=dtype)
+
+    def __repr__(self) -> str:
+        return self._described(type(self), self.channels)
 
     @property
     @abstractmethod
@@ -277,26 +297,9 @@ class InstanceNorm(SampleNorm):
             [-1.,  1.]]], dtype=float32)
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        eps: float = 1e-5,
-        scale: bool = True,
-        shift: bool = True,
-        layout: str = "NCHW",
-        activation: ActivationName = None,
-        dtype: DTypeLike = "float32",
-    ) -> None:
-        common: dict[str, Any] = {"eps": eps, "scale": scale, "shift": shift, "layout": layout}
-        super().__init__(channels, **common, activation=activation, dtype=dtype)
-
     @property
     def _verbs(self) -> tuple[Forward, Backward]:
         return instance_norm, instance_norm_backward
-
-    def __repr__(self) -> str:
-        return self._described(InstanceNorm, self.channels)
 
 
 class LayerNorm(SampleNorm):
@@ -329,23 +332,6 @@ class LayerNorm(SampleNorm):
            [-1.,  1.]], dtype=float32)
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        eps: float = 1e-5,
-        scale: bool = True,
-        shift: bool = True,
-        layout: str = "NCHW",
-        activation: ActivationName = None,
-        dtype: DTypeLike = "float32",
-    ) -> None:
-        common: dict[str, Any] = {"eps": eps, "scale": scale, "shift": shift, "layout": layout}
-        super().__init__(channels, **common, activation=activation, dtype=dtype)
-
     @property
     def _verbs(self) -> tuple[Forward, Backward]:
         return layer_norm, layer_norm_backward
-
-    def __repr__(self) -> str:
-        return self._described(LayerNorm, self.channels)

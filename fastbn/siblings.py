@@ -246,11 +246,9 @@ def instance_norm_backward(
 ) -> Gradients | ResidualGradients:
     """Gradient of `instance_norm`, through the samples' own statistics.
 
-    With ``xhat = (x - mean) / sqrt(var + eps)``, ``dbeta = sum(dy)`` and
-    ``dgamma = sum(dy * xhat)`` over samples and places, and
-    ``dx = (gamma * dy - mean(gamma * dy) - xhat * mean(gamma * dy * xhat)) / sqrt(var + eps)``,
-    these means being of a sample's channel: Wu & He (2018), differentiated. With an activation, dy
-    is first multiplied by its slope.
+    ``dx = gamma * (dy - mean(dy) - xhat * mean(dy * xhat)) / sqrt(var + eps)``, these means being
+    of a sample's channel, and dgamma and dbeta as of `group_norm_backward`: Ulyanov et al. (2016),
+    differentiated.
 
     Parameters
     ----------
@@ -302,11 +300,9 @@ def layer_norm_backward(
 ) -> Gradients | ResidualGradients:
     """Gradient of `layer_norm`, through the samples' own statistics.
 
-    With ``xhat = (x - mean) / sqrt(var + eps)``, ``dbeta = sum(dy)`` and
-    ``dgamma = sum(dy * xhat)`` over samples and places, and
     ``dx = (gamma * dy - mean(gamma * dy) - xhat * mean(gamma * dy * xhat)) / sqrt(var + eps)``,
-    these means being of a sample: Wu & He (2018), differentiated. With an activation, dy is
-    first multiplied by its slope.
+    these means being of a sample, and dgamma and dbeta as of `group_norm_backward`: Ba et al.
+    (2016), differentiated.
 
     Parameters
     ----------
@@ -468,7 +464,7 @@ def _rows_forward(call: Call, eps: float, tail: Tail | None, y: Array) -> tuple[
     gamma, beta = _by_column(call, "gamma", 1.0), _by_column(call, "beta", 0.0)
     statistics = mean, var = call.statistics(), call.statistics()
     view, target, of_span = span.view(call.array), span.target(y), span.tail(tail)
-    for part in span.row_parts(call.array.nbytes, len(gamma)):
+    for part in span.row_parts(backend, call.array.nbytes, len(gamma)):
         of_part = of_span and of_span.part(part)
         arrays = part.of(view), gamma, beta, eps, part.of(target)
         found = backend.forward_rows(*arrays, threads, of_part)
@@ -489,7 +485,7 @@ def _rows_backward(
     totals = [np.full_like(gamma, -0.0), np.full_like(gamma, -0.0)]  # to which -0.0 may be added
     dy_view, x, target = span.view(dy), span.view(call.array), span.target(dx)
     through = span.gate(gate)
-    for part in span.row_parts(call.array.nbytes, len(gamma)):
+    for part in span.row_parts(backend, call.array.nbytes, len(gamma)):
         of_part = through and through.part(part)
         arrays = part.of(dy_view), part.of(x), mean[:, part.channels], var[:, part.channels], gamma
         found = backend.backward_rows(*arrays, eps, part.of(target), threads, of_part)

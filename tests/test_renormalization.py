@@ -111,6 +111,7 @@ def test_nan_in_a_group(policy: str) -> None:
 def test_estimates_are_of_whole_batches() -> None:
     """Those of a layer with virtual batches are those of one without."""
     batches = [batch(SHAPE)[i] for i in range(3)]
+    batches += [batches[0][:0], batches[0][:, :, :0]]
     bn, plain = made(virtual_batch=K), made()
     for layer in (bn, plain):
         fastbn.reestimate([layer], layer, batches)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checks import check_backward, judge_backward, judge_forward
-from hypothesis import given, settings, target
+from hypothesis import example, given, settings, target
 from hypothesis import strategies as st
 from memory import FORMS
 from strategies import DISTRIBUTIONS, layouts
@@ -144,8 +144,14 @@ def worst_of(r: Recipe) -> dict[str, float]:
     return worst
 
 
+SUBNORMAL = {"deviation": 77.88, "ratio": 0.0, "dy": -82.0, "dy ratio": 0.0, "lean": -1.0}
+SUBNORMAL |= {"gamma": -153.0, "beta": 0.0}
+"""Of a dx below the normal numbers in all of its terms."""
+
+
 @settings(max_examples=200)
 @given(extremes())
+@example(Recipe(np.float64, "NCHW", "dense", (3, 1, 2), "constant", (0, 1.75), SUBNORMAL, 0.0, 0))
 def test_nothing_is_worse_than_promised(variant: Variant, r: Recipe) -> None:
     """No result anywhere in the domain is further off than its bound."""
     with fastbn.use_num_threads(1):

@@ -76,7 +76,14 @@ class Engine:
         pool: int,
     ) -> tuple[Table, Table]: ...
     def forward_rows(
-        self, x: Array, columns: Array, eps: float, out: Array, threads: int, tail: Tail | None
+        self,
+        x: Array,
+        gamma: Table,
+        beta: Table,
+        eps: float,
+        out: Array,
+        threads: int,
+        tail: Tail | None,
     ) -> tuple[Table, Table]: ...
     def backward_rows(
         self,
@@ -84,9 +91,7 @@ class Engine:
         x: Array,
         mean: Table,
         var: Table,
-        columns: Array,
         gamma: Table,
-        deep: int,
         eps: float,
         out: Array,
         threads: int,

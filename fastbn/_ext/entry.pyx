@@ -792,18 +792,20 @@ cdef class Engine:
         self.go(t, x, threads)
         return first, second
 
-    cdef cnp.ndarray go_back_by_column(self, Task* t, cnp.ndarray x, cnp.ndarray gamma,
-                                       Py_ssize_t deep, int threads):
-        """Run with gamma as doubles, and give the sums of columns."""
+    cdef cnp.ndarray go_back_by_column(self, Task* t, cnp.ndarray x, object gamma, int threads):
+        """Run, and give the sums of columns, (2, P, S)."""
         cdef cnp.npy_intp[4] shape
-        cdef cnp.ndarray sums
-        t.gamma_wide = <const double*> cnp.PyArray_DATA(gamma)
-        t.deep = deep
+        cdef cnp.ndarray sums, columns, doubles
+        columns = new_columns(t, gamma, None, arithmetic_type(t))
+        doubles = new_columns(t, gamma, None, cnp.NPY_FLOAT64)
+        set_columns(t, columns)
+        t.gamma_wide = <const double*> cnp.PyArray_DATA(doubles)
+        t.deep = depth(t.period, t.S, t.C)
         shape[0], shape[1], shape[2], shape[3] = ceil_div(t.C, t.deep), 2, t.period, t.places
         sums = cnp.PyArray_EMPTY(4, shape, cnp.NPY_FLOAT64, 0)
         t.column_sums = <double*> cnp.PyArray_DATA(sums)
         self.go(t, x, threads)
-        return sums[0]
+        return sums[0, :, :, : t.S]
 
     # The functions of a backend
 
@@ -863,27 +865,25 @@ cdef class Engine:
         fuse_gate(&t, gate, True)
         return self.with_tables(&t, x, threads)
 
-    # Rows, by column; `columns` are gamma and beta, `places` apart, as reals
+    # Rows, by column: gamma and beta are contiguous (P, S) tables
 
-    def forward_rows(self, cnp.ndarray x, cnp.ndarray columns, double eps, cnp.ndarray out,
-                     int threads, tail):
-        cdef Task t = new_task(x, MOMENTS, AFFINE, None)
+    def forward_rows(self, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, double eps,
+                     cnp.ndarray out, int threads, tail):
+        cdef Task t = new_row_task(x, gamma, MOMENTS, AFFINE)
         t.x, t.out, t.eps = operand(&t, x), operand(&t, out), eps
+        columns = new_columns(&t, gamma, beta, arithmetic_type(&t))
         set_columns(&t, columns)
         fuse_tail(&t, tail)
         return self.with_tables(&t, x, threads)
 
     def backward_rows(self, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mean, cnp.ndarray var,
-                      cnp.ndarray columns, cnp.ndarray gamma, Py_ssize_t deep, double eps,
-                      cnp.ndarray out, int threads, gate):
-        """Also takes gamma as doubles, and how deep pieces are; gives the sums of columns as
-        (2, P, places)."""
-        cdef Task t = new_task(x, GRADIENT_MOMENTS, INPUT_GRADIENT, None)
+                      cnp.ndarray gamma, double eps, cnp.ndarray out, int threads, gate):
+        """Gives the sums of columns as (2, P, S)."""
+        cdef Task t = new_row_task(x, gamma, GRADIENT_MOMENTS, INPUT_GRADIENT)
         t.x, t.dy, t.out = operand(&t, x), operand(&t, dy), operand(&t, out)
         t.mean, t.var, t.eps = table(mean), table(var), eps
-        set_columns(&t, columns)
         fuse_gate(&t, gate, True)
-        return self.go_back_by_column(&t, x, gamma, deep, threads)
+        return self.go_back_by_column(&t, x, gamma, threads)
 
     # The plain entries
 
@@ -1024,11 +1024,7 @@ cdef class Engine:
             return None
         if t.period == 0:
             return *results, *self.with_tables(&t, x, threads)
-        columns = new_columns(&t, gamma, None, arithmetic_type(&t))
-        doubles = new_columns(&t, gamma, None, cnp.NPY_FLOAT64)
-        set_columns(&t, columns)
-        sums = self.go_back_by_column(&t, x, doubles, depth(t.period, t.S, t.C), threads)
-        return *results, *sums[:, :, : t.S].reshape(2, 1, -1)
+        return *results, *self.go_back_by_column(&t, x, gamma, threads).reshape(2, 1, -1)
 
 
 cdef object set_plain_forward(Task* t, object x, object gamma, object beta, object eps,
@@ -1135,6 +1131,14 @@ cdef Task new_task(cnp.ndarray x, int reduce, int map, object selection):
     t.reduce, t.map = <Reduce> reduce, <Map> map
     if selection is not None:
         select_places(&t, selection.mask, selection.weights, selection.count)
+    return t
+
+
+cdef Task new_row_task(cnp.ndarray x, cnp.ndarray gamma, int reduce, int map):
+    """A task on rows, with as many rows of gamma as there are."""
+    cdef Task t = new_task(x, reduce, map, None)
+    set_element(&t, element_of(x))
+    t.period = cnp.PyArray_DIM(gamma, 0)
     return t
 
 

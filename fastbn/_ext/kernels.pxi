@@ -1409,7 +1409,7 @@ cdef Task task_of(const Task* t, const Block* k, Py_ssize_t thread) noexcept nog
     own.starts += k.g
     if t.mask != NULL:
         own.mask += k.g * t.mask_g
-        own.G -= k.g
+        own.G -= k.g    # weights end where they did
     if t.weights != NULL:
         own.weights += k.g * t.weights_g
     if not t.inside:

@@ -252,7 +252,7 @@ INLINE void store_part(element *p, raw_register v, long n, int i) {
 }
 #endif
 
-#else /* no masked loads: element by element, so much code that each call of it is a call */
+#else /* no masked loads: element by element, too much code to inline everywhere */
 #define OF_PART static __attribute__((noinline, unused))
 OF_PART raw_register load_part(const element *p, long n, int i) {
     raw_register v = {0};

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -20,14 +19,8 @@ from fastbn.backends.base import (
     Selection,
     Table,
     Tail,
-    depth,
-    quiet,
 )
-from fastbn.elements import arithmetic
 from fastbn.errors import BackendError
-
-LANES = 16
-"""Values in a vector of the kernels."""
 
 
 class NativeBackend(Backend):
@@ -155,8 +148,7 @@ class NativeBackend(Backend):
         threads: int,
         tail: Tail | None = None,
     ) -> tuple[Table, Table]:
-        columns = _columns(gamma, beta, arithmetic(x.dtype))
-        return self._engine.forward_rows(x, columns, eps, out, threads, tail)
+        return self._engine.forward_rows(x, gamma, beta, eps, out, threads, tail)
 
     def backward_rows(
         self,
@@ -170,20 +162,8 @@ class NativeBackend(Backend):
         threads: int,
         gate: Gate | None = None,
     ) -> tuple[Table, Table]:
-        columns = _columns(gamma, gamma, arithmetic(x.dtype))
-        doubles, (period, size) = _columns(gamma, gamma, np.dtype(np.float64))[0], gamma.shape
-        of_columns = columns, doubles, depth(period, size, x.shape[2])
-        sums = self._engine.backward_rows(dy, x, mean, var, *of_columns, eps, out, threads, gate)
-        return sums[0, :, :size], sums[1, :, :size]
-
-
-@quiet
-def _columns(gamma: Table, beta: Table, dtype: np.dtype[Any]) -> Array:
-    """(P, S) tables as (2, P, places): with room for a vector behind the end of each row."""
-    rows, size = gamma.shape
-    columns = np.zeros((2, rows, -(-size // LANES) * LANES + LANES), dtype)
-    columns[0, :, :size], columns[1, :, :size] = gamma, beta
-    return columns
+        dgamma, dbeta = self._engine.backward_rows(dy, x, mean, var, gamma, eps, out, threads, gate)
+        return dgamma, dbeta
 
 
 _variants: dict[str, NativeBackend] = {}
