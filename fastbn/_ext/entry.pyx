@@ -626,28 +626,27 @@ cdef cnp.ndarray new_columns(Task* t, object gamma, object beta, int element):
     return columns
 
 
-cdef void fill_columns(Task* t, cnp.ndarray columns, Py_ssize_t which, object v, double default):
+cdef int fill_columns(Task* t, cnp.ndarray columns, Py_ssize_t which, object v,
+                      double default) except -1:
     """One of the two, rounded to the columns' type."""
     cdef Py_ssize_t places = cnp.PyArray_DIM(columns, 2), p, s
     cdef Py_ssize_t at = which * t.period * places
     cdef void* to = cnp.PyArray_DATA(columns)
     cdef bint single = cnp.PyArray_TYPE(columns) == cnp.NPY_FLOAT32
-    cdef double value = default
-    cdef Table given
+    cdef cnp.ndarray wide
+    cdef const double* values = &default
+    cdef Py_ssize_t step = 0
     if v is not None:
-        given = table(v)
+        wide = cnp.PyArray_Cast(v, cnp.NPY_FLOAT64)
+        values, step = <const double*> cnp.PyArray_DATA(wide), 1
     for p in range(t.period):
         for s in range(t.S):
-            if v is not None and given.single:
-                value = (<float*> given.data)[0]
-            elif v is not None:
-                value = (<double*> given.data)[0]
             if single:
-                (<float*> to)[at + p * places + s] = <float> value
+                (<float*> to)[at + p * places + s] = <float> values[0]
             else:
-                (<double*> to)[at + p * places + s] = value
-            if v is not None:
-                given.data += given.c
+                (<double*> to)[at + p * places + s] = values[0]
+            values += step
+    return 0
 
 
 cdef bint fits(Task* t, object v):
