@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from fastbn import checks
 from fastbn._caches import CALLS_SHARE, parts, scratch
 from fastbn.activations import LINEAR
-from fastbn.backends.base import ROW_BYTES, Backend, Gate, Part, Selection, Table, Tail
+from fastbn.backends.base import ROW_BYTES, RUN_BYTES, Backend, Gate, Part, Selection, Table, Tail
 from fastbn.elements import arithmetic
 from fastbn.layouts import Arrangement, channel_axis
 
@@ -32,8 +32,6 @@ Array = NDArray[Any]
 
 CHANNEL_BYTES = 160
 """Of the tables that a call makes here, for a channel: up to twenty float64 vectors at a time."""
-RUN_BYTES = 32
-"""Of the same, for a channel of each of many runs: what a trip gives."""
 WEIGHED = 16384
 """Samples whose weights are added up at a time."""
 SMALLEST = 1 << 20

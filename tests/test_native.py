@@ -96,6 +96,19 @@ def test_plain_calls_on_samples_have_the_bits_of_others(
             assert_same_bits(results, sample_calls(dtype, layout, bool(fused)))
 
 
+@pytest.mark.parametrize("name", CYTHON)
+@pytest.mark.parametrize("samples", [90, 100])
+def test_sums_over_samples_in_parts_or_not(name: str, samples: int) -> None:
+    """Beside what calls are worked on in parts, whatever the memory."""
+    x, dy, _, gamma, _ = made((samples, 200, 72), "NCHW", np.float64)
+    with activate(name):
+        _, mean, var = fastbn.instance_norm(x)
+        plain = fastbn.instance_norm_backward(dy, x, mean, var, gamma)
+        apart = np.repeat(dy, 2, -1)[..., ::2]
+        walked = fastbn.instance_norm_backward(apart, x, mean, var, gamma)
+    assert_same_bits(plain._asdict(), walked._asdict())
+
+
 @pytest.mark.parametrize("shape", [(6, 4, 10), (6, 10)])
 def test_arrays_that_are_not_plain_beside_one_that_is(shape: tuple[int, ...]) -> None:
     """Each argument of group norm and its backward may lie in memory as it likes."""

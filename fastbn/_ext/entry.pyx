@@ -17,7 +17,7 @@ from fastbn._caches import (
     CALLS_SHARE, FETCH, KERNELS_SHARE, L2, MOST_FOLDED, SCRATCH, SCRATCH_PART, SERIAL_BELOW, SPARSE,
     STREAM_MAPS, STREAM_PLANES, STREAM_ROWS, STRETCH,
 )
-from fastbn.backends.base import ROW_BYTES, depth
+from fastbn.backends.base import ROW_BYTES, RUN_BYTES, depth
 from fastbn.elements import is_bfloat16
 
 cimport numpy as cnp
@@ -102,7 +102,8 @@ tuning.stream_maps = STREAM_MAPS
 tuning.stretch, tuning.sparse, tuning.fetch = STRETCH, SPARSE, FETCH
 tuning.scratch = SCRATCH
 
-cdef Py_ssize_t most_folded = MOST_FOLDED, scratch_part = SCRATCH_PART, row_bytes = ROW_BYTES
+cdef Py_ssize_t most_folded = MOST_FOLDED, scratch = SCRATCH, scratch_part = SCRATCH_PART
+cdef Py_ssize_t row_bytes = ROW_BYTES, run_bytes = RUN_BYTES
 cdef double calls_share = CALLS_SHARE, kernels_share = KERNELS_SHARE
 
 
@@ -379,9 +380,14 @@ cdef Py_ssize_t table_bytes(Task* t) noexcept nogil:
     return rows_of_sums(t) * <Py_ssize_t> sizeof(double) + PACKED * t.real_bytes
 
 
-cdef Py_ssize_t limit_of(Task* t, double share) noexcept nogil:
-    """What tables with this share may take together."""
-    return <Py_ssize_t> (max(tuning.scratch, bytes_of(t) // scratch_part) * share)
+cdef Py_ssize_t limit_of(Task* t) noexcept nogil:
+    """What all tables together may take."""
+    return <Py_ssize_t> (max(tuning.scratch, bytes_of(t) // scratch_part) * kernels_share)
+
+
+cdef Py_ssize_t calls_limit(Task* t) noexcept nogil:
+    """What those of a verb may: above it verbs work in parts, and sums over runs are in parts."""
+    return <Py_ssize_t> (max(scratch, bytes_of(t) // scratch_part) * calls_share)
 
 
 cdef Py_ssize_t channels_at_once(Task* t) noexcept nogil:
@@ -389,7 +395,7 @@ cdef Py_ssize_t channels_at_once(Task* t) noexcept nogil:
 
     The verbs have a share of the limits as well, where they make tables of their own.
     """
-    cdef Py_ssize_t most = max(limit_of(t, kernels_share) // table_bytes(t) // LANES, 1) * LANES
+    cdef Py_ssize_t most = max(limit_of(t) // table_bytes(t) // LANES, 1) * LANES
     if t.C <= most or t.fold > 1 or t.pool > 1 or t.period > 0 or t.prepared != NULL:
         return max(most, t.C)
     return ceil_div(t.C, ceil_div(t.C, most) * LANES) * LANES
@@ -444,7 +450,7 @@ cdef int run_parts(Task* t, Run run, int threads) except -1 nogil:
     cdef Py_ssize_t most, G, C, g = 0, c
     cdef Task part
     schedule(t, threads)
-    if owners_of(t) * t.pitch * table_bytes(t) <= limit_of(t, kernels_share):
+    if owners_of(t) * t.pitch * table_bytes(t) <= limit_of(t):
         return run_part(t, run, threads)
     t.kept = most_chunks(t)     # some parts may be shared by all threads
     most = channels_at_once(t)
@@ -577,7 +583,7 @@ cdef object set_plain_samples(Task* t, object x, object layout, object sharing):
     N, C = cnp.PyArray_DIM(x, 0), t.channels
     S = cnp.PyArray_SIZE(x) // (N * C)
     groups, pool, shape = sharing(N, C)
-    if S == 1 and (pool == 1 or N * groups * row_bytes > limit_of(t, calls_share)):
+    if S == 1 and (pool == 1 or N * groups * row_bytes > calls_limit(t)):
         return None
     if S == 1:
         set_shape(t, 1, 1, N * groups, pool, False)
@@ -1014,7 +1020,7 @@ cdef class Engine:
             return None
         if not are_statistics(mean, shape) or not are_statistics(var, shape):
             return None
-        if 2 * <Py_ssize_t> sizeof(double) * t.G * t.channels > limit_of(&t, calls_share):
+        if t.G * t.channels * run_bytes > calls_limit(&t):
             return None
         t.mean, t.var = sample_table(&t, mean), sample_table(&t, var)
         results = set_plain_backward(&t, dy, x, mean, var, gamma, eps, activation, y, dresidual,

@@ -176,8 +176,10 @@ def pooled_coefficients(
     return GradientCoefficients(gamma * rstd, b, np.zeros_like(rstd), mean, rstd, rest)
 
 
+RUN_BYTES = 32
+"""Of a call's tables, for a channel of each of many runs: what a trip gives."""
 ROW_BYTES = 24
-"""Of the tables of a call on rows, for a row."""
+"""The same of rows, for a row."""
 
 
 def depth(period: int, size: int, rows: int) -> int:
