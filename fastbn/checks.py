@@ -624,17 +624,12 @@ def renormalization(value: Any, kind: type, tracks: bool, virtual_batch: int | N
             "renormalization is given, expected None where track_running_stats is False: it goes "
             "by the running statistics; leave one of them out"
         )
-    not_in_groups(value, virtual_batch)
-    return value
-
-
-def not_in_groups(renormalization: Any, virtual_batch: int | None) -> None:
-    """That a batch with renormalization has no groups."""
-    if renormalization is not None and virtual_batch is not None:
+    if virtual_batch is not None:
         raise ValueError(
             "renormalization and virtual_batch are both given, expected one of them: r and d are "
             "of the batch as a whole; leave one out"
         )
+    return value
 
 
 def limit(name: str, value: Any, least: float, meaning: str) -> None:

@@ -291,7 +291,9 @@ class BatchNorm(AffineLayer):
         count = count_of(x, self.layout, where, weights)
         runs = self._by_running(count)
         trains = self.training or self._observe is not None
-        k, corrected = self.virtual_batch if trains and not runs else None, None
+        k, corrected = None, None
+        if trains and not runs:
+            k = checks.virtual_batch(self.virtual_batch)
         selected: dict[str, Any] = {"layout": self.layout, "where": where}
         options: dict[str, Any] = {
             "activation": self.activation,
@@ -316,8 +318,9 @@ class BatchNorm(AffineLayer):
     ) -> tuple[BatchNormResult, Correction | None]:
         """Normalize by the batch's own statistics, and see to the running ones."""
         checks.option("nonfinite", self.nonfinite, checks.NONFINITE)
-        checks.not_in_groups(self.renormalization, selected["virtual_batch"])
-        counts = _counts(len(x), count, selected["virtual_batch"])
+        k = selected["virtual_batch"]
+        checks.renormalization(self.renormalization, Renormalization, True, k)
+        counts = _counts(len(x), count, k)
         updates = self._updates(counts)
         corrected = None
         if updates and self.renormalization is not None:
@@ -334,8 +337,7 @@ class BatchNorm(AffineLayer):
         for name, a in renewed.items():
             getattr(self, name)[...] = a
         if self._observe is not None:
-            in_groups = selected["virtual_batch"] is not None
-            whole = moments(x, layout=self.layout) if in_groups else result[1:]
+            whole = result[1:] if k is None else moments(x, layout=self.layout)
             self._observe(Moments(count, *whole))
         return result, corrected
 

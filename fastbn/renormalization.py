@@ -92,8 +92,12 @@ class Renormalization:
 def correction(
     mean: Array, var: Array, running_mean: Array, running_var: Array, eps: float, limits: Limits
 ) -> Correction:
-    """r and d of a batch; where ``running_var + eps`` is 0 they are 1 / r_max and 0."""
+    """r and d of a batch; where ``running_var + eps`` is 0 they are 1 / r_max and 0. Closed limits
+    ask nothing of the running statistics, which may be NaN."""
     rstd = inverse_deviation(running_var.astype(np.float64), eps)
-    r = np.clip(np.sqrt(var + eps) * rstd, 1 / limits.r_max, limits.r_max)
-    d = np.clip((mean - running_mean) * rstd, -limits.d_max, limits.d_max)
+    r, d = np.ones_like(rstd), np.zeros_like(rstd)
+    if limits.r_max > 1:
+        r = np.clip(np.sqrt(var + eps) * rstd, 1 / limits.r_max, limits.r_max)
+    if limits.d_max > 0:
+        d = np.clip((mean - running_mean) * rstd, -limits.d_max, limits.d_max)
     return Correction(r, d)

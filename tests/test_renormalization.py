@@ -316,3 +316,25 @@ def test_masks_do_not_go_with_groups() -> None:
     bn = made(virtual_batch=K)
     with refused(bn, ValueError, "virtual_batch and where are both given", x):
         bn(x, where=np.ones((SHAPE[0], 1, 1, 1), bool))
+
+
+def test_closed_limits_ask_nothing_of_running_statistics() -> None:
+    """Batch norm, also after a batch that left NaN in them."""
+    x = batch(SHAPE)[0]
+    bad = x.copy()
+    bad[0, 1] = np.nan
+    plain, closed = made(), made(renormalization=Renormalization())
+    for layer in (plain, closed):
+        layer(bad)
+    assert_same_bits({"y": closed(x)}, {"y": plain(x)})
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, "a"])
+def test_what_is_set_later_is_checked(k: Any) -> None:
+    """By the call, in the words of the constructor."""
+    layer, other = made(), made()
+    layer.virtual_batch, other.renormalization = k, k
+    with pytest.raises((TypeError, ValueError), match=r"^virtual_batch is "):
+        layer(batch(SHAPE)[0])
+    with pytest.raises(TypeError, match=r"^renormalization is "):
+        other(batch(SHAPE)[0])
