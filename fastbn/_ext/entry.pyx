@@ -658,7 +658,8 @@ cdef int fill_columns(Task* t, cnp.ndarray columns, Py_ssize_t which, object v,
 cdef bint fits(Task* t, object v):
     """Whether v is a native (C,) array of float32 or float64."""
     return (cnp.PyArray_CheckExact(v) and cnp.PyArray_NDIM(v) == 1
-            and cnp.PyArray_DIM(v, 0) == parameters_of(t) and cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray> v)
+            and cnp.PyArray_DIM(v, 0) == parameters_of(t)
+            and cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray> v)
             and (cnp.PyArray_TYPE(v) == cnp.NPY_FLOAT32 or cnp.PyArray_TYPE(v) == cnp.NPY_FLOAT64))
 
 
