@@ -41,7 +41,7 @@ from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy, memset
 
 from fastbn._ext.task cimport (
-    ACTIVE, AFFINE, AHEAD, BY_COLUMN, FEW_ROWS, GATED, GRADIENT_MOMENTS, INPUT_GRADIENT, KEEPS,
+    ACTIVE, AFFINE, AHEAD, BY_COLUMN, GATED, GRADIENT_MOMENTS, INPUT_GRADIENT, KEEPS,
     KINDS, MOMENTS, NO_MAP, NO_REDUCE, PACKED, RESIDUAL, ROWS_PICKED, SELECTED, WIDE, WITH_X,
     Operand, Table, Task,
 )
@@ -101,13 +101,8 @@ cdef extern from "simd.h" nogil:
     void add_moments(const element* x, long n, wide shift, wide unit, wide* first, wide* second)
     void add_gradients(const element* dy, const element* x, const element* y, long n, wide mean,
                        const bends* b, wide* first, wide* second)
-    ctypedef struct rows_at:
-        const element* dy
-        const element* x
-        const element* y
-        long dy_step, x_step, y_step
-    void add_both_ways(rows_at at, int rows, long n, const double* mean, const double* rstd,
-                       const double* gamma, const bends* b, wide* first, wide* second,
+    void add_both_ways(const element* dy, const element* x, const element* y, long n, double mean,
+                       double rstd, const double* gamma, const bends* b, wide* first, wide* second,
                        double* column_first, double* column_second)
     void add_picked_moments(const element* x, picks some, wide weight, long n, wide shift,
                             wide unit, wide* first, wide* second)
@@ -1515,67 +1510,46 @@ cdef void run_split(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
 
 # ---- Rows, back: both ways at once ----
 
-cdef inline void sum_few_rows(int kind, int rows, const Task* t, Py_ssize_t c, Py_ssize_t j,
-                              const double* mean, const double* rstd, double* column) noexcept nogil:
-    """The sums of a few rows, `period` apart from row c on, over chunk j, and of its columns."""
+cdef inline void sum_row(int kind, const Task* t, Py_ssize_t c, Py_ssize_t j, double mean,
+                         double rstd, double* column) noexcept nogil:
+    """The sums of row c over chunk j, and of its columns."""
     cdef Chunk k = chunk(t, j)
-    cdef Py_ssize_t s = 0, size = k.s1 - k.s0, r, after = t.period * t.places
-    cdef const double* gamma = t.gamma_wide + row_of_gamma(t, c) * t.places + k.s0
+    cdef Py_ssize_t s, size = k.s1 - k.s0, whole = size // 16 * 16
+    cdef Py_ssize_t place = row_of_gamma(t, c) * t.places + k.s0
+    cdef const double* gamma = t.gamma_wide + place
+    cdef double* dy_xhat = column + place
+    cdef double* dy = dy_xhat + t.period * t.places
     cdef double* sum = sums(t, 0, j) + c
-    cdef wide[FEW_ROWS] first, second
-    cdef rows_at p
-    cdef Summed at = summed_at(t, 0, 0, c, k.s0)
-    column += row_of_gamma(t, c) * t.places + k.s0
-    p.x_step, p.dy_step, p.y_step = t.x.c * t.period, t.source.c * t.period, t.other.c * t.period
-    for r in range(rows):
-        first[r], second[r] = wsplat(0), wsplat(0)
-    at.x_ahead, at.dy_ahead, at.y_ahead = rows * p.x_step, rows * p.dy_step, rows * p.y_step
-    while s < size:
-        for r in range(rows):
-            prefetch(at.x + s + (rows + r) * p.x_step, at.fetch)
-            prefetch(at.dy + s + (rows + r) * p.dy_step, at.fetch)
-        p.x, p.dy, p.y = at.x + s, at.dy + s, at.y + s
-        if s + 16 <= size:
-            add_both_ways(p, rows, 16, mean, rstd, gamma + s, &at.activation if kind & GATED
-                          else NULL, first, second, column + s, column + after + s)
-        else:
-            add_both_ways(p, rows, size - s, mean, rstd, gamma + s, &at.activation if kind & GATED
-                          else NULL, first, second, column + s, column + after + s)
-        s += 16
-    for r in range(rows):
-        sum[r * t.period] = wsum(first[r])
-        sum[t.pitch + r * t.period] = wsum(second[r])
+    cdef wide first = wsplat(0), second = wsplat(0)
+    cdef Summed p = summed_at(t, 0, 0, c, k.s0)
+    p.x_ahead = p.dy_ahead = p.y_ahead = ahead_values()
+    for s in range(0, whole, 16):
+        fetch_summed(kind, &p, s)
+        add_both_ways(p.dy + s, p.x + s, p.y + s, 16, mean, rstd, gamma + s,
+                      &p.activation if kind & GATED else NULL, &first, &second, dy_xhat + s, dy + s)
+    if whole < size:
+        add_both_ways(p.dy + whole, p.x + whole, p.y + whole, size - whole, mean, rstd,
+                      gamma + whole, &p.activation if kind & GATED else NULL, &first, &second,
+                      dy_xhat + whole, dy + whole)
+    sum[0], sum[t.pitch] = wsum(first), wsum(second)
 
 
-cdef inline void sum_rows_of(int kind, const Task* t, Py_ssize_t c, Py_ssize_t end,
-                             double* column) noexcept nogil:
-    """Rows c, c + period, ... before the end: four at a time."""
-    cdef Py_ssize_t j, i, left = (end - c + t.period - 1) // t.period
-    cdef double[FEW_ROWS] mean, rstd
-    while left > 0:
-        for i in range(min(left, FEW_ROWS)):
-            mean[i] = entry(&t.mean, 0, c + i * t.period, 0)
-            rstd[i] = inverse_root(entry(&t.var, 0, c + i * t.period, 1) + t.eps)
-        if left >= FEW_ROWS:
-            for j in range(t.chunks):
-                sum_few_rows(kind, FEW_ROWS, t, c, j, mean, rstd, column)
-            left -= FEW_ROWS
-            c += FEW_ROWS * t.period
-        else:
-            for j in range(t.chunks):
-                sum_few_rows(kind, 1, t, c, j, mean, rstd, column)
-            left -= 1
-            c += t.period
+cdef inline void sum_rows_of(int kind, const Task* t, double* column) noexcept nogil:
+    cdef Py_ssize_t c, j
+    cdef double mean, rstd
+    for c in range(t.C):
+        mean = entry(&t.mean, 0, c, 0)
+        rstd = inverse_root(entry(&t.var, 0, c, 1) + t.eps)
+        for j in range(t.chunks):
+            sum_row(kind, t, c, j, mean, rstd, column)
 
 
 cdef void sum_both_ways(const Task* t, double* column) noexcept nogil:
     """The sums of a block of rows, and of its columns."""
-    cdef Py_ssize_t c
-    for c in range(min(t.period, t.C)):
-        if t.kind & GATED:
-            sum_rows_of(GATED, t, c, t.C, column)
-        else:
-            sum_rows_of(0, t, c, t.C, column)
+    if t.kind & GATED:
+        sum_rows_of(WITH_X | GATED, t, column)
+    else:
+        sum_rows_of(WITH_X, t, column)
 
 
 cdef void add_up_columns(const Task* t, Py_ssize_t first, Py_ssize_t end) noexcept nogil:

@@ -617,11 +617,16 @@ INLINE double value_of(const element *p) {
     return *p;
 #endif
 }
+INLINE f64_register load_register(const double *p) {
+    f64_register v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE void store_register(double *p, f64_register v) { memcpy(p, &v, sizeof v); }
 /* Register by register: a struct copied whole would live in memory. */
 INLINE wide wload_table(const double *p) {
     wide w;
-    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++)
-        memcpy(&w.r[i], p + i * DOUBLES, sizeof w.r[i]);
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) w.r[i] = load_register(p + i * DOUBLES);
     return w;
 }
 INLINE wide wload_table_part(const double *p, long n) {
@@ -632,8 +637,7 @@ INLINE wide wload_table_part(const double *p, long n) {
     return w;
 }
 INLINE void wstore_table(double *p, wide w) {
-    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++)
-        memcpy(p + i * DOUBLES, &w.r[i], sizeof w.r[i]);
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) store_register(p + i * DOUBLES, w.r[i]);
 }
 INLINE wide wsplat(double a) {
     wide w;
@@ -811,41 +815,29 @@ INLINE void add_gradients(const element *dy, const element *x, const element *y,
         second->r[i] = add_beside(second->r[i], slope);
     }
 }
-/* Of n columns of a few rows, `steps` elements apart: add gamma * dy * (x - mean) and gamma * dy to
- * the rows' sums, and dy * xhat and dy to those of columns, one row after the other. */
-typedef struct {
-    const element *dy, *x, *y;
-    long dy_step, x_step, y_step;
-} rows_at;
-INLINE void add_both_ways(rows_at at, const int rows, long n, const double *mean,
-                          const double *rstd, const double *gamma, const bends *b, wide *first,
-                          wide *second, double *column_first, double *column_second) {
-    wide scale = wload_table(gamma);
-    wide dy_xhat = wload_table(column_first), dy = wload_table(column_second);
-    UNROLLED (int r = 0; r < rows; r++) {
-        UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) {
-            const element *p = at.x + i * DOUBLES, *q = at.dy + i * DOUBLES;
-            const element *o = at.y + i * DOUBLES;
-            f64_register d = (IS_WHOLE(n) ? widen(p) : widen_part(p, n, i)) - mean[r];
-            f64_register slope = IS_WHOLE(n) ? widen(q) : widen_part(q, n, i);
-            if (!IS_WHOLE(n))
-                d = first_lanes(d, n, i);
-            if (b)
-                slope = gate_wide(slope, IS_WHOLE(n) ? widen(o) : widen_part(o, n, i), b);
-            d *= slope;
-            first[r].r[i] += d * scale.r[i];
-            second[r].r[i] += slope * scale.r[i];
-            dy_xhat.r[i] += d * rstd[r];
-            dy.r[i] += slope;
-        }
-        at.dy += at.dy_step;
-        at.x += at.x_step;
-        at.y += at.y_step;
+/* Of n columns of a row: add gamma * dy * (x - mean) and gamma * dy to the row's sums, and dy * xhat
+ * and dy to those of the columns, which are in memory. */
+INLINE void add_both_ways(const element *dy, const element *x, const element *y, long n,
+                          double mean, double rstd, const double *gamma, const bends *b,
+                          wide *first, wide *second, double *column_first,
+                          double *column_second) {
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) {
+        const element *p = x + i * DOUBLES, *q = dy + i * DOUBLES, *r = y + i * DOUBLES;
+        double *of_xhat = column_first + i * DOUBLES, *of_dy = column_second + i * DOUBLES;
+        f64_register d = (IS_WHOLE(n) ? widen(p) : widen_part(p, n, i)) - mean;
+        f64_register slope = IS_WHOLE(n) ? widen(q) : widen_part(q, n, i);
+        f64_register scale = load_register(gamma + i * DOUBLES);
+        if (!IS_WHOLE(n))
+            d = first_lanes(d, n, i);
+        if (b)
+            slope = gate_wide(slope, IS_WHOLE(n) ? widen(r) : widen_part(r, n, i), b);
+        d *= slope;
+        first->r[i] += d * scale;
+        second->r[i] += slope * scale;
+        store_register(of_xhat, load_register(of_xhat) + d * rstd);
+        store_register(of_dy, add_beside(load_register(of_dy), slope));
     }
-    wstore_table(column_first, dy_xhat);
-    wstore_table(column_second, dy);
 }
-
 /* The same of those picked. */
 INLINE void add_picked_gradients(const element *dy, const element *x, const element *y, picks some,
                                  long n, wide mean, const bends *b, wide *first, wide *second) {

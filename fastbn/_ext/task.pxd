@@ -113,7 +113,6 @@ cdef struct Task:
 ctypedef void (*Run)(Task*) noexcept nogil
 
 cdef enum:
-    FEW_ROWS = 4        # rows that are summed together, and their columns with them
     PACKED = 8          # the most coefficients that a map has
     ROWS_PICKED = 16    # the most rows that are worked on together where a mask picks places
     WIDE = 48           # columns; rows at least as wide are picked one by one
