@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import checks
-from fastbn._caches import CALLS_SHARE, parts, scratch
+from fastbn._caches import CALLS_SHARE, CHANNEL_BYTES, parts, scratch
 from fastbn.activations import LINEAR
 from fastbn.backends.base import ROW_BYTES, RUN_BYTES, Backend, Gate, Part, Selection, Table, Tail
 from fastbn.elements import arithmetic
@@ -30,8 +30,6 @@ from fastbn.layouts import Arrangement, channel_axis
 
 Array = NDArray[Any]
 
-CHANNEL_BYTES = 160
-"""Of the tables that a call makes here, for a channel: up to twenty float64 vectors at a time."""
 WEIGHED = 16384
 """Samples whose weights are added up at a time."""
 SMALLEST = 1 << 20

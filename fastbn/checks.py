@@ -341,7 +341,7 @@ def virtual_batch(value: Any, **others: Any) -> int | None:
         if other is not None:
             raise ValueError(
                 f"virtual_batch and {name} are both given, expected one of them: {name} is of the "
-                f"batch as a whole; call batch_norm for each group of samples with its {name}"
+                f"batch as a whole; call the function for each group of samples with its {name}"
             )
     return n
 

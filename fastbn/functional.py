@@ -708,7 +708,14 @@ def _product(a: Table, b: Table) -> Table:
 def _add_into(totals: list[Array], at: slice, sums: tuple[Table, ...], *, anew: bool) -> None:
     """Add the sums of some runs to those of channels, or put them there."""
     for total, found in zip(totals, sums, strict=False):
-        total[at] = found.sum(0) if anew else total[at] + found.sum(0)
+        total[at] = found[0] if anew else _in_turn(total[at], found)
+
+
+def _in_turn(total: Array, found: Table) -> Array:
+    """total + found[0] + found[1] + ... in this order, so that no bit depends on the parts in which
+    runs are worked on. Of a single column `sum` would add up pairs."""
+    found[0] += total
+    return np.asarray(np.add.accumulate(found)[-1] if found.shape[1] == 1 else found.sum(0))
 
 
 def _nothing(parameters: list[Array]) -> list[Array]:

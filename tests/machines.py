@@ -13,9 +13,17 @@ ALWAYS_STREAM = dict.fromkeys(("stream_planes", "stream_rows", "stream_maps"), 0
 NEVER_STREAM = dict.fromkeys(ALWAYS_STREAM, 1 << 40)
 
 MACHINES = {
-    "usual caches, all streams": {"l2": 1 << 20, "fetch": 0, **ALWAYS_STREAM},
+    "usual caches, all streams": {
+        "l2": 1 << 20,
+        "trip": 1 << 19,
+        "lookahead": 1 << 24,
+        "fetch": 0,
+        **ALWAYS_STREAM,
+    },
     "tiny caches, all streams": {
         "l2": 1 << 12,
+        "trip": 1 << 10,
+        "lookahead": 1 << 12,
         "stretch": 48,
         "sparse": 16,
         "scratch": 1,
@@ -23,6 +31,8 @@ MACHINES = {
     },
     "vast caches, no streams": {
         "l2": 1 << 30,
+        "trip": 1 << 28,
+        "lookahead": 1 << 30,
         "stretch": 1 << 20,
         "sparse": 1 << 20,
         "fetch": 1 << 40,

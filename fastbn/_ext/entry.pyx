@@ -14,10 +14,10 @@
 
 from fastbn import activations
 from fastbn._caches import (
-    CALLS_SHARE, FETCH, KERNELS_SHARE, L2, MOST_FOLDED, SCRATCH, SCRATCH_PART, SERIAL_BELOW, SPARSE,
-    STREAM_MAPS, STREAM_PLANES, STREAM_ROWS, STRETCH,
+    CALLS_SHARE, CHANNEL_BYTES, FETCH, L2, LOOKAHEAD, MOST_FOLDED, SCRATCH, SCRATCH_PART,
+    SERIAL_BELOW, SPARSE, STREAM_MAPS, STREAM_PLANES, STREAM_ROWS, STRETCH, TRIP,
 )
-from fastbn.backends.base import ROW_BYTES, RUN_BYTES, depth
+from fastbn.backends.base import ROW_BYTES, SUM_BYTES, depth
 from fastbn.elements import is_bfloat16
 
 cimport numpy as cnp
@@ -86,6 +86,8 @@ cdef enum:
 # The thresholds of `fastbn._caches`; `tune` overrides them in experiments.
 cdef struct Tuning:
     Py_ssize_t l2
+    Py_ssize_t trip
+    Py_ssize_t lookahead
     Py_ssize_t serial_below
     Py_ssize_t stream_planes
     Py_ssize_t stream_rows
@@ -97,14 +99,16 @@ cdef struct Tuning:
 
 cdef Tuning tuning
 tuning.l2, tuning.serial_below = L2, SERIAL_BELOW
+tuning.trip, tuning.lookahead = TRIP, LOOKAHEAD
 tuning.stream_planes, tuning.stream_rows = STREAM_PLANES, STREAM_ROWS
 tuning.stream_maps = STREAM_MAPS
 tuning.stretch, tuning.sparse, tuning.fetch = STRETCH, SPARSE, FETCH
 tuning.scratch = SCRATCH
 
 cdef Py_ssize_t most_folded = MOST_FOLDED, scratch = SCRATCH, scratch_part = SCRATCH_PART
-cdef Py_ssize_t row_bytes = ROW_BYTES, run_bytes = RUN_BYTES
-cdef double calls_share = CALLS_SHARE, kernels_share = KERNELS_SHARE
+cdef Py_ssize_t row_bytes = ROW_BYTES, sum_bytes = SUM_BYTES
+cdef Py_ssize_t call_bytes = CHANNEL_BYTES
+cdef double calls_share = CALLS_SHARE
 
 
 def tune(**thresholds):
@@ -215,6 +219,8 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
     # Past the caches go whole lines only; rows of a few lines would mostly be ends. Planes that
     # follow each other are joined.
     t.large = total >= tuning.stream_rows
+    # Stretches of rows have their tables in L1, but memory wants long ones.
+    cdef Py_ssize_t stretch = tuning.stretch if t.large else tuning.stretch // inputs
     t.stream = t.map != NO_MAP and total >= streams_from(t)
     t.joined = t.stream and not t.inside and t.pieces == 1 and t.out.c == t.S
     t.stream = t.stream and (t.joined or row % LINE == 0 or row >= 1024)
@@ -222,20 +228,20 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
     t.planes_ahead = 0 if t.inside or plane > 4 * AHEAD else AHEAD // plane + 1
     t.threads = min(<Py_ssize_t> threads, max(1, 2 * total // tuning.serial_below - 1))
     if t.reduce == NO_REDUCE or t.inside and (t.G == 1 or is_uneven(t, t.G) or t.mask != NULL):
-        # In the order of memory: planes side by side, or rows. Stretches of them have their tables
-        # in L1, but memory wants long ones.
+        # In the order of memory: planes side by side, or rows.
         t.split = True
-        block = t.C if t.reduce == NO_REDUCE else tuning.stretch if t.large else tuning.stretch // inputs
+        block = t.C if t.reduce == NO_REDUCE else stretch
     elif t.inside:
         block = t.C     # runs, each by one thread
     elif t.column_sums != NULL:
-        block = max(tuning.l2 // 4 // column, 4)
+        block = max(tuning.trip // column, 1)
         t.threads = min(<Py_ssize_t> t.threads, ceil_div(t.C, t.deep))
     else:
         t.split = is_uneven(t, channels // t.pool)
-        block = 1 if t.split else tuning.l2 // 4 // column
-        # While one channel is written the next one is fetched, where the cache holds both.
-        t.lookahead = not t.split and t.map != NO_MAP and 2 * column * t.pool <= tuning.l2 * 9 // 10
+        block = 1 if t.split else tuning.trip // column
+        # While one block is written the next one is fetched, where the cache holds both.
+        t.lookahead = (not t.split and t.map != NO_MAP
+                       and 2 * column * t.pool * t.threads <= tuning.lookahead)
     if is_serial:
         t.threads = 1
     # Whoever is free takes the next block; small arrays are worked on where they were last time.
@@ -245,7 +251,7 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
     t.kept = most_chunks(t) if t.split or t.column_sums != NULL else 1
     t.stretch = t.C
     if t.inside and not t.split:
-        t.stretch = ceil_div(max(tuning.stretch // inputs, 16), 16) * 16
+        t.stretch = ceil_div(max(stretch, 16), 16) * 16
     t.pitch = pitch_of(t.C if t.split else t.block)
     t.group_pitch = pitch_of((t.C if t.split else t.block) // t.pool)
     t.map_block = even_block(t, t.C)
@@ -381,12 +387,16 @@ cdef Py_ssize_t table_bytes(Task* t) noexcept nogil:
 
 
 cdef Py_ssize_t limit_of(Task* t) noexcept nogil:
-    """What all tables together may take."""
-    return <Py_ssize_t> (max(tuning.scratch, bytes_of(t) // scratch_part) * kernels_share)
+    """What all tables together may take: what verbs leave, which of one run make few."""
+    cdef Py_ssize_t both = max(tuning.scratch, bytes_of(t) // scratch_part)
+    cdef Py_ssize_t calls = <Py_ssize_t> (both * calls_share)
+    if t.G == 1 and t.period == 0:
+        calls = min(calls, t.channels * call_bytes)
+    return both - calls
 
 
 cdef Py_ssize_t calls_limit(Task* t) noexcept nogil:
-    """What those of a verb may: above it verbs work in parts, and sums over runs are in parts."""
+    """What those of a verb may: above it verbs work in parts."""
     return <Py_ssize_t> (max(scratch, bytes_of(t) // scratch_part) * calls_share)
 
 
@@ -1021,7 +1031,7 @@ cdef class Engine:
             return None
         if not are_statistics(mean, shape) or not are_statistics(var, shape):
             return None
-        if t.G * t.channels * run_bytes > calls_limit(&t):
+        if t.G * t.channels * sum_bytes > calls_limit(&t):
             return None
         t.mean, t.var = sample_table(&t, mean), sample_table(&t, var)
         results = set_plain_backward(&t, dy, x, mean, var, gamma, eps, activation, y, dresidual,

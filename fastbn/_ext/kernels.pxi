@@ -27,12 +27,13 @@
 #    as one plane where it is one in memory; else, and on the way back, each channel is summed by
 #    itself, and the small step puts those of a group together. So a block is of whole groups.
 # 7. A row (of layer norm) is a plane whose gamma and beta are by column: maps multiply by them after
-#    or, back, before all else. The sums of columns are taken while a few rows are in the cache, for
-#    as many rows as depend on shape alone.
+#    or, back, before all else. The sums of columns are taken in the same walk as the row's, one row
+#    after the other: theirs stay in memory, the row's in registers. They are kept for as many rows
+#    as depend on shape alone.
 # 8. A trip over planes runs both passes on one block of channels, the second walk in reverse, so
 #    that it starts on what the cache still holds. Rows are walked in the order of memory, by all
-#    threads together, which meet between the passes; so are planes where single blocks would leave
-#    threads idle (few channels).
+#    threads together, which meet between the passes and then turn back; so are planes where single
+#    blocks would leave threads idle (few channels).
 
 from cython.parallel cimport parallel
 from cpython.pycapsule cimport PyCapsule_New
@@ -367,6 +368,19 @@ cdef inline void sum_columns(int kind, Summed p, Selected selected, const Marked
     wstore_table(second, other)
 
 
+cdef inline void sum_one_row(int kind, const Summed* p, Py_ssize_t width, const double* shift,
+                             const double* unit, double* first, double* second) noexcept nogil:
+    """The sums stay in memory: each is needed once."""
+    cdef Py_ssize_t s, whole = width // 16 * 16
+    for s in range(0, whole, 16):
+        fetch_summed(kind, p, s)
+        add(kind, p, s, 16, wload_table(shift + s), wload_table(unit + s), <wide*> (first + s),
+            <wide*> (second + s))
+    if whole < width:
+        add(kind, p, whole, width - whole, wload_table(shift + whole), wload_table(unit + whole),
+            <wide*> (first + whole), <wide*> (second + whole))
+
+
 cdef inline void sum_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t rows,
                           Py_ssize_t c0, Py_ssize_t width, double* sum,
                           Py_ssize_t ahead) noexcept nogil:
@@ -384,6 +398,9 @@ cdef inline void sum_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t n, P
     if kind & SELECTED:
         row = selected_at(t, g, n, 0)
         known = mark(t, row, rows, &marked)
+    elif rows == 1:
+        sum_one_row(kind, &p, width, shift + c0, unit + c0, sum + c0, second + c0)
+        return
     for c in range(c0, whole, 16):
         if kind & SELECTED and not known:
             selected = at_columns(t, &row, c)
@@ -1503,7 +1520,7 @@ cdef void run_split(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
     team_barrier()
     blocks = count_blocks(t, t.map_block)
     units = blocks * t.chunks
-    for u in range(units * thread // team, units * (thread + 1) // team):
+    for u in range(units * (thread + 1) // team - 1, units * thread // team - 1, -1):
         k = block(t, u % blocks, t.map_block)
         map_chunk(t, k.g, k.c0, k.c1, u // blocks, 0)
 

@@ -177,7 +177,9 @@ def pooled_coefficients(
 
 
 RUN_BYTES = 32
-"""Of a call's tables, for a channel of each of many runs: what a trip gives."""
+"""Of a call's tables, for a channel of each of many runs: what a trip takes and gives."""
+SUM_BYTES = 16
+"""The same where statistics are read where they lie."""
 ROW_BYTES = 24
 """The same of rows, for a row."""
 

@@ -61,6 +61,7 @@ from numba.core import extending
 from fastbn._caches import (
     FETCH,
     L2,
+    LOOKAHEAD,
     MOST_FOLDED,
     SERIAL_BELOW,
     SPARSE,
@@ -68,6 +69,7 @@ from fastbn._caches import (
     STREAM_PLANES,
     STREAM_ROWS,
     STRETCH,
+    TRIP,
     scratch,
 )
 from fastbn.activations import LINEAR, Activation, of
@@ -1084,7 +1086,7 @@ def _set_shape(job: Any, shape: tuple[int, int, int, int]) -> None:
 @_inline
 def _schedule(job: Any, threads: int, itemsize: int, machine: Any) -> None:
     """The order of work, on which no bit depends."""
-    l2, stream_from, streamed_row, stretch, sparse, fetch = machine
+    l2, block, ahead, stream_from, streamed_row, stretch, sparse, fetch = machine
     inside, columns, s = job.inside != 0, job.columns, job.size
     trip, writes = job.summed != NOTHING, job.written != NOTHING
     inputs = (2 if job.summed == GRADIENTS or job.written == GRADIENT else 1) + job.gated
@@ -1102,8 +1104,8 @@ def _schedule(job: Any, threads: int, itemsize: int, machine: Any) -> None:
     elif trip:
         groups = job.runs * columns
         split = 10 * groups < 9 * _ceil(groups, threads) * threads
-        most = 1 if split else l2 // 4 // column
-        lookahead = not split and writes and 2 * column <= l2 * 9 // 10
+        most = 1 if split else block // column
+        lookahead = not split and writes and 2 * column * threads <= ahead
     shared = not split and total > threads * l2
     units = job.runs * (job.chunks if split else 1)
     parts = _ceil(threads * (4 if shared else 1), units), threads if not split else 1
@@ -1132,22 +1134,22 @@ def _plan(words: Array, asked: Any, aside: Any, eps: float, table: Table) -> int
     threads, size = asked[:2]
     job = _job_at(words.ctypes.data)
     job.summed, job.written = asked[2:4]
-    beside, through = asked[22:26], asked[26:30]
+    beside, through = asked[24:28], asked[28:32]
     if aside is not None:
         beside, through = aside[0][3:7], aside[0][7:11]
         job.residual, job.gated, job.lets = aside[0][:3]
         job.slope, job.top = aside[1:]
     _set_shape(job, asked[4:8])
-    _schedule(job, threads, size, asked[8:14])
+    _schedule(job, threads, size, asked[8:16])
     job.table, job.eps, job.here = table.ctypes.data, eps, words.ctypes.data
-    job.start, job.sum, job.finish, job.write = asked[14:18]
+    job.start, job.sum, job.finish, job.write = asked[16:20]
     inside = job.inside != 0
     dense = job.columns * size if job.columns > job.channels else 0
-    _set_operand(job.x, asked[18:22], inside, dense, size)
-    _set_operand(job.dy, asked[22:26], inside, dense, size)
+    _set_operand(job.x, asked[20:24], inside, dense, size)
+    _set_operand(job.dy, asked[24:28], inside, dense, size)
     _set_operand(job.beside, beside, inside, dense, size)
     _set_operand(job.through, through, inside, dense, size)
-    _set_operand(job.out, asked[26:30], inside, dense, size)
+    _set_operand(job.out, asked[28:32], inside, dense, size)
     if job.lets != NOT and job.stream and _is_twin(job):
         job.lets = AS_OUT
     width = job.runs * job.pitch
@@ -2514,7 +2516,7 @@ def _call(
     masked = None if selection is None else True
     weighed = None if selection is None or selection.weights is None else True
     asked = (threads, x.itemsize, summed, written, *shape)
-    asked += (L2, streamed, STREAMED_ROW, STRETCH, SPARSE, FETCH)
+    asked += (L2, TRIP, LOOKAHEAD, streamed, STREAMED_ROW, STRETCH, SPARSE, FETCH)
     asked += _bodies(x.dtype, inside, summed, written, *kinds, masked, weighed)
     x_place, out_place = _place(x), _place(target)
     dy_place = x_place if dy is x else _place(dy)
