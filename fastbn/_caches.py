@@ -26,10 +26,11 @@ def cache_bytes(
 L2 = cache_bytes(2, 1 << 20)
 """A core's own cache."""
 
-TRIP = max(L2 // 2, 512 << 10)
-"""Operands of a block that goes through a whole trip: the second walk should find it in a core's
-own cache. Where that is 512 KiB, a quarter of it was 10 to 60 % slower, forward and backward in
-NCHW, at all sizes: what lies together in memory is short, and each block costs its beginning.
+TRIP = max(L2 // 2, min(L2, 512 << 10))
+"""Operands of a block that goes through a whole trip, of which the second walk should find most in
+a core's own cache. Where that is 512 KiB, all of it: a quarter was 10 to 60 % slower, forward and
+backward in NCHW, at all sizes. What lies together in memory is short then, and each block costs its
+beginning.
 """
 
 SERIAL_BELOW = 128 << 10
@@ -39,8 +40,8 @@ LAST = min(96 << 20, cache_bytes(3, 96 << 20))
 """The cache that cores share."""
 
 LOOKAHEAD = LAST // 2
-"""While a block of a trip is written the next is fetched, if all threads' two blocks of single
-channels stay below this: (32, 256, 56, 56) forward in NCHW 8.5 -> 7.6 ms.
+"""While a block of a trip is written the next is fetched, if the two blocks of all threads stay
+below this: (32, 256, 56, 56) forward in NCHW 8.5 -> 7.7 ms.
 """
 
 STREAM_PLANES = LAST // 2
@@ -106,13 +107,15 @@ def parts(channels: int, size: int, limit: int, channel_bytes: int) -> list[slic
     """The channels, of `size` values a sample, in parts whose tables stay below a limit.
 
     A part is whole vectors or has more columns than are ever folded, so that it has no other bits
-    than the whole array.
+    than the whole array; what cannot be divided so is one part.
     """
     most = max(limit // channel_bytes // 16, 1) * 16
     if channels <= most:
         return [slice(0, channels)]
     widest = MOST_FOLDED // 2 // size + 1
     last = channels if channels % 16 == 0 else (channels - widest) // 16 * 16
+    if last <= 0:
+        return [slice(0, channels)]
     step = ceil(last / (ceil(last / most) * 16)) * 16
     ends = [*range(step, last, step), last, *([channels] if last < channels else [])]
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]

@@ -50,7 +50,7 @@ SHAPES: tuple[tuple[int, ...], ...] = (
     (1501, 67),
     (2, 5001),
     (2, 20_003),
-    (2048, 1256),
+    (300, 5000),
 )
 OF_SAMPLES: tuple[tuple[int, ...], ...] = (
     # rows: narrow, broken lanes, whole ones, in pieces

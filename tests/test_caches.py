@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from fastbn import _caches
 
 
@@ -29,5 +31,21 @@ def test_cache_bytes(tmp_path: Path) -> None:
 
 def test_thresholds_are_possible() -> None:
     """Whatever this machine tells: no threshold is 0, and a trip's block fits before it streams."""
-    assert 0 < _caches.L2 < _caches.STREAM_PLANES <= _caches.STREAM_MAPS <= 96 << 20
+    assert 0 < _caches.TRIP <= _caches.L2
+    assert _caches.TRIP < _caches.STREAM_PLANES <= _caches.STREAM_MAPS <= 96 << 20
+    assert _caches.LOOKAHEAD > 0
     assert _caches.SERIAL_BELOW > 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+@pytest.mark.parametrize("channels", [1, 15, 16, 17, 100, 577, 640, 641, 700, 1000, 5001])
+def test_parts_are_all_channels(channels: int, size: int) -> None:
+    """In their order; each is whole vectors, or wider than what is folded, or all there is."""
+    widest = _caches.MOST_FOLDED // 2 // size
+    for most in (1, 16, 100, 512, 1000):
+        parts = _caches.parts(channels, size, 50 * most, 50)
+        assert [c for part in parts for c in range(part.start, part.stop)] == [*range(channels)]
+        for part in parts:
+            width = part.stop - part.start
+            assert width % 16 == 0 or width > widest or len(parts) == 1
+            assert part.start % 16 == 0

@@ -97,16 +97,22 @@ def test_plain_calls_on_samples_have_the_bits_of_others(
 
 
 @pytest.mark.parametrize("name", CYTHON)
-@pytest.mark.parametrize("shape", [(90, 200, 72), (100, 200, 72), (200, 200, 72), (40000, 1, 24)])
-def test_sums_over_samples_in_parts_or_not(name: str, shape: tuple[int, ...]) -> None:
-    """Beside what calls are worked on in parts, whatever the memory; a call that is whole at once
-    has higher a limit than one by way of the checks."""
+@pytest.mark.parametrize(
+    ("shape", "parts"), [((90, 200, 72), 1), ((100, 200, 72), 2), ((30000, 1, 24), 2)]
+)
+def test_sums_over_samples_in_parts_or_not(name: str, shape: tuple[int, ...], parts: int) -> None:
+    """A call that compiled code does whole has the bits of one by way of the checks, in parts."""
     x, dy, _, gamma, _ = made(shape, "NCHW", np.float64)
-    with activate(name):
+    apart = np.repeat(dy, 2, -1)[..., ::2]
+    with activate(name) as active:
         _, mean, var = fastbn.instance_norm(x)
-        plain = fastbn.instance_norm_backward(dy, x, mean, var, gamma)
-        apart = np.repeat(dy, 2, -1)[..., ::2]
-        walked = fastbn.instance_norm_backward(apart, x, mean, var, gamma)
+        given = x, mean, var, gamma
+        calls = [active.calls()]
+        plain = fastbn.instance_norm_backward(dy, *given)
+        calls.append(active.calls())
+        walked = fastbn.instance_norm_backward(apart, *given)
+        calls.append(active.calls())
+    assert np.diff(calls).tolist() == [1, parts]
     assert_same_bits(plain._asdict(), walked._asdict())
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from bits import assert_same_bits
 from checks import assert_within, judge_backward, judge_y
+from grid import TYPES
 from layers import CHANNELS, batch, fails, made, refused
 
 import fastbn
@@ -187,8 +188,8 @@ def test_training_is_renormalized(
 
 
 @pytest.mark.usefixtures("variant")
-def test_masks_weights_and_half_types() -> None:
-    """r and d are of what counts, and y is 0 elsewhere; half types are rounded once more."""
+def test_masks_and_weights() -> None:
+    """r and d are of what counts, and y is 0 elsewhere."""
     x, dy, _ = batch(SHAPE)
     where = np.random.default_rng(1).random((SHAPE[0], 1, *SHAPE[2:])) < 0.7
     weights = np.arange(SHAPE[0]) % 3 / 2
@@ -204,11 +205,24 @@ def test_masks_weights_and_half_types() -> None:
     bound = bound_y(y.dtype, exact, *given)
     counts = rows(np.broadcast_to(where, x.shape), "NCHW")
     judged = judge_y(y, exact, bound, "NCHW", None, None)
-    assert_within(judged.actual, np.where(counts, judged.expected, 0), judged.bound, "y")
+    expected, bound = (np.where(counts, a, 0) for a in judged[1:3])
+    assert_within(judged.actual, expected, bound, "y")
     dx = bn.backward(dy)
     assert not dx[~np.broadcast_to(where, dx.shape)].any()
-    half = made(renormalization=Renormalization(**OPEN))(x.astype(np.float16))
-    assert half.dtype == np.float16
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_types(dtype: str) -> None:
+    """y of a half type is within its bound."""
+    x = batch(SHAPE)[0].astype(TYPES[dtype])
+    limits = 3.0, 5.0
+    bn = made(renormalization=Renormalization(**OPEN), dtype="float64")
+    r, d, mean, var = by_formula(bn, x, limits)
+    given = mean, var, bn.gamma * r, bn.beta + bn.gamma * d, bn.eps
+    exact = normalize(wide(x, "NCHW"), *given)
+    bound = bound_y(x.dtype, exact, *given)
+    assert_within(*judge_y(bn(x), exact, bound, "NCHW", None, None))
 
 
 @pytest.mark.usefixtures("variant")

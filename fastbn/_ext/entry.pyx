@@ -228,20 +228,20 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
     t.planes_ahead = 0 if t.inside or plane > 4 * AHEAD else AHEAD // plane + 1
     t.threads = min(<Py_ssize_t> threads, max(1, 2 * total // tuning.serial_below - 1))
     if t.reduce == NO_REDUCE or t.inside and (t.G == 1 or is_uneven(t, t.G) or t.mask != NULL):
-        # In the order of memory: planes side by side, or rows.
+        # Shared chunks, in the order of memory: planes side by side, or rows.
         t.split = True
         block = t.C if t.reduce == NO_REDUCE else stretch
     elif t.inside:
         block = t.C     # runs, each by one thread
     elif t.column_sums != NULL:
-        block = max(tuning.trip // column, 1)
         t.threads = min(<Py_ssize_t> t.threads, ceil_div(t.C, t.deep))
+        block = rows_at_once(t, tuning.trip // column)
     else:
         t.split = is_uneven(t, channels // t.pool)
         block = 1 if t.split else tuning.trip // column
-        # While one block is written the next one is fetched, where the cache holds both.
-        t.lookahead = (not t.split and t.map != NO_MAP
-                       and 2 * column * t.pool * t.threads <= tuning.lookahead)
+        # While one block is written the next one is fetched, where the last cache holds all of them.
+        t.lookahead = (not t.split and t.map != NO_MAP and tuning.lookahead
+                       >= 2 * t.threads * column * max(block, t.pool))
     if is_serial:
         t.threads = 1
     # Whoever is free takes the next block; small arrays are worked on where they were last time.
@@ -256,6 +256,12 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
     t.group_pitch = pitch_of((t.C if t.split else t.block) // t.pool)
     t.map_block = even_block(t, t.C)
     set_rows(t)
+
+
+cdef Py_ssize_t rows_at_once(Task* t, Py_ssize_t most) noexcept nogil:
+    """Rows of a block, back: so many at most as all threads may have tables for."""
+    t.kept = most_chunks(t)
+    return max(min(most, limit_of(t) // (t.threads * table_bytes(t)) - 2 * LANES), 1)
 
 
 cdef bint is_uneven(Task* t, Py_ssize_t units) noexcept nogil:
@@ -631,12 +637,17 @@ cdef Py_ssize_t parameters_of(Task* t) noexcept:
     return t.period * t.S if t.period > 0 else t.channels
 
 
+cdef cnp.ndarray at_line(cnp.ndarray flat):
+    """From the first cache line that it holds on: a vector of it is in no more lines than it must."""
+    cdef Py_ssize_t before = -<size_t> cnp.PyArray_DATA(flat) & (LINE - 1)
+    return flat[before // cnp.PyArray_ITEMSIZE(flat) :]
+
+
 cdef cnp.ndarray new_columns(Task* t, object gamma, object beta, int element):
     """gamma and beta by column, (2, P, places), with room for a vector behind the end of each row."""
-    cdef cnp.npy_intp[3] shape
-    cdef cnp.ndarray columns
-    shape[0], shape[1], shape[2] = 2, t.period, pitch_of(t.S)
-    columns = cnp.PyArray_ZEROS(3, shape, element, 0)
+    cdef cnp.npy_intp places = pitch_of(t.S), size = 2 * t.period * places + LINE
+    cdef cnp.ndarray columns = at_line(cnp.PyArray_ZEROS(1, &size, element, 0))
+    columns = columns[: size - LINE].reshape(2, t.period, places)
     fill_columns(t, columns, 0, gamma, 1)
     fill_columns(t, columns, 1, beta, 0)
     return columns
@@ -810,18 +821,19 @@ cdef class Engine:
 
     cdef cnp.ndarray go_back_by_column(self, Task* t, cnp.ndarray x, object gamma, int threads):
         """Run, and give the sums of columns, (2, P, S)."""
-        cdef cnp.npy_intp[4] shape
+        cdef cnp.npy_intp size
         cdef cnp.ndarray sums, columns, doubles
         columns = new_columns(t, gamma, None, arithmetic_type(t))
         doubles = new_columns(t, gamma, None, cnp.NPY_FLOAT64)
         set_columns(t, columns)
         t.gamma_wide = <const double*> cnp.PyArray_DATA(doubles)
         t.deep = depth(t.period, t.S, t.C)
-        shape[0], shape[1], shape[2], shape[3] = ceil_div(t.C, t.deep), 2, t.period, t.places
-        sums = cnp.PyArray_EMPTY(4, shape, cnp.NPY_FLOAT64, 0)
+        size = ceil_div(t.C, t.deep) * 2 * t.period * t.places + LINE
+        sums = at_line(cnp.PyArray_EMPTY(1, &size, cnp.NPY_FLOAT64, 0))
         t.column_sums = <double*> cnp.PyArray_DATA(sums)
         self.go(t, x, threads)
-        return sums[0, :, :, : t.S]
+        sums = sums[: 2 * t.period * t.places].reshape(2, t.period, t.places)
+        return sums[:, :, : t.S]
 
     # The functions of a backend
 

@@ -33,7 +33,7 @@
 # 8. A trip over planes runs both passes on one block of channels, the second walk in reverse, so
 #    that it starts on what the cache still holds. Rows are walked in the order of memory, by all
 #    threads together, which meet between the passes and then turn back; so are planes where single
-#    blocks would leave threads idle (few channels).
+#    blocks would leave threads idle (few channels). A map alone goes forward: it has seen nothing.
 
 from cython.parallel cimport parallel
 from cpython.pycapsule cimport PyCapsule_New
@@ -1493,11 +1493,11 @@ cdef void run_blocks(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil
 
 
 cdef void run_split(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
-    """All threads share the chunks of all channels, in the order in which memory has them: unit
-    u is chunk u // blocks of block u % blocks."""
+    """All threads share the chunks of all channels: unit u is chunk u // blocks of block u % blocks.
+    Each sums its own in the order in which memory has them and, from where it came to, writes back."""
     cdef Task groups = groups_of(t) if t.grouped else t[0]
     cdef Py_ssize_t blocks = count_blocks(&groups, t.block), units = blocks * groups.chunks, u, b
-    cdef Py_ssize_t b0 = blocks * thread // team, b1 = blocks * (thread + 1) // team
+    cdef Py_ssize_t b0 = blocks * thread // team, b1 = blocks * (thread + 1) // team, u0, u1, i
     cdef Block k
     if t.reduce != NO_REDUCE:
         for b in range(b0, b1):
@@ -1520,7 +1520,9 @@ cdef void run_split(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
     team_barrier()
     blocks = count_blocks(t, t.map_block)
     units = blocks * t.chunks
-    for u in range(units * (thread + 1) // team - 1, units * thread // team - 1, -1):
+    u0, u1 = units * thread // team, units * (thread + 1) // team
+    for i in range(u1 - u0):
+        u = u0 + i if t.reduce == NO_REDUCE else u1 - 1 - i
         k = block(t, u % blocks, t.map_block)
         map_chunk(t, k.g, k.c0, k.c1, u // blocks, 0)
 
@@ -1552,6 +1554,7 @@ cdef inline void sum_row(int kind, const Task* t, Py_ssize_t c, Py_ssize_t j, do
 
 
 cdef inline void sum_rows_of(int kind, const Task* t, double* column) noexcept nogil:
+    """The sums of a block's rows, one after the other, and of its columns."""
     cdef Py_ssize_t c, j
     cdef double mean, rstd
     for c in range(t.C):
@@ -1562,7 +1565,6 @@ cdef inline void sum_rows_of(int kind, const Task* t, double* column) noexcept n
 
 
 cdef void sum_both_ways(const Task* t, double* column) noexcept nogil:
-    """The sums of a block of rows, and of its columns."""
     if t.kind & GATED:
         sum_rows_of(WITH_X | GATED, t, column)
     else:

@@ -1105,7 +1105,7 @@ def _schedule(job: Any, threads: int, itemsize: int, machine: Any) -> None:
         groups = job.runs * columns
         split = 10 * groups < 9 * _ceil(groups, threads) * threads
         most = 1 if split else block // column
-        lookahead = not split and writes and 2 * column * threads <= ahead
+        lookahead = not split and writes and 2 * threads * column * max(most, 1) <= ahead
     shared = not split and total > threads * l2
     units = job.runs * (job.chunks if split else 1)
     parts = _ceil(threads * (4 if shared else 1), units), threads if not split else 1
