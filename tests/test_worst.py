@@ -21,7 +21,7 @@ from variants import Variant
 
 import fastbn
 from benchmarks import oracle
-from benchmarks.oracle import DTYPES, Array, Wide, rows, to_layout
+from benchmarks.oracle import DTYPES, Array, Wide, rows, to_layout, wide
 
 LIMITS: dict[Any, float] = {np.float32: 1e6, np.float64: 1e12}
 """Of |mean|/s."""
@@ -127,6 +127,8 @@ def worst_of(r: Recipe) -> dict[str, float]:
         mean, var = (j.expected for j in judged[:2])
         inside = promised(r, x, var, mean)
         inside &= fits(*abs(rows(dy, r.layout).T), abs(gamma), abs(beta), dtype=r.dtype)
+        products = wide(dy, r.layout) * (wide(x, r.layout) - mean[:, None])
+        inside &= fits(abs(products).sum(1))
         statistics = np.where(inside, result.mean, 0), np.where(inside, result.var, 1)
         for frozen in (False, True):
             verb = fastbn.normalize_backward if frozen else fastbn.batch_norm_backward
