@@ -26,7 +26,7 @@ MACHINES = {
         "lookahead": 1 << 12,
         "stretch": 48,
         "sparse": 16,
-        "scratch": 1,
+        "scratch": 1 << 15,
         **ALWAYS_STREAM,
     },
     "vast caches, no streams": {
