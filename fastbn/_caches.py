@@ -28,7 +28,7 @@ L2 = cache_bytes(2, 1 << 20)
 
 TRIP = max(L2 // 2, min(L2, 512 << 10))
 """Operands of a block that goes through a whole trip, of which the second walk should find most in
-a core's own cache. Where that is 512 KiB, all of it: a quarter was 10 to 60 % slower, forward and
+a core's own cache. Where that is 512 KiB, all of it: a quarter was 8 to 45 % slower, forward and
 backward in NCHW, at all sizes. What lies together in memory is short then, and each block costs its
 beginning.
 """

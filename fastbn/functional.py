@@ -713,7 +713,7 @@ def _add_into(totals: list[Array], at: slice, sums: tuple[Table, ...], *, anew: 
 
 def _in_turn(total: Array, found: Table) -> Array:
     """total + found[0] + found[1] + ... in this order, so that no bit depends on the parts in which
-    runs are worked on. Of a single column `sum` would add up pairs."""
+    runs are worked on; `found` is used up. Of a single column `sum` would add up pairs."""
     found[0] += total
     return np.asarray(np.add.accumulate(found)[-1] if found.shape[1] == 1 else found.sum(0))
 
