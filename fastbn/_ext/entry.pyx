@@ -215,6 +215,7 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
     cdef Py_ssize_t column = max((t.N + (t.tail > 0)) * t.S * t.itemsize * inputs, 1)
     cdef Py_ssize_t channels = t.G * t.C, block
     t.split = t.lookahead = False
+    t.kept = most_chunks(t)
     cdef Py_ssize_t plane = t.S * t.itemsize, row = t.C * t.itemsize if t.inside else plane
     # Past the caches go whole lines only; rows of a few lines would mostly be ends. Planes that
     # follow each other are joined.
@@ -248,7 +249,8 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
     t.shared = not t.split and total > t.threads * tuning.l2
     t.fetch = total >= t.threads * tuning.fetch
     t.block = even_block(t, block)
-    t.kept = most_chunks(t) if t.split or t.column_sums != NULL else 1
+    if not t.split and t.column_sums == NULL:
+        t.kept = 1
     t.stretch = t.C
     if t.inside and not t.split:
         t.stretch = ceil_div(max(stretch, 16), 16) * 16
@@ -260,7 +262,6 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
 
 cdef Py_ssize_t rows_at_once(Task* t, Py_ssize_t most) noexcept nogil:
     """Rows of a block, back: so many at most as all threads may have tables for."""
-    t.kept = most_chunks(t)
     return max(min(most, limit_of(t) // (t.threads * table_bytes(t)) - 2 * LANES), 1)
 
 
