@@ -370,7 +370,7 @@ cdef inline void sum_columns(int kind, Summed p, Selected selected, const Marked
 
 cdef inline void sum_one_row(int kind, const Summed* p, Py_ssize_t width, const double* shift,
                              const double* unit, double* first, double* second) noexcept nogil:
-    """The sums stay in memory: each is needed once."""
+    """Of a single row, sums are added where they are: each is needed once."""
     cdef Py_ssize_t s, whole = width // 16 * 16
     for s in range(0, whole, 16):
         fetch_summed(kind, p, s)

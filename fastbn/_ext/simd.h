@@ -838,7 +838,7 @@ INLINE void add_both_ways(const element *dy, const element *x, const element *y,
         store_register(of_dy, add_beside(load_register(of_dy), slope));
     }
 }
-/* The same of those picked. */
+/* As `add_gradients`, of those picked. */
 INLINE void add_picked_gradients(const element *dy, const element *x, const element *y, picks some,
                                  long n, wide mean, const bends *b, wide *first, wide *second) {
     lanes mask = lanes_of(some);
