@@ -5,7 +5,7 @@ No bit of a result depends on them.
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, lcm
 from pathlib import Path
 
 
@@ -103,19 +103,20 @@ def scratch(array_bytes: int, share: float) -> int:
     return int(max(SCRATCH, array_bytes // SCRATCH_PART) * share)
 
 
-def parts(channels: int, size: int, limit: int, channel_bytes: int) -> list[slice]:
+def parts(channels: int, size: int, limit: int, channel_bytes: int, pool: int = 1) -> list[slice]:
     """The channels, of `size` values a sample, in parts whose tables stay below a limit.
 
-    A part is whole vectors or has more columns than are ever folded, so that it has no other bits
-    than the whole array; what cannot be divided so is one part.
+    A part is whole vectors, and whole groups of `pool` channels, or has more columns than are ever
+    folded, so that it has no other bits than the whole array; what cannot be divided so is one.
     """
-    most = max(limit // channel_bytes // 16, 1) * 16
+    whole = lcm(16, pool)
+    most = max(limit // channel_bytes // whole, 1) * whole
     if channels <= most:
         return [slice(0, channels)]
     widest = MOST_FOLDED // 2 // size + 1
-    last = channels if channels % 16 == 0 else (channels - widest) // 16 * 16
+    last = channels if channels % whole == 0 else (channels - widest) // whole * whole
     if last <= 0:
         return [slice(0, channels)]
-    step = ceil(last / (ceil(last / most) * 16)) * 16
+    step = ceil(last / (ceil(last / most) * whole)) * whole
     ends = [*range(step, last, step), last, *([channels] if last < channels else [])]
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]

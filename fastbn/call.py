@@ -103,14 +103,14 @@ class Span:
         wanted = None if gate.dresidual is None else self.target(gate.dresidual)
         return Gate(gate.activation, self.view(gate.y), wanted)
 
-    def parts(self, backend: Backend, array_bytes: int) -> list[Part]:
+    def parts(self, backend: Backend, array_bytes: int, pool: int = 1) -> list[Part]:
         """All runs and channels, in parts whose tables stay small beside the array; mostly one."""
         shape = self.arrangement.view_shape
         runs, _, channels, size = shape
         each = CHANNEL_BYTES + backend.channel_bytes(shape)
         limit = scratch(array_bytes, CALLS_SHARE)
         if runs == 1:
-            return [Part(slice(0, 1), some) for some in parts(channels, size, limit, each)]
+            return [Part(slice(0, 1), some) for some in parts(channels, size, limit, each, pool)]
         run_bytes, each = array_bytes // runs, each - CHANNEL_BYTES + RUN_BYTES
         at_once = max(limit // (each * channels), SMALLEST // run_bytes, 1)
         starts = range(0, runs, at_once)
@@ -233,7 +233,7 @@ class Call:
             where = np.broadcast_to(np.True_, shape)
         of_runs = None
         if weights is not None:
-            of_runs = np.ascontiguousarray(weights, np.float64)[None]
+            of_runs = np.require(weights, np.float64, ["C_CONTIGUOUS", "ALIGNED"])[None]
         return Selection(self.arrangement.mask(where), of_runs, self.count)
 
     def tail(self, activation: Any, residual: Any) -> Tail | None:
@@ -259,7 +259,7 @@ class Call:
         """A part's statistics, parameter, or its default, as a (G, C) table."""
         vector, runs = self.vectors[name], part.runs.stop - part.runs.start
         if vector is not None and vector.ndim == 2:
-            return np.asarray(vector[span.at(part, self.pool)], np.float64)
+            return np.require(vector[span.at(part, self.pool)], np.float64, ["ALIGNED"])
         row = np.full(part.channels.stop - part.channels.start, default)
         if vector is not None:
             row = vector[part.channels].astype(np.float64)

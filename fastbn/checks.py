@@ -930,13 +930,13 @@ def groups(value: Any, layer: NDArray[Any]) -> int:
     return n
 
 
-def outputs(layer: NDArray[Any], channels: int, transposed: bool) -> Owner:
+def outputs(layer: NDArray[Any], groups: int, transposed: bool) -> Owner:
     """The output channels of a layer, however its weight has them."""
-    axis = 1 if transposed else 0
-    per_group = f", {channels // layer.shape[1]} groups" if transposed else ""
+    axis, in_groups = (1, f", {groups} groups") if transposed else (0, "")
+    channels = layer.shape[axis] * (groups if transposed else 1)
     return Owner(
         channels,
-        f"weight has {channels} output channels (axis {axis} of shape {layer.shape}{per_group})",
+        f"weight has {channels} output channels (axis {axis} of shape {layer.shape}{in_groups})",
     )
 
 

@@ -76,8 +76,7 @@ def fold_into_conv(
     weight = checks.weight(weight)
     transposed = checks.flag("transposed", transposed)
     groups = checks.groups(groups, weight)
-    channels = weight.shape[1] * groups if transposed else weight.shape[0]
-    norm = _Norm.of(mean, var, gamma, beta, eps, checks.outputs(weight, channels, transposed))
+    norm = _Norm.of(mean, var, gamma, beta, eps, checks.outputs(weight, groups, transposed))
     factors = norm.affine.scale[:, None]
     if transposed:
         # An input channel reaches the output channels of its group alone.
@@ -137,7 +136,7 @@ def fold_into_linear(
     """
     weight = checks.weight(weight)
     if not checks.flag("before", before):
-        owner = checks.outputs(weight, weight.shape[0], transposed=False)
+        owner = checks.outputs(weight, 1, transposed=False)
         norm = _Norm.of(mean, var, gamma, beta, eps, owner)
         return norm.after(weight, norm.affine.scale[:, None], bias)
     owner = checks.inputs(weight)
@@ -167,7 +166,7 @@ class _Norm(NamedTuple):
     @quiet
     def before(self, weight: Array, bias: Any) -> Folded:
         """Of what a linear layer takes."""
-        owner = checks.outputs(weight, weight.shape[0], transposed=False)
+        owner = checks.outputs(weight, 1, transposed=False)
         given = np.zeros(1) if bias is None else checks.owned("bias", bias, owner)
         mean, scale, beta = self.affine
         shift = weight.astype(np.float64) @ (beta - mean * scale)

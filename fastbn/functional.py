@@ -140,7 +140,7 @@ def run_forward(call: Call, eps: float, tail: Tail | None, y: Array) -> tuple[Ta
         y.fill(0)
     for span in call.spans:
         view, target, of_span = span.view(call.array), span.target(y), span.tail(tail)
-        for part in span.parts(backend, call.array.nbytes):
+        for part in span.parts(backend, call.array.nbytes, call.pool):
             at, of_part = span.at(part, call.pool), of_span and of_span.part(part)
             parameters = call.table("gamma", 1.0, span, part), call.table("beta", 0.0, span, part)
             arrays = part.of(view), *parameters, eps, part.of(target)
@@ -643,7 +643,7 @@ def run_backward(
     for span in call.spans:
         target, through = span.target(dx), span.gate(gate)
         views = span.view(dy), None if frozen and not parameters else span.view(call.array), target
-        for part in span.parts(backend, call.array.nbytes):
+        for part in span.parts(backend, call.array.nbytes, call.pool):
             found = _part_backward(call, span, part, views, eps, frozen, through, total)
             _add_into(totals, part.channels, found, anew=call.runs is None)
         span.deliver(target, dx)

@@ -8,9 +8,12 @@
    memory (1, N*H*W, C, 1), whichever name it was handed over with.
 3. Where each sample is a run, and all of its channels that share statistics follow each other in
    memory, they are one *row*: (1, 1, R, S), R rows of S values with statistics of their own.
+   But many groups of few channels stay channels (`are_rows`).
 4. Backends accept two kinds of view: *channels outside* (S contiguous) and *channels inside*
    (S = 1, C contiguous). An array whose axes do not collapse into one of them is copied once,
    densely and in its own order: the order of summation, so every bit, is that of a dense array.
+5. The stride of an axis of length 1 means nothing, and NumPy leaves whatever was there. Here it
+   becomes that of a dense array, so that backends may go by every stride of a view.
 """
 
 from __future__ import annotations
@@ -66,24 +69,24 @@ class Arrangement:
             # A single column: its samples are the contiguous values of one channel.
             n, s = 1, n
         groups = runs or 1
-        if pool > 1 and n == groups and s == 1:
+        if n == groups and s == 1 and are_rows(x.shape[channel] // pool, pool):
             return Arrangement(axes, (1, 1, n * x.shape[channel] // pool, pool), by_row=True)
         return Arrangement(axes, (groups, n // groups, x.shape[channel], s))
 
     def view(self, a: NDArray[Any]) -> NDArray[Any]:
         """`a` as a native, aligned (G, N, C, S) array: where it lies, or else one dense copy."""
         a = np.asarray(a, dtype=a.dtype.newbyteorder("="))
-        v = a.transpose(self.axes).reshape(self.view_shape)
+        v = reshaped(a.transpose(self.axes), self.view_shape)
         return v if _is_walkable(v) else np.require(v, None, ["C_CONTIGUOUS", "ALIGNED"])
 
     def mask(self, where: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """An array like x but for a single channel, as contiguous (G, N, S)."""
         g, n, _, s = self.view_shape
-        return np.ascontiguousarray(where.transpose(self.axes)).reshape(g, n, s)
+        return reshaped(np.ascontiguousarray(where.transpose(self.axes)), (g, n, s))
 
     def target(self, out: NDArray[Any]) -> NDArray[Any]:
         """A (G, N, C, S) array to write: `out` itself if it can be walked, else a fresh one."""
-        v = np.asarray(out).transpose(self.axes).reshape(self.view_shape)
+        v = reshaped(np.asarray(out).transpose(self.axes), self.view_shape)
         if _is_walkable(v) and np.may_share_memory(v, out):
             return v
         return np.empty(self.view_shape, out.dtype)
@@ -98,6 +101,25 @@ class Arrangement:
         """A new array of `shape`, dense in this arrangement's memory order."""
         dense = np.empty(tuple(shape[axis] for axis in self.axes), dtype)
         return dense.transpose(np.argsort(self.axes))
+
+
+def are_rows(groups: int, pool: int) -> bool:
+    """Whether a sample's groups of `pool` channels, of one place, are rows: their gamma and beta by
+    column take up 32 places a group at least, and such tables have to stay small."""
+    return pool >= 16 or (pool > 1 and groups <= 400)
+
+
+def reshaped(a: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """`a.reshape(shape)`, with the strides of a dense array on axes of length 1."""
+    v = a.reshape(shape)
+    strides: list[int] = []
+    dense = v.itemsize
+    for length, stride in zip(reversed(v.shape), reversed(v.strides), strict=True):
+        strides.insert(0, stride if length > 1 else dense)
+        dense = length * strides[0]
+    if v.strides == tuple(strides):
+        return v
+    return np.lib.stride_tricks.as_strided(v, strides=strides)
 
 
 def _memory_order(x: NDArray[Any], channel: int) -> tuple[int, ...]:

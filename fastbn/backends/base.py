@@ -2,7 +2,7 @@
 
 1. Arrays come as views made by `fastbn.layouts`: native, aligned, not empty, all of one shape and
    element type, and of one of two kinds: channels outside (S contiguous) or channels inside
-   (S = 1, C contiguous). N and G may have any strides.
+   (S = 1, C contiguous). N and G may have any strides, and axes of length 1 those of a dense array.
 2. Statistics, parameters and sums are (G, C) float64 tables with any strides, so that a vector
    shared by all runs is the same table with a stride of 0.
 3. Passes write into arrays that the caller made, in place too: then `out` is the same view as one

@@ -87,6 +87,7 @@ from fastbn.backends.base import (
     quiet,
 )
 from fastbn.elements import SINGLE, arithmetic, is_bfloat16
+from fastbn.layouts import reshaped
 
 LANES = 16
 """Values in one `Lanes`: a cache line of float32."""
@@ -2562,7 +2563,7 @@ def _plain_view(a: Any, layout: Any) -> Array | None:
         return None
     if c > LANES and c * _channel_bytes(n, s) > scratch(a.nbytes, 1.0):
         return None
-    return a.reshape(1, 1, 1, n) if c == s == 1 else a.reshape(1, n, c, s)
+    return reshaped(a, (1, 1, 1, n)) if c == s == 1 else reshaped(a, (1, n, c, s))
 
 
 def _plain_vectors(channels: int, *vectors: Any) -> bool:
@@ -2637,7 +2638,7 @@ def _plain_tail(activation: Activation | None, residual: Any, x: Array, view: Ar
     """The tail of a plain call; False if it is not plain."""
     if activation is None or not (residual is None or _plain_like(residual, x)):
         return False
-    return Tail(activation, None if residual is None else residual.reshape(view.shape))
+    return Tail(activation, None if residual is None else reshaped(residual, view.shape))
 
 
 def _plain_gate(
@@ -2650,13 +2651,13 @@ def _plain_gate(
     if not (y is None or _plain_like(y, dy)):
         return False
     if dresidual is False:
-        return Gate(asked, y.reshape(view.shape), None), None
+        return Gate(asked, reshaped(y, view.shape), None), None
     fresh = dresidual is True
     wanted = _plain_output(None if fresh else dresidual, dy, apart=(y, *apart))
     if dresidual is None or wanted is None:
         return False
     own = dy if y is None else y
-    return Gate(asked, own.reshape(view.shape), wanted.reshape(view.shape)), wanted
+    return Gate(asked, reshaped(own, view.shape), reshaped(wanted, view.shape)), wanted
 
 
 # ---- Rows, scaled and shifted by column: in float64, from and to arrays of floats ----------------
@@ -2957,7 +2958,7 @@ class NumbaBackend(Backend):
             y = None if tail is False else _plain_output(out, x, residual)
             if y is None:
                 return None
-            self._map(view, table, y.reshape(view.shape), threads, tail)
+            self._map(view, table, reshaped(y, view.shape), threads, tail)
             return y
 
         return normalize
@@ -2981,7 +2982,7 @@ class NumbaBackend(Backend):
         if y is None:
             return None
         scale, shift = _or(gamma, 1.0), _or(beta, 0.0)
-        mean, var = self.forward(view, scale, shift, eps, y.reshape(view.shape), threads, tail)
+        mean, var = self.forward(view, scale, shift, eps, reshaped(y, view.shape), threads, tail)
         return y, mean[0], var[0]
 
     def _plain_normalize(self, *arguments: Any) -> Array | None:
@@ -2998,7 +2999,7 @@ class NumbaBackend(Backend):
         if y is None or not _scale(table, eps, False):
             return None
         affine = Affine(mean, table[0], _or(beta, 0.0))
-        self.normalize(view, affine, y.reshape(view.shape), threads, tail)
+        self.normalize(view, affine, reshaped(y, view.shape), threads, tail)
         return y
 
     def _plain_backward(
@@ -3025,13 +3026,13 @@ class NumbaBackend(Backend):
         table[0], table[1] = _or(gamma, 1.0), var
         if dx is None or not _scale(table, eps, not frozen):
             return None
-        target = dx.reshape(view.shape)
+        target = reshaped(dx, view.shape)
         if lone:
             coefficients = GradientCoefficients(table[:1], *[np.zeros((1, 1))] * 4)
             self.input_gradient(view, None, coefficients, target, threads, gate)
             return dx, None, None, through
         scale = _or(gamma, 1.0)
-        x = x.reshape(view.shape)
+        x = reshaped(x, view.shape)
         sums = self.backward(view, x, mean, var, scale, eps, frozen, target, threads, gate)
         if not params:
             return dx, None, None, through
