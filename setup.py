@@ -67,11 +67,21 @@ int main(void) {
 """
 
 
+# Loops over the sixteen lanes of a vector stay loops: unrolled in full they are vectorized badly
+# (normalizing one value a channel takes 2.7 ns a channel instead of 2.2) and take half as long
+# again to compile. The option is GCC's.
+LANES_STAY_LOOPS = "--param=max-completely-peel-times=8"
+NOTHING_PROBE = "int main(void) { return 0; }"
+
+
 class BuildExt(build_ext):
     """Compiles with OpenMP where a probe runs with it, and on all processors."""
 
     def build_extensions(self) -> None:
-        if self._openmp_runs():
+        if self._runs(NOTHING_PROBE, LANES_STAY_LOOPS, "-Werror"):
+            for extension in self.extensions:
+                extension.extra_compile_args.append(LANES_STAY_LOOPS)
+        if self._runs(OPENMP_PROBE, "-fopenmp"):
             for extension in self.extensions:
                 extension.extra_compile_args.append("-fopenmp")
                 extension.extra_link_args.append("-fopenmp")
@@ -85,11 +95,12 @@ class BuildExt(build_ext):
         self.parallel = os.cpu_count()
         super().build_extensions()
 
-    def _openmp_runs(self) -> bool:
+    def _runs(self, probe: str, *flags: str) -> bool:
+        """Whether a program compiles with these flags, and runs."""
         with tempfile.TemporaryDirectory() as folder:
             source, program = Path(folder, "probe.c"), Path(folder, "probe")
-            source.write_text(OPENMP_PROBE)
-            compiler = [*self.compiler.compiler, str(source), "-fopenmp", "-o", str(program)]
+            source.write_text(probe)
+            compiler = [*self.compiler.compiler, str(source), *flags, "-o", str(program)]
             try:
                 subprocess.run(compiler, check=True, capture_output=True)
                 subprocess.run([str(program)], check=True, timeout=60)

@@ -62,12 +62,6 @@ def count_of(x: Array, layout: str, where: Array | None, weights: Array | None) 
     return count(x, x.shape[channel_axis(layout, x.ndim)], selected, weights)
 
 
-def zero_gradient(x: Array, gamma: Array | None, channels: int) -> Array:
-    """Zeros for a gradient of gamma or beta: in gamma's type or, without, in arithmetic's."""
-    dtype = arithmetic(x.dtype) if gamma is None else gamma.dtype
-    return np.zeros(channels, dtype.newbyteorder("="))
-
-
 @dataclass(frozen=True)
 class Span:
     """Samples whose runs are alike, and how their memory is arranged."""
@@ -281,5 +275,7 @@ class Call:
         return np.zeros(self.channels, dtype)
 
     def gradient(self) -> Array:
-        """Zeros for a gradient of gamma or beta."""
-        return zero_gradient(self.array, self.vectors["gamma"], self.channels)
+        """Zeros for a gradient of gamma or beta: in gamma's type or, without, in arithmetic's."""
+        gamma = self.vectors["gamma"]
+        dtype = arithmetic(self.array.dtype) if gamma is None else gamma.dtype
+        return self.zeros(dtype.newbyteorder("="))

@@ -588,7 +588,7 @@ def _gradients(
 ) -> Gradients | ResidualGradients:
     """Both backward functions; `frozen` is what tells them apart."""
     backend, threads = current()
-    if all(given is None for given in (where, weights, sums, virtual_batch)):
+    if where is None and weights is None and sums is None and virtual_batch is None:
         plain = backend.plain_backward(*arguments, frozen, out, threads)
         if plain is not None:
             return named(*plain)
@@ -721,13 +721,6 @@ def _in_turn(total: Array, found: Table) -> Array:
 def _nothing(parameters: list[Array]) -> list[Array]:
     """Float64 totals of no runs, to which -0.0 may be added."""
     return [np.full(parameter.shape, -0.0) for parameter in parameters]
-
-
-def add_up(parameters: list[Array], sums: tuple[Table, ...]) -> None:
-    """The sums of all runs as the gradients of parameters."""
-    totals = _nothing(parameters)
-    _add_into(totals, slice(None), sums, anew=False)
-    round_into(parameters, totals)
 
 
 @quiet

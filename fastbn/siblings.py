@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 
 from fastbn import checks
 from fastbn.backends.base import Gate, Table, Tail, quiet
-from fastbn.call import Call, Sharing, SharingOf, zero_gradient
+from fastbn.call import Call, Sharing, SharingOf
 from fastbn.config import current
 from fastbn.functional import (
     ActivationName,
-    add_up,
     named,
     round_into,
     run_backward,
@@ -400,10 +399,10 @@ def _backward(
     params = checks.flag("params", params)
     backend, threads = current()
     fused = activation, y, dresidual, out
-    arguments = dy, x, sharing, mean, var, gamma, eps, layout, *fused, threads
+    arguments = dy, x, sharing, mean, var, gamma, eps, layout, params, *fused, threads
     plain = backend.plain_samples_backward(*arguments)
     if plain is not None:
-        return _of_samples(x, gamma, params, *plain)
+        return named(*plain)
     vectors = {"gamma": gamma, "mean": mean, "var": var}
     call = Call(x, "x", layout, sharing=sharing, single=False, **vectors)
     dy = checks.companion("dy", dy, "x", call.array)
@@ -416,22 +415,6 @@ def _backward(
     run = _rows_backward if _by_row(call) else run_backward
     run(call, dy, eps, gate, dx, parameters)
     dgamma, dbeta = parameters or (None, None)
-    return named(dx, dgamma, dbeta, dresidual)
-
-
-def _of_samples(
-    x: Array,
-    gamma: Array | None,
-    params: bool,
-    dx: Array,
-    dresidual: Array | None,
-    *sums: Table,
-) -> Gradients | ResidualGradients:
-    """The result, from dgamma and dbeta of each sample, or of all."""
-    if not params:
-        return named(dx, None, None, dresidual)
-    dgamma, dbeta = parameters = [zero_gradient(x, gamma, a.shape[1]) for a in sums]
-    add_up(parameters, sums)
     return named(dx, dgamma, dbeta, dresidual)
 
 

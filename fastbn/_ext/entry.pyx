@@ -19,12 +19,14 @@ from fastbn._caches import (
 )
 from fastbn.backends.base import ROW_BYTES, SUM_BYTES, depth
 from fastbn.elements import is_bfloat16
+from fastbn.layouts import are_rows
 
 cimport numpy as cnp
+from cython cimport floating
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport INFINITY, isfinite
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from fastbn._ext.task cimport (
     AFFINE, AHEAD, GRADIENT_MOMENTS, INPUT_GRADIENT, MOMENTS, NO_MAP, NO_REDUCE, PACKED, ROWS_PICKED,
@@ -137,10 +139,15 @@ cdef void set_shape(Task* t, Py_ssize_t G, Py_ssize_t N, Py_ssize_t C, Py_ssize_
     if inside and (C < FOLD_BELOW or C % 16 != 0 and N * C >= MANY):
         while k * C % 16 != 0:
             k *= 2
-        if k * C <= most_folded:
+        if k <= N and k * C <= most_folded:
             t.fold, t.C, t.N, t.tail = k, k * C, N // k, N % k * C
     t.pool = 1
     set_pitch(t)
+
+
+cdef bint is_inside(Py_ssize_t N, Py_ssize_t S, Py_ssize_t pool) noexcept nogil:
+    """Whether channels are inside: of one sample, groups of them are planes."""
+    return S == 1 and (N > 1 or pool == 1)
 
 
 cdef void set_pitch(Task* t) noexcept nogil:
@@ -386,6 +393,62 @@ cdef void set_samples(Task* t) noexcept nogil:
         t.numbers[c] = <unsigned char> (c // t.channels)
 
 
+# ---- Runs of one sample, as channels ----
+
+cdef enum:
+    OPERANDS = 6
+    TABLES = 11
+
+cdef void list_operands(Task* t, Operand** operands) noexcept nogil:
+    cdef Operand* every[OPERANDS]
+    every[:] = [&t.x, &t.dy, &t.out, &t.residual, &t.y, &t.dresidual]
+    memcpy(operands, every, sizeof(every))
+
+
+cdef void list_tables(Task* t, Table** tables) noexcept nogil:
+    cdef Table* every[TABLES]
+    every[:] = [&t.mean, &t.var, &t.gamma, &t.beta, &t.a, &t.b, &t.dy_mean, &t.rstd, &t.rest,
+                &t.first, &t.second]
+    memcpy(tables, every, sizeof(every))
+
+
+cdef bint is_joined(const Operand* a, Py_ssize_t channels) noexcept nogil:
+    """Whether the channels of a run follow those of the one before."""
+    return a.data == NULL or a.g == channels * a.c
+
+
+cdef bint join_table(Table* table, Py_ssize_t channels) noexcept nogil:
+    """The table as of one run, whose channels are those of all runs; whether there is such a one."""
+    cdef Py_ssize_t entries = channels // max(table.pool, 1)
+    if table.data == NULL or table.g == entries * table.c:
+        return True
+    table.period = entries
+    return table.g == 0 and table.pool <= 1
+
+
+cdef void join_runs(Task* t) noexcept nogil:
+    """Runs of one sample, whose memory is that of one run with the channels of all: the small step
+    takes sixteen channels at a time, and runs have fewer. No bit changes."""
+    cdef Task joined
+    cdef Operand* operands[OPERANDS]
+    cdef Table* tables[TABLES]
+    cdef Py_ssize_t i
+    cdef bint joins = True
+    if t.G == 1 or t.N > 1 or t.fold > 1 or t.mask != NULL:
+        return
+    joined = t[0]
+    list_operands(&joined, operands)
+    list_tables(&joined, tables)
+    for i in range(OPERANDS):
+        joins = joins and is_joined(operands[i], t.channels)
+    for i in range(TABLES):
+        joins = joins and join_table(tables[i], t.channels)
+    if joins:
+        set_shape(&joined, 1, 1, t.G * t.channels, t.S, t.inside)
+        joined.pool = t.pool
+        t[0] = joined
+
+
 # ---- In parts: the tables of a wide array with few values a channel would outgrow it ----
 
 cdef Py_ssize_t table_bytes(Task* t) noexcept nogil:
@@ -424,22 +487,23 @@ cdef void shift_operand(Operand* a, Py_ssize_t g, Py_ssize_t c, Py_ssize_t items
 
 
 cdef void shift_table(Table* table, Py_ssize_t g, Py_ssize_t c) noexcept nogil:
-    if table.data != NULL:
+    if table.period > 0:
+        table.phase += c
+    elif table.data != NULL:
         table.data += g * table.g + c * table.c
 
 
 cdef Task part_of(Task* t, Py_ssize_t g, Py_ssize_t G, Py_ssize_t c, Py_ssize_t C) noexcept nogil:
     """The task on G runs from run g on and, where rows are not folded, C channels from c on."""
     cdef Task part = t[0]
-    cdef Operand* operands[6]
-    cdef Table* tables[11]
+    cdef Operand* operands[OPERANDS]
+    cdef Table* tables[TABLES]
     cdef Py_ssize_t i
-    operands[:] = [&part.x, &part.dy, &part.out, &part.residual, &part.y, &part.dresidual]
-    tables[:] = [&part.mean, &part.var, &part.gamma, &part.beta, &part.a, &part.b, &part.dy_mean,
-                 &part.rstd, &part.rest, &part.first, &part.second]
-    for i in range(6):
+    list_operands(&part, operands)
+    list_tables(&part, tables)
+    for i in range(OPERANDS):
         shift_operand(operands[i], g, c, t.itemsize)
-    for i in range(11):
+    for i in range(TABLES):
         shift_table(tables[i], g, c)
     if t.mask != NULL:
         part.mask += g * t.mask_g
@@ -541,7 +605,7 @@ cdef Table table(cnp.ndarray a) noexcept:
     result.data = <char*> cnp.PyArray_DATA(a)
     result.g = cnp.PyArray_STRIDE(a, 0) if last == 1 else 0
     result.c = cnp.PyArray_STRIDE(a, last)
-    result.pool = 0
+    result.pool = result.period = result.phase = 0
     result.single = cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32
     return result
 
@@ -590,9 +654,8 @@ cdef bint set_plain_shape(Task* t, object x, object layout):
 
 
 cdef object set_plain_samples(Task* t, object x, object layout, object sharing):
-    """A plain shape with each sample as a run or, where it has one place, as rows: the shape of a
-    table of what shares statistics. None where tables of all rows would not be small, and for
-    statistics of single values."""
+    """A plain shape with each sample as a run or as rows: the shape of a table of what shares
+    statistics. None where tables of all rows would not be small."""
     cdef Py_ssize_t N, C, S, groups, pool
     if not set_plain_shape(t, x, layout):
         return None
@@ -600,17 +663,17 @@ cdef object set_plain_samples(Task* t, object x, object layout, object sharing):
     N, C = cnp.PyArray_DIM(x, 0), t.channels
     S = cnp.PyArray_SIZE(x) // (N * C)
     groups, pool, shape = sharing(N, C)
-    if S == 1 and (pool == 1 or N * groups * row_bytes > calls_limit(t)):
-        return None
-    if S == 1:
+    if S == 1 and are_rows(groups, pool):
+        if N * groups * row_bytes > calls_limit(t):
+            return None
         set_shape(t, 1, 1, N * groups, pool, False)
         t.period = groups
-    elif layout == "NHWC":
-        set_shape(t, N, S, C, 1, True)
-        t.pool = pool
+        return shape
+    if S == 1 or layout == "NHWC":
+        set_shape(t, N, S, C, 1, is_inside(S, 1, pool))
     else:
         set_shape(t, N, 1, C, S, False)
-        t.pool = pool
+    t.pool = pool
     return shape
 
 
@@ -693,16 +756,28 @@ cdef bint is_like(object a, object x):
 
 cdef bint is_valid_variance(Task* t, bint nan):
     """Whether no variance is negative or, unless allowed, NaN."""
-    cdef Py_ssize_t g, c
-    cdef char* at
-    cdef double v
+    cdef Py_ssize_t g, entries = t.channels // t.pool
     cdef bint valid = True
     for g in range(t.G):
-        at = t.var.data + g * t.var.g
-        for c in range(t.channels // t.pool):
-            v = (<float*> at)[0] if t.var.single else (<double*> at)[0]
-            valid &= v >= 0 or (nan and v != v)
-            at += t.var.c
+        if t.var.single:
+            valid &= are_variances(<float*> (t.var.data + g * t.var.g), entries,
+                                   t.var.c // <Py_ssize_t> sizeof(float), nan)
+        else:
+            valid &= are_variances(<double*> (t.var.data + g * t.var.g), entries,
+                                   t.var.c // <Py_ssize_t> sizeof(double), nan)
+    return valid
+
+
+cdef bint are_variances(const floating* var, Py_ssize_t entries, Py_ssize_t step,
+                        bint nan) noexcept nogil:
+    cdef Py_ssize_t c
+    cdef int valid = 1
+    if step == 1:
+        for c in range(entries):
+            valid &= (var[c] >= 0) | (nan & (var[c] != var[c]))
+    else:
+        for c in range(entries):
+            valid &= (var[c * step] >= 0) | (nan & (var[c * step] != var[c * step]))
     return valid
 
 
@@ -803,6 +878,7 @@ cdef class Engine:
         cdef int element = element_of(x), calls
         with nogil:
             set_element(t, element)
+            join_runs(t)
             set_chunks(t)
             set_groups(t)
             calls = enter_call()
@@ -877,9 +953,9 @@ cdef class Engine:
 
     def forward(self, cnp.ndarray x, cnp.ndarray gamma, cnp.ndarray beta, double eps,
                 cnp.ndarray out, int threads, tail, selection, Py_ssize_t pool):
-        cdef Task t = new_task(x, MOMENTS, AFFINE, selection)
+        cdef Task t = new_task(x, MOMENTS, AFFINE, selection, pool)
         t.x, t.out = operand(&t, x), operand(&t, out)
-        t.gamma, t.beta, t.eps, t.pool = table(gamma), table(beta), eps, pool
+        t.gamma, t.beta, t.eps = table(gamma), table(beta), eps
         fuse_tail(&t, tail)
         return self.with_tables(&t, x, threads, pool)
 
@@ -887,9 +963,9 @@ cdef class Engine:
                  cnp.ndarray gamma, double eps, bint frozen, cnp.ndarray out, int threads, gate,
                  selection, Py_ssize_t pool):
         cdef Map map = AFFINE if frozen else INPUT_GRADIENT
-        cdef Task t = new_task(x, GRADIENT_MOMENTS, map, selection)
+        cdef Task t = new_task(x, GRADIENT_MOMENTS, map, selection, pool)
         t.x, t.dy, t.out = operand(&t, x), operand(&t, dy), operand(&t, out)
-        t.mean, t.var, t.gamma, t.eps, t.pool = table(mean), table(var), table(gamma), eps, pool
+        t.mean, t.var, t.gamma, t.eps = table(mean), table(var), table(gamma), eps
         t.mean.pool = t.var.pool = pool
         fuse_gate(&t, gate, True)
         return self.with_tables(&t, x, threads)
@@ -1000,10 +1076,11 @@ cdef class Engine:
         t.mean, t.gamma, t.beta = table(affine.mean), table(affine.scale), table(affine.beta)
         set_pitch(&t)
         # The packed coefficients are what a call without samples leaves in its scratch.
-        t.packed, run = made.single, self.runs[<int> F32]
-        run(&t)
-        t.packed, run = made.double, self.runs[<int> F64]
-        run(&t)
+        if t.C > 0:
+            t.packed, run = made.single, self.runs[<int> F32]
+            run(&t)
+            t.packed, run = made.double, self.runs[<int> F64]
+            run(&t)
         return made.normalize
 
     def plain_backward(self, dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual,
@@ -1034,10 +1111,10 @@ cdef class Engine:
             return out, None, None, dresidual
         return out, dgamma, dbeta, dresidual
 
-    def plain_samples_backward(self, dy, x, sharing, mean, var, gamma, eps, layout, activation, y,
-                               dresidual, out, int threads):
-        """dgamma and dbeta are of each sample, (N, C), or of all, (1, C)."""
+    def plain_samples_backward(self, dy, x, sharing, mean, var, gamma, eps, layout, params,
+                               activation, y, dresidual, out, int threads):
         cdef Task t
+        cdef int element
         memset(&t, 0, sizeof(Task))
         shape = set_plain_samples(&t, x, layout, sharing)
         if shape is None or not is_like(dy, x):
@@ -1052,8 +1129,14 @@ cdef class Engine:
         if results is None:
             return None
         if t.period == 0:
-            return *results, *self.with_tables(&t, x, threads)
-        return *results, *self.go_back_by_column(&t, x, gamma, threads).reshape(2, 1, -1)
+            sums = self.with_tables(&t, x, threads)
+        else:
+            sums = self.go_back_by_column(&t, x, gamma, threads).reshape(2, 1, -1)
+        out, dresidual = results
+        if not params:
+            return out, None, None, dresidual
+        element = gradient_type(dy if gamma is None else gamma)
+        return out, add_up(sums[0], element), add_up(sums[1], element), dresidual
 
 
 cdef object set_plain_forward(Task* t, object x, object gamma, object beta, object eps,
@@ -1115,6 +1198,16 @@ cdef tuple set_plain_backward(Task* t, object dy, object x, object mean, object 
     return out, dresidual
 
 
+cdef cnp.ndarray add_up(cnp.ndarray sums, int element):
+    """The sums of all runs, (G, C) and dense: of each column one after the other, into the first."""
+    cdef Py_ssize_t G = cnp.PyArray_DIM(sums, 0), C = cnp.PyArray_DIM(sums, 1), g, c
+    cdef double* total = <double*> cnp.PyArray_DATA(sums)
+    for g in range(1, G):
+        for c in range(C):
+            total[c] += total[g * C + c]
+    return cnp.PyArray_Cast(sums[0], element)
+
+
 cdef int arithmetic_type(Task* t) noexcept:
     return cnp.NPY_FLOAT64 if t.real_bytes == 8 else cnp.NPY_FLOAT32
 
@@ -1151,13 +1244,12 @@ cdef void fuse_gate(Task* t, object gate, bint maps):
         t.dresidual = operand(t, gate.dresidual)
 
 
-cdef Task new_task(cnp.ndarray x, int reduce, int map, object selection):
+cdef Task new_task(cnp.ndarray x, int reduce, int map, object selection, Py_ssize_t pool=1):
     """A task on x's (G, N, C, S) shape."""
     cdef Task t
     memset(&t, 0, sizeof(Task))
-    set_shape(&t, cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2),
-              cnp.PyArray_DIM(x, 3), cnp.PyArray_DIM(x, 3) == 1)
-    t.reduce, t.map = <Reduce> reduce, <Map> map
+    set_view(&t, x, pool)
+    t.reduce, t.map, t.pool = <Reduce> reduce, <Map> map, pool
     if selection is not None:
         select_places(&t, selection.mask, selection.weights, selection.count)
     return t
@@ -1196,12 +1288,17 @@ cdef void set_parameters(Task* t, object gamma, object beta):
         t.beta = table(beta)
 
 
+cdef void set_view(Task* t, cnp.ndarray x, Py_ssize_t pool) noexcept:
+    """The shape of a (G, N, C, S) array."""
+    cdef Py_ssize_t N = cnp.PyArray_DIM(x, 1), S = cnp.PyArray_DIM(x, 3)
+    set_shape(t, cnp.PyArray_DIM(x, 0), N, cnp.PyArray_DIM(x, 2), S, is_inside(N, S, pool))
+
+
 def walks(cnp.ndarray a):
     """Whether a (G, N, C, S) view can be processed where it lies: folded rows must be dense."""
     cdef Task t
     memset(&t, 0, sizeof(Task))
-    set_shape(&t, cnp.PyArray_DIM(a, 0), cnp.PyArray_DIM(a, 1), cnp.PyArray_DIM(a, 2),
-              cnp.PyArray_DIM(a, 3), cnp.PyArray_DIM(a, 3) == 1)
+    set_view(&t, a, 1)
     return t.fold == 1 or cnp.PyArray_DIM(a, 1) == 1 \
         or cnp.PyArray_STRIDE(a, 1) == t.channels * cnp.PyArray_ITEMSIZE(a)
 

@@ -113,6 +113,7 @@ cdef extern from "simd.h" nogil:
     double inverse_root(double a)
     double power_of_two(double a)
     double rough_root(double a)
+    bint is_usual_scale(double a)
     double half_way(double a)
     double inverse_of_power(double a)
     double saturated(double a)
@@ -142,6 +143,8 @@ cdef inline double entry(const Table* t, Py_ssize_t g, Py_ssize_t c, double defa
         return default
     if t.pool > 1:
         c //= t.pool
+    if t.period > 0:
+        c = (c + t.phase) % t.period
     if t.single:
         return (<const float*> (t.data + g * t.g + c * t.c))[0]
     return (<const double*> (t.data + g * t.g + c * t.c))[0]
@@ -549,6 +552,18 @@ cdef inline void gather_pooled(const Table* table, Py_ssize_t g, Py_ssize_t c, P
         left -= 1
 
 
+cdef void gather_periodic(const Table* table, Py_ssize_t g, Py_ssize_t c, Py_ssize_t count,
+                          double* values) noexcept nogil:
+    cdef Py_ssize_t i, place = (c + table.phase) % table.period
+    cdef const char* row = table.data + g * table.g
+    for i in range(count):
+        if table.single:
+            values[i] = (<const float*> (row + place * table.c))[0]
+        else:
+            values[i] = (<const double*> (row + place * table.c))[0]
+        place = place + 1 if place + 1 < table.period else 0
+
+
 cdef inline void gather(const Table* table, Py_ssize_t g, Py_ssize_t c, Py_ssize_t count,
                         double default, double* values) noexcept nogil:
     """`count` entries from channel c on; the default where there are none."""
@@ -559,6 +574,8 @@ cdef inline void gather(const Table* table, Py_ssize_t g, Py_ssize_t c, Py_ssize
             values[i] = default
     elif table.pool > 1:
         gather_pooled(table, g, c, count, values)
+    elif table.period > 0:
+        gather_periodic(table, g, c, count, values)
     elif table.single and table.c == sizeof(float):
         for i in range(count):
             values[i] = (<const float*> row)[i]
@@ -736,16 +753,23 @@ cdef inline void pack_affine(real* row, Py_ssize_t pitch, Py_ssize_t count, doub
     """Some channels' coefficients near, hi, scale, shift of y = (x*near - hi)*scale + shift."""
     cdef double[16] near
     cdef double hi
+    cdef bint usual = True
     cdef Py_ssize_t i
+    for i in range(count):
+        usual &= is_usual_scale(scale[i])
     for i in range(16):
-        near[i] = half_way(scale[i])
+        near[i] = 1
+    if not usual:
+        for i in range(16):
+            near[i] = half_way(scale[i])
+            mean[i] *= near[i]
+            scale[i] *= inverse_of_power(near[i])
     for i in range(16):
-        mean[i] *= near[i]
-        scale[i] *= inverse_of_power(near[i])
         hi = <real> mean[i]
         beta[i] -= product(mean[i] - hi, scale[i])
-    for i in range(16):
-        scale[i] = saturated(scale[i])
+    if not usual:
+        for i in range(16):
+            scale[i] = saturated(scale[i])
     store_rounded(row, near, count)
     store_rounded(row + pitch, mean, count)
     store_rounded(row + 2 * pitch, scale, count)
@@ -908,13 +932,14 @@ cdef inline void pack_gradient(real* row, Py_ssize_t pitch, Py_ssize_t count,
 cdef void repeat(const Task* t, real* row, Py_ssize_t c0, int rows) noexcept nogil:
     """The channels' coefficients once for each sample in a row of memory, and their beginning
     once more behind the end, for vectors that reach into the next row."""
-    cdef Py_ssize_t i, c
+    cdef Py_ssize_t i, done, more, end = t.pitch if c0 == 0 and t.inside else t.C
     for i in range(rows):
-        for c in range(t.channels, t.C if t.fold > 1 else 0):
-            row[i * t.pitch + c] = row[i * t.pitch + c - t.channels]
-        if c0 == 0 and t.inside:
-            for c in range(t.C, t.pitch):
-                row[i * t.pitch + c] = row[i * t.pitch + c - t.C]
+        done = t.channels
+        while done < end:
+            more = min(done, end - done)
+            memcpy(row + done, row, more * sizeof(real))
+            done += more
+        row += t.pitch
 
 
 cdef void unpack(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
@@ -1393,39 +1418,21 @@ cdef inline Py_ssize_t next_block(Task* t, Py_ssize_t b, Py_ssize_t end) noexcep
     return min(fetch_add(&t.next_block, 1) if t.shared else b + 1, end)
 
 
-cdef inline void enter(Operand* a, const Block* k) noexcept nogil:
-    if a.data != NULL:
-        a.data += (k.g * a.g + k.c0 * a.c) * <Py_ssize_t> sizeof(element)
+cdef inline void enter(Operand* a, const Operand* whole, const Block* k) noexcept nogil:
+    if whole.data != NULL:
+        a.data = whole.data + (k.g * a.g + k.c0 * a.c) * <Py_ssize_t> sizeof(element)
 
 
-cdef inline void enter_table(Table* table, const Block* k) noexcept nogil:
-    if table.data != NULL:
-        table.data += k.g * table.g + k.c0 // max(table.pool, 1) * table.c
+cdef inline void enter_table(Table* table, const Table* whole, const Block* k) noexcept nogil:
+    if whole.period > 0:
+        table.phase = whole.phase + k.c0
+    elif whole.data != NULL:
+        table.data = whole.data + k.g * table.g + k.c0 // max(table.pool, 1) * table.c
 
 
-cdef Task task_of(const Task* t, const Block* k, Py_ssize_t thread) noexcept nogil:
-    """A block as a task of its own, with the thread's tables."""
+cdef Task thread_of(const Task* t, Py_ssize_t thread) noexcept nogil:
+    """The task with a thread's tables, for blocks of its own."""
     cdef Task own = t[0]
-    enter(&own.x, k)
-    enter(&own.source, k)
-    enter(&own.other, k)
-    enter(&own.out, k)
-    enter(&own.dresidual, k)
-    enter_table(&own.mean, k)
-    enter_table(&own.var, k)
-    enter_table(&own.gamma, k)
-    enter_table(&own.beta, k)
-    enter_table(&own.first, k)
-    enter_table(&own.second, k)
-    own.phase = k.c0
-    own.starts += k.g
-    if t.mask != NULL:
-        own.mask += k.g * t.mask_g
-        own.G -= k.g    # weights end where they did
-    if t.weights != NULL:
-        own.weights += k.g * t.weights_g
-    if not t.inside:
-        own.C = own.channels = k.c1 - k.c0
     own.shift += thread * t.pitch
     own.unit += thread * t.pitch
     own.total += thread * 2 * t.pitch
@@ -1436,8 +1443,33 @@ cdef Task task_of(const Task* t, const Block* k, Py_ssize_t thread) noexcept nog
     return own
 
 
+cdef void enter_block(Task* own, const Task* t, const Block* k) noexcept nogil:
+    """A thread's task on a block, as on a task of its own. (There may be a block for every few
+    values, and a Task is long: only what differs is written.)"""
+    enter(&own.x, &t.x, k)
+    enter(&own.source, &t.source, k)
+    enter(&own.other, &t.other, k)
+    enter(&own.out, &t.out, k)
+    enter(&own.dresidual, &t.dresidual, k)
+    enter_table(&own.mean, &t.mean, k)
+    enter_table(&own.var, &t.var, k)
+    enter_table(&own.gamma, &t.gamma, k)
+    enter_table(&own.beta, &t.beta, k)
+    enter_table(&own.first, &t.first, k)
+    enter_table(&own.second, &t.second, k)
+    own.phase = k.c0
+    own.starts = t.starts + k.g
+    if t.mask != NULL:
+        own.mask = t.mask + k.g * t.mask_g
+        own.G = t.G - k.g   # weights end where they did
+    if t.weights != NULL:
+        own.weights = t.weights + k.g * t.weights_g
+    if not t.inside:
+        own.C = own.channels = k.c1 - k.c0
+
+
 cdef Task groups_of(const Task* t) noexcept nogil:
-    """The task on planes of whole groups, as they are summed."""
+    """The task, or a block, on planes of whole groups, as they are summed."""
     cdef Task groups = t[0]
     groups.C = groups.channels = t.channels // t.pool
     groups.N, groups.S, groups.x.c = 1 if t.inside else t.N, t.group_size, t.group_size
@@ -1448,6 +1480,13 @@ cdef Task groups_of(const Task* t) noexcept nogil:
     groups.pitch, groups.planes_ahead = t.group_pitch, 0
     groups.pool = groups.first.pool = groups.second.pool = 1
     return groups
+
+
+cdef void enter_groups(Task* groups, const Task* own) noexcept nogil:
+    """Those of another block."""
+    groups.x.data, groups.starts = own.x.data, own.starts
+    groups.first.data, groups.second.data = own.first.data, own.second.data
+    groups.C = groups.channels = groups.stretch = own.channels // own.pool
 
 
 cdef inline void reduce_columns(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
@@ -1474,14 +1513,16 @@ cdef void run_blocks(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil
     cdef Py_ssize_t blocks = count_blocks(t, t.block), later, ahead, j
     cdef Py_ssize_t end = blocks if t.shared else blocks * (thread + 1) // team
     cdef Py_ssize_t b = next_block(t, blocks * thread // team - 1, end)
-    cdef Task own, groups
+    cdef Task own = thread_of(t, thread), groups
     cdef const Task* summed = &own
+    if t.grouped:
+        groups = groups_of(&own)
+        summed = &groups
     while b < end:
         k = block(t, b, t.block)
-        own = task_of(t, &k, thread)
+        enter_block(&own, t, &k)
         if t.grouped:
-            groups = groups_of(&own)
-            summed = &groups
+            enter_groups(&groups, &own)
         reduce_block(summed, 0, 0, summed.C)
         finish(&own, summed, 0, 0, own.C)
         later = next_block(t, b, end)
@@ -1584,7 +1625,7 @@ cdef void run_rows(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
     through both passes."""
     cdef Py_ssize_t pieces = (t.C + t.deep - 1) // t.deep, size = 2 * t.period * t.places
     cdef Py_ssize_t piece, c, end, j
-    cdef Task own
+    cdef Task own = thread_of(t, thread)
     cdef Block k
     cdef double* sum
     for piece in range(pieces * thread // team, pieces * (thread + 1) // team):
@@ -1593,7 +1634,7 @@ cdef void run_rows(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
         memset(sum, 0, size * sizeof(double))
         while c < end:
             k.g, k.c0, k.c1 = 0, c, min(c + t.block, end)
-            own = task_of(t, &k, thread)
+            enter_block(&own, t, &k)
             sum_both_ways(&own, sum)
             finish(&own, &own, 0, 0, own.C)
             for j in range(t.chunks - 1, -1, -1):

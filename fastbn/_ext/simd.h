@@ -883,11 +883,15 @@ INLINE double rough_root(double a) {
     memcpy(&a, &bits, sizeof a);
     return a;
 }
-/* 1 where float32 takes |a| in its stride; else a power of two near its square root. */
+/* Whether float32 multiplies by a without help from powers of two, or nothing helps. */
+INLINE int is_usual_scale(double a) {
+    int usual = (fabs(a) > 1e-18) & (fabs(a) < 1e18);
+    return usual | !is_finite(a) | (a == 0);
+}
+/* 1 for such; else a power of two near |a|'s square root. */
 INLINE double half_way(double a) {
     double power = power_of_two(rough_root(a));
-    int usual = (fabs(a) > 1e-18) & (fabs(a) < 1e18);
-    return choose(usual | !is_finite(a) | (a == 0), 1, power);
+    return choose(is_usual_scale(a), 1, power);
 }
 /* 1 / a for a power of two: the exponent mirrored about 0. */
 INLINE double inverse_of_power(double a) {

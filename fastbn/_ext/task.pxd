@@ -9,8 +9,9 @@ cdef struct Operand:
 cdef struct Table:
     # A (G, C) table of float64 or, where `single`, float32; strides count bytes. NULL data stands
     # for the default that its field names. Of `pool` channels together it has one entry; 0: of each.
+    # With a `period`, which is not 0 then, channel c has entry (c + phase) % period.
     char* data
-    Py_ssize_t g, c, pool
+    Py_ssize_t g, c, pool, period, phase
     bint single
 
 cdef enum Reduce:

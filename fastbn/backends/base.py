@@ -202,9 +202,9 @@ class Backend(ABC):
 
     A backend may have plain entries as well: the whole public call for plain arguments. Each takes
     the verb's arguments in order (`plain_backward` one more, `frozen`) and the number of
-    threads; those of group, instance and layer norm take what shares statistics after the arrays,
-    and give dgamma and dbeta of each sample, or of all. None means "not plain": nothing was
-    touched, and the caller checks, arranges and calls the eight functions instead.
+    threads; those of group, instance and layer norm take what shares statistics after the arrays.
+    None means "not plain": nothing was touched, and the caller checks, arranges and calls the eight
+    functions instead.
     """
 
     name: str
@@ -215,9 +215,9 @@ class Backend(ABC):
         staticmethod(_never_plain)
     )
     plain_samples: Callable[..., tuple[Array, Table, Table] | None] = staticmethod(_never_plain)
-    plain_samples_backward: Callable[..., tuple[Array, Array | None, Table, Table] | None] = (
-        staticmethod(_never_plain)
-    )
+    plain_samples_backward: Callable[
+        ..., tuple[Array, Array | None, Array | None, Array | None] | None
+    ] = staticmethod(_never_plain)
 
     def plain_frozen(
         self, affine: Affine, layout: str, activation: Activation
