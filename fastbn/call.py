@@ -27,39 +27,13 @@ from fastbn.activations import LINEAR
 from fastbn.backends.base import ROW_BYTES, RUN_BYTES, Backend, Gate, Part, Selection, Table, Tail
 from fastbn.elements import arithmetic
 from fastbn.layouts import Arrangement, channel_axis
+from fastbn.results import GradientSums
+from fastbn.weights import Weights, scaled, times_power, values
 
 Array = NDArray[Any]
 
-WEIGHED = 16384
-"""Samples whose weights are added up at a time."""
 SMALLEST = 1 << 20
 """Bytes of x whose runs are worked on at once, however large their tables."""
-
-
-def count(x: Array, channels: int, where: Array | None, weights: Array | None) -> float:
-    """Values of a channel that count, or the sum of their weights."""
-    places = int(x.size // channels) if channels else 0
-    if weights is None:
-        return places if where is None else int(np.count_nonzero(where))
-    weights = weights.astype(np.float64, copy=False)
-    if where is None or not places:
-        return float(weights.sum()) * (places / max(len(x), 1))
-    where = where.reshape(len(x), -1)
-    if where.shape[1] == 1:
-        # In blocks that stay in cache, where there may be a weight for every few values.
-        blocks = range(0, len(x), WEIGHED)
-        return float(
-            sum((where[i : i + WEIGHED, 0] * weights[i : i + WEIGHED]).sum() for i in blocks)
-        )
-    # Counted as bits: a sum of bytes over one axis takes ten times as long.
-    each = np.bitwise_count(np.packbits(where, axis=1)).sum(1, dtype=np.int64)
-    return float((each * weights).sum())
-
-
-def count_of(x: Array, layout: str, where: Array | None, weights: Array | None) -> float:
-    """The same of arguments as the verbs take them."""
-    selected = None if where is None else checks.where(where, "x", x, layout)
-    return count(x, x.shape[channel_axis(layout, x.ndim)], selected, weights)
 
 
 @dataclass(frozen=True)
@@ -178,18 +152,23 @@ class Call:
         selected = None if where is None else checks.where(where, name, x, layout)
         weights = None if weights is None else checks.weights(weights, name, x)
         self.apart = {"where": selected, "weights": weights}
-        self.count = count(x, self.channels, selected, weights)
+        self.weights: Weights | None = None
+        if weights is None:
+            self.count: float = values(x, self.channels, selected)
+        else:
+            self.weights = scaled(weights, x, self.channels, selected)
+            self.count = self.weights.count
         self.is_empty = prod(x.shape) == 0 or self.count == 0
         self.spans: list[Span] = []
         if not self.is_empty:
             self.arrangement = Arrangement.of(x, layout, by_sample=weights is not None)
-            self.spans = list(self._spans(selected, weights))
+            self.spans = list(self._spans(selected))
 
-    def _spans(self, where: Array | None, weights: Array | None) -> Iterator[Span]:
+    def _spans(self, where: Array | None) -> Iterator[Span]:
         """All samples as one run; or whole virtual batches as so many, and what is left as one."""
         n, k, start, run = len(self.array), self.virtual_batch, 0, 0
         if k is None:
-            selection = self._selected(where, weights)
+            selection = self._selected(where)
             yield Span(slice(0, n), slice(0, 1), self.arrangement, selection)
             return
         while start < n:
@@ -217,18 +196,27 @@ class Call:
             return np.empty_like(x, dtype, subok=False)
         return self.arrangement.fresh(x.shape, dtype)
 
-    def _selected(self, where: Array | None, weights: Array | None) -> Selection | None:
+    def _selected(self, where: Array | None) -> Selection | None:
         """What counts, as a backend takes it."""
-        if where is None and weights is None:
+        if where is None and self.weights is None:
             return None
         if where is None:
             shape = list(self.array.shape)
             shape[channel_axis(self.layout, self.array.ndim)] = 1
             where = np.broadcast_to(np.True_, shape)
-        of_runs = None
-        if weights is not None:
-            of_runs = np.require(weights, np.float64, ["C_CONTIGUOUS", "ALIGNED"])[None]
-        return Selection(self.arrangement.mask(where), of_runs, self.count)
+        of_runs = None if self.weights is None else self.weights.scaled[None]
+        return Selection(self.arrangement.mask(where), of_runs, self._scaled(self.count))
+
+    def _scaled(self, count: float) -> float:
+        """A sum of weights as given, as one of weights as a backend takes them."""
+        return count if self.weights is None else times_power(count, self.weights.exponent)
+
+    def sums(self, given: Any) -> GradientSums | None:
+        """Those of a whole batch, checked, as a backend takes them; None of None."""
+        if given is None:
+            return None
+        known = checks.gradient_sums(given, self.count, self.name, self.array, self.layout)
+        return known._replace(count=self._scaled(known.count))
 
     def tail(self, activation: Any, residual: Any) -> Tail | None:
         """What follows normalization, on arrays; None for nothing."""

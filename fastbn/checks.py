@@ -143,6 +143,17 @@ def weights(value: Any, x_name: str, x: NDArray[Any]) -> NDArray[Any]:
     return a
 
 
+def total_weight(value: float) -> float:
+    """The sum of all weights: a float64."""
+    if value == math.inf:
+        raise ValueError(
+            f"weights add up to more than {sys.float_info.max:.4g} over the values of a channel, "
+            "expected a sum that float64 holds; their scale changes nothing but the count: divide "
+            "them by the largest"
+        )
+    return value
+
+
 def activation(value: Any) -> Activation:
     """What is done to y last; `activations.of` knows them."""
     known = activations.of(value)
@@ -444,17 +455,50 @@ def batch_of(made: str, x: Any, channels: int, layout: str) -> NDArray[Any]:
 # ---- Moments and populations ----
 
 
-def flat_moments(name: str, value: Any) -> tuple[float, NDArray[Any], NDArray[Any]]:
-    """A count and two vectors of a value a channel, from one flat array."""
+def flat_moments(name: str, value: Any) -> tuple[float, float, NDArray[Any], NDArray[Any]]:
+    """Two numbers about counts and two vectors of a value a channel, from one flat array."""
     a = array(name, value)
-    if a.ndim != 1 or a.size % 2 == 0:
+    if a.ndim != 1 or a.size % 2 or not a.size:
         raise ValueError(
-            f"{name} has shape {a.shape}, expected (1 + 2 * channels,): a count and two vectors, "
-            "as Moments gives them"
+            f"{name} has shape {a.shape}, expected (2 + 2 * channels,): two numbers and two "
+            "vectors, as Moments gives them"
         )
-    first, second = a[1:].astype(np.float64).reshape(2, -1)
-    n = float(a[0])
-    return count(f"{name}[0]", int(n) if n.is_integer() else n), first, second
+    first, second = a[2:].astype(np.float64).reshape(2, -1)
+    n, m = (
+        count(f"{name}[{i}]", int(number) if number.is_integer() else number)
+        for i, number in enumerate(a[:2].tolist())
+    )
+    return n, m, first, second
+
+
+def effective_count(value: Any, total: float) -> float:
+    """As many values as these that weigh `total` come to; where not given, they weigh 1 each."""
+    if value is None:
+        return max(total, 1) if total else 0
+    n = count("effective_count", value)
+    if n < 1 if total else n:
+        raise ValueError(
+            f"effective_count is {n}, expected {'1 or more' if total else 0} where count is "
+            f"{total}: how many values, if all weighed the same; leave it out if they do"
+        )
+    return n
+
+
+def squared_weights(value: float, total: float) -> float:
+    """The effective number of values from the sum of their squared weights, and of their weights.
+
+    Parts whose squares are subnormal may be among them.
+    """
+    if value == total:
+        return effective_count(None, total)
+    n = total * (float(total) / value) if value >= 2.0**-960 else 0.0
+    if not 1 - ROUNDING <= n < math.inf:
+        raise ValueError(
+            f"sums[1] is {value} where sums[0] is {total}, expected the sum of the squared weights "
+            "of values that weigh so much; add up what to_sums gives or, where squares are out of "
+            "float64's range, multiply all weights by one number before"
+        )
+    return max(n, 1.0)
 
 
 def same_channels(mean: NDArray[Any], other: Any, kind: type) -> None:
@@ -522,16 +566,19 @@ def walks(batches: Any, number: int = 1) -> None:
         )
 
 
-def unbiased_factor(n: float) -> float:
+def unbiased_factor(count: float, n: float) -> float:
     """n / (n - 1), for more than one value."""
-    if not n > 1:
+    if n <= 1 + ROUNDING:
+        came = f"count is {n}" if n == count else f"effective_count is {n}"
         raise ValueError(
-            f"count is {n}, expected more than 1: one value has no unbiased variance; "
+            f"{came}, expected more than 1: one value has no unbiased variance; "
             "give more values, or use the biased var"
         )
     return n / (n - 1)
 
 
+ROUNDING = 2.0**-40
+"""How near to 1 an effective number of values tells too little of n - 1."""
 METHODS = ("exact", "average")
 ONE_VALUE = ("raise", "running", "skip")
 NONFINITE = ("update", "raise", "skip")
@@ -688,8 +735,7 @@ def several_values(
     """More than one value a channel in each group, where the layer's policy asks for it."""
     if one_value(policy, tracks, virtual_batch) != "raise":
         return
-    n, running = counts.min(), "'running' (use the running statistics) or "
-    came = "one value a channel" if n == 1 else f"values that weigh {n} a channel"
+    came, running = "one value a channel", "'running' (use the running statistics) or "
     if len(counts) > 1:
         came += f" in group {counts.argmin()} of {len(counts)} (virtual_batch is {virtual_batch})"
     if not tracks or virtual_batch is not None:

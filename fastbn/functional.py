@@ -85,7 +85,8 @@ def batch_norm(
         as of shape (N, 1, H, W) or (N, H, W, 1). What stands elsewhere, NaN included, changes
         nothing, and y is 0 there.
     weights : ndarray of float32 or float64, shape (N,), optional
-        How much each sample counts in the statistics, zero or more; y is computed for all.
+        How much each sample counts in the statistics, zero or more; y is computed for all. All
+        times one number they give the same; their sum over all values has to fit float64.
     virtual_batch : int, optional
         Normalize each group of so many consecutive samples by its own statistics, the last group
         perhaps a smaller one ("ghost" batches: Hoffer et al. 2017). Without `where` and `weights`.
@@ -602,7 +603,7 @@ def _gradients(
     dy = checks.companion("dy", dy, name, call.array)
     checks.variance(var, nan=not frozen)
     eps = checks.epsilon(eps)
-    total = None if sums is None else checks.gradient_sums(sums, call.count, name, x, layout)
+    total = call.sums(sums)
     gate = call.gate(activation, y, dresidual, dy, x)
     dresidual = None if gate is None else gate.dresidual
     dx = call.output("out", out, {"dy": dy, "x": x}, {"y": y, "dresidual": dresidual})

@@ -21,7 +21,6 @@ from numpy.typing import DTypeLike, NDArray
 from fastbn import checks
 from fastbn.affine_layer import PARAMETERS, AffineLayer
 from fastbn.backends.base import Affine, normal_scale, quiet
-from fastbn.call import count_of
 from fastbn.frozen import FrozenBatchNorm
 from fastbn.functional import (
     ActivationName,
@@ -35,6 +34,7 @@ from fastbn.functional import (
 from fastbn.renormalization import Correction, Renormalization, correction
 from fastbn.results import BatchNormResult
 from fastbn.statistics import Moments
+from fastbn.weights import Size, size
 
 Array = NDArray[Any]
 
@@ -94,7 +94,8 @@ class BatchNorm(AffineLayer):
     decay : float from 0 to 1, optional
         The weight of the old, in place of `momentum`.
     unbiased : bool
-        Whether the variance that runs is the unbiased one, n / (n - 1) times the batch's.
+        Whether the variance that runs is the unbiased one, n / (n - 1) times the batch's; with
+        weights w ``n = sum(w)**2 / sum(w**2)``.
     scale, shift : bool
         Whether there is a gamma, a beta.
     track_running_stats : bool
@@ -286,10 +287,8 @@ class BatchNorm(AffineLayer):
             or a policy says so. Nothing has been written.
         """
         checks.batch_of("BatchNorm", x, self.channels, self.layout)
-        if weights is not None:
-            checks.weights(weights, "x", x)
-        count = count_of(x, self.layout, where, weights)
-        runs = self._by_running(count)
+        counted = size(x, self.layout, where, weights)
+        runs = self._by_running(counted.effective)
         trains = self.training or self._observe is not None
         k, corrected = None, None
         if trains and not runs:
@@ -306,7 +305,7 @@ class BatchNorm(AffineLayer):
             y = normalize(x, mean, var, self.gamma, self.beta, **selected, **options)
         else:
             selected |= {"weights": weights, "virtual_batch": k}
-            (y, mean, var), corrected = self._by_batch(x, count, selected, options)
+            (y, mean, var), corrected = self._by_batch(x, counted, selected, options)
         x_kept = None if out is not None and checks.share(out, x) else x
         y_kept = None if self.activation is None else y
         statistics = mean, var, y_kept, runs
@@ -314,13 +313,13 @@ class BatchNorm(AffineLayer):
         return y
 
     def _by_batch(
-        self, x: Array, count: float, selected: dict[str, Any], options: dict[str, Any]
+        self, x: Array, counted: Size, selected: dict[str, Any], options: dict[str, Any]
     ) -> tuple[BatchNormResult, Correction | None]:
         """Normalize by the batch's own statistics, and see to the running ones."""
         checks.option("nonfinite", self.nonfinite, checks.NONFINITE)
         k = selected["virtual_batch"]
         checks.renormalization(self.renormalization, Renormalization, True, k)
-        counts = _counts(len(x), count, k)
+        counts = _counts(len(x), counted.effective, k)
         updates = self._updates(counts)
         corrected = None
         if updates and self.renormalization is not None:
@@ -338,7 +337,7 @@ class BatchNorm(AffineLayer):
             getattr(self, name)[...] = a
         if self._observe is not None:
             whole = result[1:] if k is None else moments(x, layout=self.layout)
-            self._observe(Moments(count, *whole))
+            self._observe(Moments(counted.count, *whole, effective_count=counted.effective))
         return result, corrected
 
     def _correction(self, mean: Array, var: Array) -> Correction:
@@ -485,23 +484,30 @@ class BatchNorm(AffineLayer):
         self._running(writes=True, nan=True)
         self._restore(self._arrays() | {name: np.asarray(a) for name, a in state.items()})
 
-    def _by_running(self, count: float) -> bool:
+    def _by_running(self, n: float) -> bool:
         """Whether this call normalizes by the running statistics."""
         if self._observe is not None:
             return False
         if self.frozen_statistics:
             return True
         tracks = self.running_mean is not None
-        return tracks and (not self.training or (0 < count <= 1 and self.one_value == "running"))
+        one = n > 0 and self._is_one(n)
+        return tracks and (not self.training or (one and self.one_value == "running"))
+
+    def _is_one(self, n: Any) -> Any:
+        """Whether an effective number of values is that of one or, where n / (n - 1) is asked for,
+        cannot be told from it."""
+        return n <= (1 + checks.ROUNDING if self.unbiased else 1)
 
     def _updates(self, counts: Array) -> bool:
         """Whether this call, by the batch's own statistics, may renew the running ones."""
         if self._observe is not None or not counts.any():
             return False
-        if (counts <= 1).any():
+        one = self._is_one(counts)
+        if one.any():
             tracks = self.running_mean is not None
             checks.several_values(self.one_value, counts, tracks, self.virtual_batch)
-        if (counts <= 1).all() or (self.running_mean is None and self.renormalization is None):
+        if one.all() or (self.running_mean is None and self.renormalization is None):
             return False
         self._running(writes=True)
         return True
@@ -565,13 +571,13 @@ class BatchNorm(AffineLayer):
         )
 
 
-def _counts(samples: int, count: float, k: int | None) -> Array:
-    """Values of a channel in each group, of so many in the batch."""
-    if k is None or not count:
-        return np.array([count], np.float64)
+def _counts(samples: int, n: float, k: int | None) -> Array:
+    """Effective numbers of values of a channel in each group, of so many in the batch."""
+    if k is None or not n:
+        return np.array([n], np.float64)
     sizes = np.full(-(-samples // k), float(k))
     sizes[-1] -= len(sizes) * k - samples
-    return sizes * (count / samples)
+    return sizes * (n / samples)
 
 
 @quiet

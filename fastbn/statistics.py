@@ -2,7 +2,9 @@
 
 1. `Moments` are a count, a mean and a biased variance for each channel, in float64. Two of them
    merge into those of all their values by Chan, Golub & LeVeque (1983), equation 2.1, written in
-   variances: no two large squares are subtracted.
+   variances: no two large squares are subtracted. Where values weigh, the count is the sum of
+   their weights, and their effective number (Kish 1965) is held as well: unlike a sum of squared
+   weights it is a float64, whatever the weights are.
 2. What is reduced elsewhere (by MPI, Dask, a socket) goes there as one flat array, to be gathered
    and merged, or summed. Sums are taken about a vector that everyone knows; near the mean it keeps
    their digits.
@@ -20,9 +22,9 @@ from numpy.typing import NDArray
 
 from fastbn import checks
 from fastbn.backends.base import quiet
-from fastbn.call import count_of
 from fastbn.functional import moments
 from fastbn.results import PopulationStatistics
+from fastbn.weights import SEVERAL, size
 
 Array = NDArray[Any]
 Vector = NDArray[np.float64]
@@ -34,13 +36,16 @@ class Moments:
     Parameters
     ----------
     count : int or float
-        Values of a channel; zero or more.
+        Values of a channel, or the sum of their weights; zero or more.
     mean, var : ndarray of float32 or float64, shape (C,)
         Mean and biased variance; they are copied. No variance may be negative.
+    effective_count : int or float, optional
+        With weights w, ``sum(w)**2 / sum(w**2)``: 1 or more, and 0 where count is. Where it is not
+        given values weigh 1: it is count, or 1 where that is less.
 
     Attributes
     ----------
-    count, mean, var
+    count, mean, var, effective_count
         As given; the arrays are float64 and read-only. Moments with the same are equal, and NaN
         is the same as NaN.
 
@@ -59,15 +64,19 @@ class Moments:
     (2500, True)
     """
 
-    __slots__ = ("count", "mean", "var")
+    __slots__ = ("count", "effective_count", "mean", "var")
     count: float
     mean: Vector
     var: Vector
+    effective_count: float
 
-    def __init__(self, count: float, mean: Array, var: Array) -> None:
+    def __init__(
+        self, count: float, mean: Array, var: Array, *, effective_count: float | None = None
+    ) -> None:
         owner = checks.statistics(mean)
         checks.variance(checks.owned("var", var, owner), nan=True)
-        self._set(checks.count("count", count), mean, var)
+        count = checks.count("count", count)
+        self._set(count, mean, var, checks.effective_count(effective_count, count))
 
     @classmethod
     def of(
@@ -87,20 +96,23 @@ class Moments:
         Moments(count=2, mean=array([2., 7.]), var=array([1., 0.]))
         """
         mean, var = moments(x, layout=layout, where=where, weights=weights)
-        return cls._made(count_of(x, layout, where, weights), mean, var)
+        count, effective = size(x, layout, where, weights)
+        return cls._made(count, mean, var, effective)
 
     @property
     @quiet
     def unbiased_var(self) -> Vector:
-        """``var * count / (count - 1)``; a ValueError where count is not above 1."""
-        return np.asarray(self.var * checks.unbiased_factor(self.count))
+        """``var * n / (n - 1)`` with ``n = effective_count``; a ValueError where that is not above
+        1, but for 1e-12."""
+        return np.asarray(self.var * checks.unbiased_factor(self.count, self.effective_count))
 
     @quiet
     def merge(self, other: Moments) -> Moments:
         """The moments of both's values together; of a fixed order the bits are fixed.
 
         With ``d = other.mean - mean`` and counts n and m: ``mean + d * m / (n + m)`` and
-        ``(n * var + m * other.var) / (n + m) + d**2 * n * m / (n + m)**2``.
+        ``(n * var + m * other.var) / (n + m) + d**2 * n * m / (n + m)**2``. Sums of squared
+        weights, ``count**2 / effective_count``, are added.
 
         Parameters
         ----------
@@ -114,20 +126,33 @@ class Moments:
         Raises
         ------
         TypeError, ValueError
-            `other` is no Moments, or has another number of channels.
+            `other` is no Moments, or has another number of channels; or the counts add up to
+            more than float64 holds.
         """
         checks.same_channels(self.mean, other, Moments)
         if not self.count or not other.count:
             return self if not other.count else other
-        count = self.count + other.count
+        count = checks.count("the sum of both counts", self.count + other.count)
         here, there = self.count / count, other.count / count
         apart = other.mean - self.mean
         var = here * self.var + there * other.var + here * apart * there * apart
-        return self._made(count, self.mean + apart * there, var)
+        effective = count
+        if self._is_weighed or other._is_weighed:
+            # In shares of the whole: squares of the weights may be no float64.
+            squares = here * (here / self.effective_count) + there * (there / other.effective_count)
+            effective = max(1 / squares, SEVERAL)
+        return self._made(count, self.mean + apart * there, var, effective)
+
+    @property
+    def _is_weighed(self) -> bool:
+        """Whether not all values weigh 1."""
+        return self.effective_count != self.count
 
     def to_array(self) -> Vector:
-        """``[count, *mean, *var]``: to be gathered, made Moments again and merged."""
-        return np.concatenate([[float(self.count)], self.mean, self.var])
+        """``[count, effective_count, *mean, *var]``: to be gathered, made Moments again and
+        merged."""
+        counts = [float(self.count), float(self.effective_count)]
+        return np.concatenate([counts, self.mean, self.var])
 
     @classmethod
     def from_array(cls, array: Array) -> Moments:
@@ -140,13 +165,17 @@ class Moments:
         >>> fastbn.Moments.from_array(one.to_array())
         Moments(count=2, mean=array([2., 7.]), var=array([1., 0.]))
         """
-        count, mean, var = checks.flat_moments("array", array)
-        return cls(count, mean, var)
+        count, effective, mean, var = checks.flat_moments("array", array)
+        return cls(count, mean, var, effective_count=effective)
 
     @quiet
     def to_sums(self, about: Array | None = None) -> Vector:
-        """``[count, *sum(x - about), *sum((x - about)**2)]``: those of parts, added up, are those
-        of the whole.
+        """``[count, sum(w**2), *sum(x - about), *sum((x - about)**2)]``: those of parts, added up,
+        are those of the whole. With weights w, the last two are sums of their products; without,
+        the first two are the count.
+
+        What is outside float64's range there, as squares of weights beyond 1e150 or below 1e-140,
+        `from_sums` refuses; weights may all be multiplied by one number before.
 
         Parameters
         ----------
@@ -160,8 +189,9 @@ class Moments:
         squares = self.var + apart * apart
         count = float(self.count)
         if not count:
-            return np.zeros(1 + 2 * len(apart))
-        return np.concatenate([[count], count * apart, count * squares])
+            return np.zeros(2 + 2 * len(apart))
+        counts = [count, count * (count / self.effective_count)]
+        return np.concatenate([counts, count * apart, count * squares])
 
     @classmethod
     @quiet
@@ -175,24 +205,26 @@ class Moments:
         >>> fastbn.Moments.from_sums(sum(part.to_sums() for part in parts))
         Moments(count=2, mean=array([2., 7.]), var=array([1., 0.]))
         """
-        count, first, second = checks.flat_moments("sums", sums)
+        count, weighed, first, second = checks.flat_moments("sums", sums)
+        effective = checks.squared_weights(weighed, count)
         shift = _about(about, first)
         if not count:
-            return cls._made(count, np.zeros_like(first), np.zeros_like(first))
+            return cls._made(count, np.zeros_like(first), np.zeros_like(first), effective)
         apart = first / count
         # Rounding may leave less than nothing.
         var = np.maximum(second / count - apart * apart, 0)
-        return cls._made(count, shift + apart, var)
+        return cls._made(count, shift + apart, var, effective)
 
     @classmethod
-    def _made(cls, count: float, mean: Array, var: Array) -> Moments:
+    def _made(cls, count: float, mean: Array, var: Array, effective_count: float) -> Moments:
         """Without checks."""
         moments = object.__new__(cls)
-        moments._set(count, mean, var)
+        moments._set(count, mean, var, effective_count)
         return moments
 
-    def _set(self, count: float, mean: Array, var: Array) -> None:
+    def _set(self, count: float, mean: Array, var: Array, effective_count: float) -> None:
         object.__setattr__(self, "count", count)
+        object.__setattr__(self, "effective_count", effective_count)
         for name, vector in (("mean", mean), ("var", var)):
             own = np.asarray(vector, np.float64)
             # Over bytes, which nobody can make writeable again.
@@ -208,16 +240,18 @@ class Moments:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Moments):
             return NotImplemented
+        counts = self.count, self.effective_count
         pairs = (self.mean, other.mean), (self.var, other.var)
-        return self.count == other.count and all(
+        return counts == (other.count, other.effective_count) and all(
             np.array_equal(a, b, equal_nan=True) for a, b in pairs
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Moments, (self.count, self.mean, self.var)
+        return Moments._made, (self.count, self.mean, self.var, self.effective_count)
 
     def __repr__(self) -> str:
-        return f"Moments(count={self.count}, mean={self.mean!r}, var={self.var!r})"
+        effective = f", effective_count={self.effective_count}" if self._is_weighed else ""
+        return f"Moments(count={self.count}, mean={self.mean!r}, var={self.var!r}{effective})"
 
 
 def _about(about: Array | None, like: Vector) -> Vector:

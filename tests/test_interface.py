@@ -72,7 +72,7 @@ SIGNATURES = {
     "InstanceNorm": LAYER_OF_SAMPLES,
     "LayerNorm": LAYER_OF_SAMPLES,
     "Renormalization": "* r_max=3.0 d_max=5.0 start=5000 r_end=40000 d_end=25000",
-    "Moments": "count mean var",
+    "Moments": "count mean var * effective_count=None",
     "population_statistics": "batches * layout='NCHW' method='exact'",
     "reestimate": "layers forward batches * method='exact' sequential=True",
     "fold_into_conv": (

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+from bits import assert_same_bits
 from checks import assert_within, judge_backward, judge_forward
 from grid import TYPES
 from machines import ALWAYS_STREAM, pretend
@@ -176,7 +178,8 @@ def everything(p: Masked, **options: Any) -> dict[str, Array]:
     got = fastbn.batch_norm_backward(p.dy, p.x, mean, var, p.gamma, dresidual=True, **selected)
     sums = fastbn.gradient_sums(p.dy, p.x, mean, var, **selected)
     found = {"y": y, "mean": mean, "var": var, **got._asdict()}
-    return found | {"sum of dgamma": sums.dgamma, "sum of dbeta": sums.dbeta}
+    found |= {"sum of dgamma": sums.dgamma, "sum of dbeta": sums.dbeta}
+    return found | {"count": np.asarray(sums.count)}
 
 
 @pytest.mark.parametrize("weighs", [False, True])
@@ -365,17 +368,110 @@ def test_out_may_not_overlap_a_mask(variant: Variant) -> None:
         fastbn.batch_norm(x, where=memory.view(bool)[:4, None], out=out)
 
 
+SCALES = (2.0**1000, 2.0**-1060)
+"""Weights that many times the usual ones overflow as squares and in float32, and are subnormal."""
+
+
+@problems((4, 3, 5, 5), (33, 24), (2, 17, 33))
+def test_weights_of_any_scale(
+    variant: Variant, shape: tuple[int, ...], layout: str, dtype: str
+) -> None:
+    """Weights times a power of two give the same bits, but for the count, which is theirs, and
+    nothing warns."""
+    p = Masked(shape, layout, TYPES[dtype])
+    expected = everything(p, weights=p.weights)
+    count = expected.pop("count")
+    for scale in SCALES:
+        weights = p.weights * scale
+        with np.errstate(all="raise"):
+            found = everything(p, weights=weights)
+        assert found.pop("count") == count * scale
+        assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_weights_of_any_scale_and_roundings(variant: Variant, layout: str) -> None:
+    """Results are as near the usual ones as roundings of the weights allow."""
+    p = Masked((20, 3, 5, 5), layout, np.float32)
+    expected = everything(p, weights=p.weights)
+    for scale in (1e304, 1e-310):
+        found = everything(p, weights=p.weights * scale)
+        assert np.isclose(found["count"], p.samples @ p.weights * scale, rtol=1e-12, atol=0)
+        for name in expected.keys() - {"count"}:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("shape", [(40, 3), (20, 3, 5, 5)])
+def test_the_weight_of_a_masked_sample(
+    variant: Variant, shape: tuple[int, ...], layout: str
+) -> None:
+    """It changes nothing, however far from the others it is."""
+    p = Masked(shape, layout, np.float32)
+    p.where[1] = False
+    p.weights[:2] = 1.0, 0.0
+    expected = everything(p, weights=p.weights)
+    for weight in (1e300, 1e-300):
+        p.weights[1] = weight
+        assert_same_bits(everything(p, weights=p.weights), expected)
+
+
+def test_nan_in_a_sample_that_hardly_weighs(variant: Variant) -> None:
+    """It is seen, though beside the others its weight is none that float64 holds."""
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    x[2, 1] = np.nan
+    for heavy in (1.0, 2.0, 1e307):
+        with np.errstate(all="raise"):
+            mean, _ = fastbn.moments(x, weights=np.array([heavy, heavy, 5e-324, 0.0]))
+        assert np.array_equal(np.isnan(mean), [False, True, False])
+
+
+@pytest.mark.no_kernel
+def test_weights_that_float64_cannot_add_up(variant: Variant) -> None:
+    """They are refused, and nothing has been written; what the message says to do works."""
+    x, out = np.ones((4, 3, 5), np.float32), np.full((4, 3, 5), 7, np.float32)
+    weights = np.full(4, 1e307)  # their sum would fit, that over the places does not
+    mean, var = np.zeros(3), np.ones(3)
+    bn = fastbn.BatchNorm(3)
+    calls: list[Callable[[], object]] = [
+        lambda: fastbn.moments(x, weights=weights),
+        lambda: fastbn.batch_norm(x, weights=weights, out=out),
+        lambda: fastbn.batch_norm_backward(x, x, mean, var, weights=weights, out=out),
+        lambda: fastbn.gradient_sums(x, x, mean, var, weights=weights),
+        lambda: fastbn.Moments.of(x, weights=weights),
+        lambda: bn(x, weights=weights, out=out),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^weights add up to .* divide them by the largest$"):
+            call()
+    assert (out == 7).all()
+    assert int(np.asarray(bn.num_batches_tracked)) == 0
+
+
+def test_weights_divided_by_the_largest() -> None:
+    """As the message about their sum says; and sums are of the places that count."""
+    x, where = np.random.default_rng(0).normal(size=(4, 3, 5)), np.arange(5)[None, None] < 2
+    weights = np.array([1.5e308, 1.5e308, 0.5e308, 0.0])
+    mean, _ = fastbn.moments(x, weights=weights / weights.max())
+    assert np.allclose(mean, np.average(x.mean(2), 0, [3, 3, 1, 0]))
+    masked = fastbn.moments(x, where=where, weights=weights / 8)
+    expected = fastbn.moments(x[:, :, :2], weights=weights / 8)
+    np.testing.assert_allclose(masked, expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("weighs", [False, True])
 def test_the_layer(variant: Variant, weighs: bool, unbiased: bool) -> None:
-    """It does what the verbs do; n of n / (n - 1) is how many values count, or what they weigh."""
+    """It does what the verbs do; n of n / (n - 1) is how many values count or, with weights, their
+    effective number."""
     p = Masked((6, 3, 4, 5), "NCHW", np.float32)
     selected: dict[str, Any] = {"where": p.where, "weights": p.weights if weighs else None}
     bn = fastbn.BatchNorm(3, momentum=1.0, unbiased=unbiased, dtype="float64")
     y, dx = bn(p.x, **selected), bn.backward(p.dy)
     expected, mean, var = fastbn.batch_norm(p.x, bn.gamma, bn.beta, **selected)
     got = fastbn.batch_norm_backward(p.dy, p.x, mean, var, bn.gamma, **selected)
-    n = p.samples @ p.weights if weighs else p.where.sum()
+    n = p.samples @ p.weights
+    n = n**2 / (p.samples @ p.weights**2) if weighs else p.where.sum()
     for found, wanted in ((y, expected), (dx, got.dx), (bn.dgamma, got.dgamma)):
         assert np.array_equal(np.asarray(found), np.asarray(wanted))
     assert bn.running_mean is not None
@@ -395,32 +491,84 @@ def test_the_layer_in_evaluation(variant: Variant) -> None:
     assert np.allclose(bn.dbeta, p.counted(p.dy).sum(0), atol=1e-4)
 
 
+def test_weights_of_a_softmax(variant: Variant) -> None:
+    """They are several values, whose unbiased variance is as numpy.cov has it, at any scale."""
+    for seed in range(40):
+        x = np.random.default_rng(seed).normal(5, 2, (256, 4))
+        weights = np.exp(3 * np.random.default_rng(seed + 1).normal(size=256))
+        weights /= weights.sum()
+        expected = np.diag(np.cov(x.T, aweights=weights))
+        for scale in (1.0, 100.0, 2.0**1000, 2.0**-900):
+            bn = fastbn.BatchNorm(4, momentum=1.0, dtype="float64")
+            bn(x, weights=weights * scale)
+            np.testing.assert_allclose(np.asarray(bn.running_var), expected, rtol=1e-9)
+
+
+def test_equal_weights(variant: Variant) -> None:
+    """Whatever they are, running statistics are those without weights."""
+    p = Masked((6, 3, 4, 5), "NCHW", np.float32)
+    plain = fastbn.BatchNorm(3)
+    plain(p.x, where=p.where)
+    for weight in (1 / 512, 2.0**1000):
+        bn = fastbn.BatchNorm(3)
+        bn(p.x, where=p.where, weights=np.full(6, weight))
+        for name, a in plain.state_dict().items():
+            np.testing.assert_allclose(bn.state_dict()[name], a, rtol=2e-7)
+
+
+HARDLY = np.array([0, 1, 1e-14, 0, 1e-200])
+"""Weights of three values whose effective number is 1, but for roundings."""
+
+
 @pytest.mark.parametrize("policy", ["raise", "skip", "running"])
-def test_weights_that_add_up_to_one(variant: Variant, policy: str) -> None:
-    """They are one value, whatever their number."""
-    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
-    bn = fastbn.BatchNorm(3, one_value=policy)
-    weights = np.full(4, 0.25)
-    if policy == "raise":
-        with pytest.raises(ValueError, match="one value a channel"):
-            bn(x, weights=weights)
-        bn.eval()
-    y = bn(x, weights=weights)
-    by_running = fastbn.normalize(x, np.zeros(3), np.ones(3), bn.gamma, bn.beta)
-    assert np.array_equal(y, by_running) == (policy != "skip")
-    assert int(np.asarray(bn.num_batches_tracked)) == 0
+def test_one_value_that_weighs(variant: Variant, policy: str) -> None:
+    """It is one value, whatever it weighs; so are several that n / (n - 1) cannot be told from it
+    of, where that is asked for."""
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    alone = np.array([0.0, 1, 0, 0, 0])
+    cases = itertools.product((0.3, 1.0, 40.0, *SCALES), (alone, HARDLY), (True, False))
+    for scale, weights, unbiased in cases:
+        if weights is HARDLY and not unbiased:
+            continue
+        bn = fastbn.BatchNorm(3, one_value=policy, unbiased=unbiased)
+        if policy == "raise":
+            with pytest.raises(ValueError, match="one value a channel"):
+                bn(x, weights=weights * scale)
+            bn.eval()
+        y = bn(x, weights=weights * scale)
+        by_running = fastbn.normalize(x, np.zeros(3), np.ones(3), bn.gamma, bn.beta)
+        assert np.array_equal(y, by_running) == (policy != "skip")
+        assert int(np.asarray(bn.num_batches_tracked)) == 0
 
 
-def test_moments_of_what_counts(variant: Variant) -> None:
+@pytest.mark.parametrize("policy", ["raise", "skip", "running"])
+def test_a_biased_variance_needs_no_factor(variant: Variant, policy: str) -> None:
+    """Several values are several, however little all but one weigh."""
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    for weights in (HARDLY, HARDLY * 1e-3, np.full(5, 0.01)):
+        bn = fastbn.BatchNorm(3, one_value=policy, unbiased=False, momentum=1.0, dtype="float64")
+        bn(x, weights=weights)
+        mean, var = fastbn.moments(x, weights=weights)
+        np.testing.assert_array_equal((bn.running_mean, bn.running_var), (mean, var))
+        assert int(np.asarray(bn.num_batches_tracked)) == 1
+
+
+@pytest.mark.parametrize("scale", [1.0, *SCALES])
+def test_moments_of_what_counts(variant: Variant, scale: float) -> None:
     """Parts with masks and weights merge into the whole."""
     p = Masked((6, 3, 4, 5), "NCHW", np.float64)
-    selected = {"where": p.where, "weights": p.weights}
+    weights = p.weights * scale
     parts = [
-        fastbn.Moments.of(p.x[s], where=p.where[s], weights=p.weights[s])
+        fastbn.Moments.of(p.x[s], where=p.where[s], weights=weights[s])
         for s in (slice(2), slice(2, 3), slice(3, 6))
     ]
     merged = parts[0].merge(parts[1]).merge(parts[2])
-    whole = fastbn.Moments.of(p.x, **selected)
-    assert merged.count == whole.count == p.samples @ p.weights
+    whole = fastbn.Moments.of(p.x, where=p.where, weights=weights)
+    assert merged.count == whole.count == p.samples @ p.weights * scale
+    assert np.isclose(merged.effective_count, whole.effective_count, rtol=1e-14, atol=0)
     assert np.allclose(merged.mean, whole.mean, rtol=1e-14)
     assert np.allclose(merged.var, whole.var, rtol=1e-13)
+    places = np.repeat(p.weights, p.samples)
+    expected = np.diag(np.cov(p.counted(p.x).T, aweights=places))
+    for m in (merged, whole):
+        np.testing.assert_allclose(m.unbiased_var, expected, rtol=1e-13)

@@ -212,6 +212,27 @@ def test_a_layer_called_twice() -> None:
     assert layer.num_batches_tracked == 2 * len(data())
 
 
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e150])
+def test_batches_that_weigh(scale: float, method: str, sequential: bool) -> None:
+    """Their unbiased variance is as numpy.cov has it: of all values together or, on average, of
+    each batch's."""
+    rng = np.random.default_rng(2)
+    batches = [(x, scale * rng.exponential(size=len(x)) ** 2) for x in data("average")]
+    layer = BatchNorm(3, dtype="float64")
+    reestimate(
+        [layer], lambda b: layer(b[0], weights=b[1]), batches, method=method, sequential=sequential
+    )
+    if method == "exact":
+        x, weights = (np.concatenate(of_batches) for of_batches in zip(*batches, strict=True))
+        batches = [(x, weights)]
+    var = np.mean([np.diag(np.cov(x.T, aweights=w)) for x, w in batches], 0)
+    mean = np.mean([np.average(x, 0, w) for x, w in batches], 0)
+    np.testing.assert_allclose(running(layer)["mean"], mean, rtol=1e-6)
+    np.testing.assert_allclose(running(layer)["var"], var, rtol=1e-6)
+
+
 def test_layers_left_out() -> None:
     """In evaluation they stay as they are, and the others follow what they do."""
     network, batches = Network(), data()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from functools import partial, reduce
 from typing import Any, NamedTuple, TypeVar
 
@@ -116,7 +117,7 @@ def tree(things: Iterable[T], merge: Callable[[T, T], T], seed: int) -> T:
 
 def bits(m: Moments) -> bytes:
     """All that they are."""
-    return repr((m.count, m.mean.dtype)).encode() + m.to_array().tobytes()
+    return repr((m.count, m.effective_count, m.mean.dtype)).encode() + m.to_array().tobytes()
 
 
 @st.composite
@@ -275,12 +276,115 @@ def test_unbiased_variance(count: float) -> None:
     np.testing.assert_array_equal(got[3:], [np.inf, np.inf, np.nan])
 
 
-@pytest.mark.parametrize("count", [0, 1, 1.0, 0.5])
-def test_no_unbiased_variance(count: float) -> None:
-    """One value, or less, has none."""
-    one = Moments(count, np.zeros(2), np.ones(2))
-    with pytest.raises(ValueError, match=rf"^count is {count}, expected more than 1: .* biased"):
+@pytest.mark.parametrize(
+    ("count", "effective", "words"),
+    [
+        (0, None, "count is 0"),
+        (1, None, "count is 1"),
+        (1.0, 1, "count is 1"),
+        (0.5, None, "effective_count is 1"),
+        (7.5, 1, "effective_count is 1"),
+        (7.5, 1 + 1e-13, "effective_count is 1.0000000000001"),
+    ],
+)
+def test_no_unbiased_variance(count: float, effective: float | None, words: str) -> None:
+    """One value, whatever it weighs, has none; nor have several that count as one but for
+    roundings."""
+    one = Moments(count, np.zeros(2), np.ones(2), effective_count=effective)
+    with pytest.raises(ValueError, match=rf"^{words}, expected more than 1: .* biased"):
         _ = one.unbiased_var
+
+
+def test_unbiased_variance_of_what_weighs() -> None:
+    """Its n is the effective number of values, whatever their weights add up to."""
+    for count in (1e-300, 0.3, 1, 1e300):
+        m = Moments(count, np.zeros(2), np.ones(2), effective_count=5)
+        np.testing.assert_array_equal(m.unbiased_var, [1.25, 1.25])
+
+
+ANY_WEIGHT = st.one_of(
+    st.just(0.0), st.floats(0.01, 10), st.floats(0, 1e300), st.floats(0, 1e-300), st.just(5e-324)
+)
+
+
+def effective(weights: Iterable[float]) -> float:
+    """Kish's n, from exact fractions; 0 where nothing weighs."""
+    exact = [Fraction(w) for w in weights]
+    squares = sum(w * w for w in exact)
+    return float(sum(exact) ** 2 / squares) if squares else 0.0
+
+
+@given(st.lists(st.tuples(ANY_WEIGHT, st.integers(0, 3)), min_size=1, max_size=30), st.data())
+def test_effective_counts(weighed: list[tuple[float, int]], data: st.DataObject) -> None:
+    """Of any weights, of samples with any number of places that count, they are (sum w)**2 /
+    sum w**2; those of parts merge to the same."""
+    weights = np.array([w for w, _ in weighed])
+    where = np.arange(3) < np.array([[n] for _, n in weighed])
+    x = np.random.default_rng(0).normal(size=(len(weighed), CHANNELS, 3))
+    places = np.repeat(weights, where.sum(1))
+    cut = data.draw(st.integers(0, len(weighed)))
+    parts = [
+        Moments.of(x[part], where=where[part, None], weights=weights[part])
+        for part in (slice(cut), slice(cut, None))
+    ]
+    with np.errstate(all="raise"):
+        whole = Moments.of(x, where=where[:, None], weights=weights)
+    for m in (whole, parts[0].merge(parts[1])):
+        np.testing.assert_allclose(m.effective_count, effective(places), rtol=1e-14)
+        assert (m.effective_count <= 1) == (np.count_nonzero(places) <= 1)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.1, 1 / 3, 7.7, 1e300, 1e-310, 5e-324])
+@pytest.mark.parametrize("samples", [1, 3, 10, 20_000])
+def test_effective_count_of_equal_weights(samples: int, weight: float) -> None:
+    """It is exactly the number of values."""
+    x = np.ones((samples, 2, 3))
+    where = np.arange(3)[None, None] < 2
+    weights = np.full(samples, weight)
+    assert Moments.of(x, weights=weights).effective_count == 3 * samples
+    assert Moments.of(x, weights=weights, where=where).effective_count == 2 * samples
+    assert Moments.of(x[:, :, 0], weights=weights).effective_count == samples
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**400, 2.0**-400])
+def test_weighed_parts_are_the_whole(scale: float) -> None:
+    """However they come together; their unbiased variance is as numpy.cov has it."""
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(3, 2, (60, CHANNELS)), rng.exponential(size=60) ** 3
+    expected = np.diag(np.cov(x.T, aweights=weights))
+    places = [slice(10), slice(10, 11), slice(11, 11), slice(11, 60)]
+    parts = [Moments.of(x[part], weights=scale * weights[part]) for part in places]
+    arrays = [Moments.from_array(part.to_array()) for part in parts]
+    for got in (Moments.of(x, weights=scale * weights), reduce(Moments.merge, arrays)):
+        np.testing.assert_allclose(float(got.count), scale * weights.sum(), rtol=1e-14)
+        np.testing.assert_allclose(got.effective_count, effective(weights), rtol=1e-14)
+        np.testing.assert_allclose(got.unbiased_var, expected, rtol=1e-13)
+    sums = reduce(np.add, (part.to_sums(parts[0].mean) for part in parts))
+    np.testing.assert_allclose(sums[:2], [scale * weights.sum(), scale**2 * (weights @ weights)])
+    summed = Moments.from_sums(sums, parts[0].mean)
+    np.testing.assert_allclose(summed.unbiased_var, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_squared_weights_that_float64_cannot_hold(scale: float) -> None:
+    """Sums of them are refused, and not taken for others; merging needs none. A part whose weights
+    are far below those of the others adds what it weighs."""
+    x = np.random.default_rng(0).normal(size=(8, CHANNELS))
+    part, usual = Moments.of(x, weights=np.full(8, scale)), Moments.of(x + 1)
+    assert part.merge(part).effective_count == 16
+    assert Moments.from_array(part.to_array()) == part
+    with pytest.raises(ValueError, match=r"^sums\[1\] is (0|inf).* multiply all weights|finite"):
+        Moments.from_sums(part.to_sums() + part.to_sums())
+    if scale < 1:
+        got = Moments.from_sums(part.to_sums() + usual.to_sums())
+        assert got.effective_count == got.count == 8
+
+
+def test_counts_that_float64_cannot_add_up() -> None:
+    """They are refused, as such a count is."""
+    m = Moments(1e308, V, V)
+    with pytest.raises(ValueError, match=r"^the sum of both counts is inf, expected"):
+        m.merge(m)
 
 
 def test_they_are_immutable() -> None:
@@ -292,7 +396,7 @@ def test_they_are_immutable() -> None:
     before = bits(m)
     assert (m.mean == 0).all()
     assert (m.var == 1).all()
-    for name in ("count", "mean", "var", "other"):
+    for name in ("count", "effective_count", "mean", "var", "other"):
         with pytest.raises(AttributeError, match=f"^Moments cannot be changed: '{name}'"):
             setattr(m, name, 1)
         with pytest.raises(AttributeError, match=f"^Moments cannot be changed: '{name}'"):
@@ -306,19 +410,29 @@ def test_they_are_immutable() -> None:
     assert bits(m) == before
 
 
-ODD = Moments(7, np.array([1.5, np.nan, -0.0]), np.array([0.0, np.nan, np.inf]))
+ODD = np.array([1.5, np.nan, -0.0]), np.array([0.0, np.nan, np.inf])
 
 
+@pytest.mark.parametrize("effective", [None, 2.5])
 @pytest.mark.parametrize(
     "again", [lambda m: pickle.loads(pickle.dumps(m)), copy.copy, copy.deepcopy]
 )
-def test_copies(again: Callable[[Moments], Moments]) -> None:
+def test_copies(again: Callable[[Moments], Moments], effective: float | None) -> None:
     """Pickled or copied they are the same, NaN included, and still read-only."""
-    got = again(ODD)
-    assert got == ODD
+    m = Moments(7, *ODD, effective_count=effective)
+    got = again(m)
+    assert got == m
     assert type(got) is Moments
-    assert bits(got) == bits(ODD)
+    assert bits(got) == bits(m)
     assert not got.mean.flags.writeable
+
+
+def test_repr() -> None:
+    """It makes them; an effective count is shown where it is not the count."""
+    for effective in (None, 2.5):
+        m = Moments(7, np.zeros(2), np.ones(2), effective_count=effective)
+        assert eval(repr(m), {"Moments": Moments, "array": np.array}) == m
+        assert ("effective_count" in repr(m)) == (effective is not None)
 
 
 def test_equality() -> None:
@@ -327,6 +441,8 @@ def test_equality() -> None:
     assert m == Moments(3.0, np.zeros(2, np.float32), np.ones(2, ">f8"))
     for other in (
         Moments(4, m.mean, m.var),
+        Moments(4, m.mean, m.var, effective_count=3),
+        Moments(3, m.mean, m.var, effective_count=2.5),
         Moments(3, np.array([0.0, 1.0]), m.var),
         Moments(3, m.mean, np.array([1.0, 0.0])),
         Moments(3, np.zeros(1), np.ones(1)),
@@ -344,7 +460,7 @@ def test_what_no_values_have(value: float) -> None:
     none, some = Moments(0, np.full(2, value), np.full(2, abs(value))), TWO
     assert none.merge(some) == some.merge(none) == some
     assert Moments.from_sums(none.to_sums() + some.to_sums()) == some
-    np.testing.assert_array_equal(none.to_sums(V), np.zeros(5))
+    np.testing.assert_array_equal(none.to_sums(V), np.zeros(6))
 
 
 VALUES = st.floats(), st.one_of(st.floats(min_value=0), st.just(np.nan))
@@ -356,19 +472,22 @@ def moments(draw: st.DrawFn) -> Moments:
     """Of any values that moments may have, and any number of channels."""
     channels = draw(st.integers(0, 5))
     mean, var = (draw(hnp.arrays(float, channels, elements=values)) for values in VALUES)
-    return Moments(draw(counts), mean, var)
+    count = draw(counts)
+    effective = draw(st.none() | st.floats(1, 1e300)) if count else None
+    return Moments(count, mean, var, effective_count=effective)
 
 
 @given(moments())
 def test_an_array_and_back(m: Moments) -> None:
     """to_array and from_array lose nothing; whole counts come back as int."""
     array = m.to_array()
-    assert array.shape == (1 + 2 * len(m.mean),)
+    assert array.shape == (2 + 2 * len(m.mean),)
     assert array.dtype == np.float64
     for form in (array, array.astype(">f8"), np.repeat(array, 2)[::2]):
         got = Moments.from_array(form)
         assert got.to_array().tobytes() == array.tobytes()
         assert got.count == m.count
+        assert got.effective_count == m.effective_count
         assert type(got.count) is (int if m.count == int(m.count) else float)
 
 
@@ -385,6 +504,12 @@ def test_large_and_fractional_counts(count: float) -> None:
 TWO = Moments.of(np.array([[1.0, 7.0], [3.0, 7.0]]))
 Verb = Callable[..., object]
 V = np.ones(2)
+
+
+def having(effective: Any) -> Verb:
+    """Moments of such an effective count."""
+    return partial(Moments, effective_count=effective)
+
 
 BAD: list[tuple[Verb, tuple[Any, ...], type[Exception], str]] = [
     (Moments, (-1, V, V), ValueError, "count is -1, expected a finite number, zero or more"),
@@ -410,6 +535,18 @@ BAD: list[tuple[Verb, tuple[Any, ...], type[Exception], str]] = [
         ValueError,
         r"var\[1\] is -1.0: a variance cannot .* channel 1's",
     ),
+    (having(True), (2, V, V), TypeError, "effective_count is a bool"),
+    (having("2"), (2, V, V), TypeError, "effective_count is a str"),
+    (having(np.nan), (2, V, V), ValueError, "effective_count is nan, expected a finite number"),
+    (having(np.inf), (2, V, V), ValueError, "effective_count is inf, expected a finite number"),
+    (having(0), (2, V, V), ValueError, "effective_count is 0, expected 1 or more where count is 2"),
+    (
+        having(0.9),
+        (2, V, V),
+        ValueError,
+        "effective_count is 0.9, expected 1 or more where",
+    ),
+    (having(1), (0, V, V), ValueError, "effective_count is 1, expected 0 where count is 0"),
     (Moments.of, ([[1.0]],), TypeError, "x is a list"),
     (Moments.of, (V,), ValueError, "x has rank 1"),
     (partial(Moments.of, layout="HW"), (V[None],), ValueError, "layout is 'HW', expected 'NCHW'"),
@@ -417,9 +554,13 @@ BAD: list[tuple[Verb, tuple[Any, ...], type[Exception], str]] = [
     (TWO.merge, ((2, V, V),), TypeError, r"other is a tuple .*, .* fastbn.Moments.of\(x\)"),
     (TWO.merge, (Moments(2, V[:1], V[:1]),), ValueError, "other has 1 channels, expected 2"),
     (TWO.merge, (Moments(0, V[:1], V[:1]),), ValueError, "other has 1 channels, expected 2"),
-    (Moments.from_array, (np.array([2.0, 0, -1]),), ValueError, r"var\[0\] is -1.0"),
+    (Moments.from_array, (np.array([2.0, 2, 0, -1]),), ValueError, r"var\[0\] is -1.0"),
+    (Moments.from_array, (np.array([2.0, 0, 0, 1]),), ValueError, "effective_count is 0, expected"),
+    (Moments.from_sums, (np.array([2.0, 0, 0, 1]),), ValueError, r"sums\[1\] is 0 where sums\[0\]"),
+    (Moments.from_sums, (np.array([2.0, 5, 0, 1]),), ValueError, r"sums\[1\] is 5 where sums\[0\]"),
+    (Moments.from_sums, (np.array([0.0, 1, 0, 0]),), ValueError, r"sums\[1\] is 1 where sums\[0\]"),
     (TWO.to_sums, (np.ones(3),), ValueError, r"about has shape \(3,\) but the moments have 2 chan"),
-    (Moments.from_sums, (np.ones(5), V[:1]), ValueError, r"about has shape \(1,\) but the moments"),
+    (Moments.from_sums, (np.ones(6), V[:1]), ValueError, r"about has shape \(1,\) but the moments"),
     (TWO.to_sums, ([0.0],), TypeError, r"about is a list \(\[0.0\]\)"),
 ]
 
@@ -437,14 +578,15 @@ def test_bad_arguments(
 @pytest.mark.parametrize(
     ("flat", "error", "message"),
     [
-        (np.ones(4), ValueError, r" has shape \(4,\), expected \(1 \+ 2 \* channels,\)"),
+        (np.ones(5), ValueError, r" has shape \(5,\), expected \(2 \+ 2 \* channels,\)"),
         (np.ones(0), ValueError, r" has shape \(0,\), expected"),
-        (np.ones((3, 1)), ValueError, r" has shape \(3, 1\), expected"),
-        (np.ones(5, int), TypeError, " has dtype int64, expected float32 or float64"),
+        (np.ones((4, 1)), ValueError, r" has shape \(4, 1\), expected"),
+        (np.ones(6, int), TypeError, " has dtype int64, expected float32 or float64"),
         ([2.0], TypeError, r" is a list \(\[2.0\]\), expected"),
-        (np.array([-1.0, 0, 0]), ValueError, r"\[0\] is -1, expected a finite number"),
-        (np.full(3, np.nan), ValueError, r"\[0\] is nan, expected a finite number"),
-        (np.full(3, np.inf), ValueError, r"\[0\] is inf, expected a finite number"),
+        (np.array([-1.0, 1, 0, 0]), ValueError, r"\[0\] is -1, expected a finite number"),
+        (np.array([1.0, -1, 0, 0]), ValueError, r"\[1\] is -1, expected a finite number"),
+        (np.full(4, np.nan), ValueError, r"\[0\] is nan, expected a finite number"),
+        (np.full(4, np.inf), ValueError, r"\[0\] is inf, expected a finite number"),
     ],
 )
 def test_bad_flat_arrays(name: str, flat: Any, error: type[Exception], message: str) -> None:

@@ -212,6 +212,43 @@ def test_where_nothing_varies() -> None:
     assert (fastbn.batch_norm_backward(dy, x, mean, var, eps=0.0, sums=sums).dx == 0).all()
 
 
+PARTS = (slice(6), slice(6, 8), slice(8, 12), slice(12, 20))
+
+
+def by_parts(weights: Array, where: Array, layout: str) -> tuple[list[Array], Array]:
+    """dx of parts whose samples weigh, by the sums of all, and of the batch in one call."""
+    dy, x, *_ = problem((20, 3, 5), layout, np.float32)
+    whole = fastbn.Moments.of(x, layout=layout, where=where, weights=weights)
+    by = whole.mean, whole.var
+
+    def of(part: slice) -> dict[str, Any]:
+        return {"layout": layout, "where": where[part], "weights": weights[part]}
+
+    sums = [fastbn.gradient_sums(dy[p], x[p], *by, **of(p)) for p in PARTS]
+    total = added(sums)
+    assert np.isclose(total[2], float(whole.count), rtol=1e-12, atol=0)
+    dx = [fastbn.batch_norm_backward(dy[p], x[p], *by, sums=total, **of(p)).dx for p in PARTS]
+    return dx, fastbn.batch_norm_backward(dy, x, *by, **of(slice(None))).dx
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_whose_samples_weigh(layout: str) -> None:
+    """By sums of parts dx is that of the whole, at any scale of the weights the same bits; of parts
+    whose own scales have nothing in common, too."""
+    rng = np.random.default_rng(3)
+    where = rng.random((20, 1, 5) if layout == "NCHW" else (20, 5, 1)) < 0.8
+    weights = rng.integers(1, 9, 20) / 8
+    dx, whole = by_parts(weights, where, layout)
+    np.testing.assert_allclose(np.concatenate(dx), whole, rtol=1e-5, atol=1e-6)
+    for scale in (2.0**1000, 2.0**-1060):
+        scaled, _ = by_parts(weights * scale, where, layout)
+        assert_same_bits({"dx": np.concatenate(scaled)}, {"dx": np.concatenate(dx)})
+    weights[PARTS[0]] *= 2.0**-1060
+    weights[PARTS[1]] *= 2.0**1000
+    dx, whole = by_parts(weights, where, layout)
+    np.testing.assert_allclose(np.concatenate(dx), whole, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.no_kernel
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (2, 3, 0)], ids=str)
 def test_an_empty_part(shape: tuple[int, ...]) -> None:
