@@ -127,6 +127,7 @@ class Call:
         virtual_batch: Any = None,
         sharing: SharingOf | None = None,
         single: bool = True,
+        is_part: bool = False,
         **vectors: Any,
     ) -> None:
         self.array, self.name = checks.batch(name, x), name
@@ -152,13 +153,14 @@ class Call:
         selected = None if where is None else checks.where(where, name, x, layout)
         weights = None if weights is None else checks.weights(weights, name, x)
         self.apart = {"where": selected, "weights": weights}
+        self.places = values(x, self.channels, selected)
+        self.count: float = self.places
         self.weights: Weights | None = None
-        if weights is None:
-            self.count: float = values(x, self.channels, selected)
-        else:
+        if weights is not None:
             self.weights = scaled(weights, x, self.channels, selected)
             self.count = self.weights.count
-        self.is_empty = prod(x.shape) == 0 or self.count == 0
+        # Samples of a part may weigh nothing beside others, whose statistics normalize them.
+        self.is_empty = prod(x.shape) == 0 or (self.places if is_part else self.count) == 0
         self.spans: list[Span] = []
         if not self.is_empty:
             self.arrangement = Arrangement.of(x, layout, by_sample=weights is not None)
@@ -204,8 +206,10 @@ class Call:
             shape = list(self.array.shape)
             shape[channel_axis(self.layout, self.array.ndim)] = 1
             where = np.broadcast_to(np.True_, shape)
-        of_runs = None if self.weights is None else self.weights.scaled[None]
-        return Selection(self.arrangement.mask(where), of_runs, self._scaled(self.count))
+        mask = self.arrangement.mask(where)
+        if self.weights is None or not self.count:
+            return Selection(mask, None, self.places)
+        return Selection(mask, self.weights.scaled[None], self._scaled(self.count))
 
     def _scaled(self, count: float) -> float:
         """A sum of weights as given, as one of weights as a backend takes them."""

@@ -558,7 +558,7 @@ def gradient_sums(
     True
     """
     backend, threads = current()
-    call = Call(x, "x", layout, where, weights, single=False, mean=mean, var=var)
+    call = Call(x, "x", layout, where, weights, single=False, is_part=True, mean=mean, var=var)
     dy = checks.companion("dy", dy, "x", call.array)
     checks.variance(var, nan=True)
     eps = checks.epsilon(eps)
@@ -598,8 +598,9 @@ def _gradients(
     lone = checks.may_lack_x(x, frozen=frozen, params=params)
     array, name = (dy, "dy") if lone else (x, "x")
     checks.virtual_batch(virtual_batch, sums=sums)
-    vectors = {"gamma": gamma, "mean": mean, "var": var, "virtual_batch": virtual_batch}
-    call = Call(array, name, layout, where, weights, single=frozen, **vectors)
+    kind = {"single": frozen, "is_part": sums is not None, "virtual_batch": virtual_batch}
+    vectors = {"gamma": gamma, "mean": mean, "var": var}
+    call = Call(array, name, layout, where, weights, **kind, **vectors)
     dy = checks.companion("dy", dy, name, call.array)
     checks.variance(var, nan=not frozen)
     eps = checks.epsilon(eps)
@@ -684,7 +685,8 @@ def _part_backward(
     if total is not None:
         dgamma, dbeta = (a[None, part.channels] for a in (total.dgamma, total.dbeta))
         sums = GradientSums(dgamma, dbeta, total.count)
-    coefficients = _coefficients(mean, var, gamma, eps, sums)
+    # What weighs nothing has no part in the statistics.
+    coefficients = _coefficients(mean, var, gamma, eps, sums if call.count else None)
     backend.input_gradient(dy, x, coefficients, dx, threads, through, span.selection)
     return () if sums is None else (sums.dgamma, sums.dbeta)
 
