@@ -5,6 +5,7 @@
 3. One thread also where a library might leave cores idle: few or odd channels, one image.
 4. The series: one family of shapes from 1 KB to 400 MB, for the plot of time against size.
 5. Fused works, half types, masked works, virtual batches and siblings, and the smallest call.
+6. Awkward shapes on one thread: many tiny samples, few samples of many channels, tiny calls.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ GROUPED = tuple(
     for work in ("forward", "backward")
 )
 GROUPS = 32
-"""Of group norm."""
+"""Of group norm, or as many of them as divide the channels."""
 GHOST = 8
-"""Samples of a virtual batch."""
+"""Samples of a virtual batch, or as many of them as divide all samples."""
 
 Shape = tuple[int, ...]
 
@@ -59,7 +60,7 @@ class Cell:
     """NCHW or NHWC; NC for an array of rank 2, which has one layout only."""
     dtype: str
     shape: Shape
-    """(N, C, H, W) or (N, C), whatever the layout."""
+    """(N, C, H, W), (N, C, L) or (N, C), whatever the layout."""
     output: str
     """ready: written into an array made before. fresh: the call makes the array."""
     threads: int
@@ -82,9 +83,15 @@ class Cell:
 
     @property
     def groups(self) -> int:
-        """Of channels, which share the statistics of a sample."""
-        of_kind = {"group": GROUPS, "instance": self.channels, "layer": 1}
+        """Of channels, which share the statistics of a sample or a virtual batch."""
+        some, each = math.gcd(GROUPS, self.channels), self.channels
+        of_kind = {"ghost": each, "group": some, "instance": each, "layer": 1}
         return of_kind[self.work.partition("-")[0]]
+
+    @property
+    def run(self) -> int:
+        """Samples that share statistics: those of a virtual batch; one where it is a sibling's."""
+        return math.gcd(GHOST, self.shape[0]) if self.work.startswith("ghost") else 1
 
     @property
     def plain_work(self) -> str:
@@ -137,6 +144,10 @@ class Cell:
     @property
     def in_series(self) -> bool:
         return self.shape in SERIES
+
+    @property
+    def is_awkward(self) -> bool:
+        return any(self.shape in shapes for shapes in AWKWARD.values())
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -215,12 +226,40 @@ LAYER_ROWS: tuple[Shape, ...] = ((4096, 1024), (16384, 1024), (65536, 256), (819
 CALL: Shape = (1, 16)
 """The kernel takes some nanoseconds: the time of a call is what the call costs."""
 
+AWKWARD: dict[str, tuple[Shape, ...]] = {
+    "many samples of few values": (
+        (50000, 5, 3),
+        (100000, 3, 2),
+        (10000, 8, 3, 3),
+        (20000, 4, 1, 1),
+        (5000, 64, 2),
+        (2000, 100, 4),
+        (100000, 1, 4),
+        (200000, 2),
+        (100002, 4),
+        (100001, 7),
+        (30000, 64),
+    ),
+    "few samples of many channels": (
+        (1, 1000000),
+        (1, 300000, 2),
+        (1, 100000, 3, 3),
+        (4, 50000, 2),
+        (2, 500000),
+        (3, 33333),
+        (8, 100000),
+        (1, 30000),
+    ),
+    "tiny calls": ((1, 1, 1), (2, 3), (4, 8, 2, 2), (16, 4, 3), (16, 1, 28, 28), (255, 33)),
+}
+"""Where what is done for each sample, channel or call outweighs the values, by what is so."""
+
 QUICK: tuple[Shape, ...] = ((32, 512, 28, 28), (8, 64, 56, 56), (60, 100))
 QUICK_SERIES: tuple[Shape, ...] = SERIES[::4]
 
 
 def layouts_of(shape: Shape) -> tuple[str, ...]:
-    return ("NCHW", "NHWC") if len(shape) == 4 else ("NC",)
+    return ("NCHW", "NHWC") if len(shape) > 2 else ("NC",)
 
 
 def cells_of(
@@ -252,6 +291,7 @@ def all_cells(threads: int) -> list[Cell]:
         *cells_of(MASKED_SHAPES, threads=threads, works=MASKED),
         *grouped_cells(GROUPED_SHAPES, LAYER_ROWS, threads),
         *cells_of([CALL], threads=threads, works=["inference"]),
+        *awkward_cells(),
     )
     return list(dict.fromkeys(listed))
 
@@ -267,6 +307,12 @@ def grouped_cells(shapes: Iterable[Shape], rows: Iterable[Shape], threads: int) 
     yield from cells_of(shapes, threads=threads, works=GROUPED)
     works = [work for work in GROUPED if work.startswith(("group", "layer"))]
     yield from cells_of(rows, threads=threads, works=works)
+
+
+def awkward_cells() -> Iterator[Cell]:
+    """All of one thread."""
+    for shapes in AWKWARD.values():
+        yield from cells_of(shapes, threads=1, works=(*WORKS, *GROUPED))
 
 
 def quick_cells(threads: int) -> list[Cell]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.cells import GHOST, Cell, Shape
+from benchmarks.cells import Cell, Shape
 
 Array = NDArray[Any]
 
@@ -34,7 +34,7 @@ class Data:
     def __init__(self, cell: Cell) -> None:
         self.key = self.key_of(cell)
         self.shape, self.dtype = cell.array_shape, np.dtype(cell.dtype)
-        self.axis = 3 if cell.layout == "NHWC" else 1
+        self.axis = len(self.shape) - 1 if cell.layout == "NHWC" else 1
         self.vector_dtype = np.promote_types(self.dtype, np.float32)  # halves have single vectors
         self.channels = cell.channels
 
@@ -138,7 +138,7 @@ class Data:
         if not cell.work.startswith("ghost"):
             groups = 1 if channels is not None else cell.groups
             return planes.reshape(len(planes), groups, -1)
-        runs = planes.reshape(-1, GHOST, *planes.shape[1:])
+        runs = planes.reshape(-1, cell.run, *planes.shape[1:])
         return runs.swapaxes(1, 2).reshape(len(runs), planes.shape[1], -1)
 
     def statistics(self, cell: Cell) -> tuple[Array, Array]:
@@ -157,7 +157,8 @@ class Data:
     @property
     def _axes(self) -> str:
         """The axes of x as einsum names them."""
-        return "nchw"[: len(self.shape)] if self.axis == 1 else "nhwc"
+        kept = "nhw"[: len(self.shape) - 1]
+        return f"{kept[: self.axis]}c{kept[self.axis :]}"
 
     def column(self, vector: Array) -> Array:
         """A vector of channels in a shape that broadcasts against x."""

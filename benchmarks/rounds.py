@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from benchmarks.cells import MB, Cell
-from benchmarks.libraries import LIBRARIES, TORCH, Library
+from benchmarks.libraries import LIBRARIES, NUMPY, OURS, TORCH, Library
 from benchmarks.machine import available_memory
 from benchmarks.results import Judged, Measured, Outcome
 
@@ -342,7 +342,9 @@ def measure_all(
 
 def taking_part(cell: Cell, libraries: Sequence[str]) -> list[str]:
     """Not all: only some are drawn in the plot of the series, masked works are fastbn's alone, and
-    grouped ones PyTorch's too."""
+    grouped ones PyTorch's too; awkward cells are for the Cython backend and NumPy."""
+    if cell.is_awkward:
+        return [name for name in libraries if name in (OURS, NUMPY)]
     return [
         name
         for name in libraries

@@ -1,7 +1,8 @@
 """What fastbn wants to reach, as data: which cells, which figure, which bound.
 
-The bounds are for all threads and ready outputs. Level means within 3 % of noise. A figure that a
-run has no numbers for is left out; a target without any figure counts as not measured.
+The bounds are for all threads (one, of awkward shapes) and ready outputs. Level means within 3 % of
+noise. A figure that a run has no numbers for is left out; a target without any figure counts as not
+measured.
 """
 
 from __future__ import annotations
@@ -10,18 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
 
-from benchmarks.cells import CALL, GROUPED, HALVES, MASKED, MB
-from benchmarks.libraries import FROZEN, OURS, SINGLE, UNFUSED, UNMASKED
+from benchmarks.cells import AWKWARD, CALL, GROUPED, HALVES, MASKED, MB, Shape
+from benchmarks.libraries import FROZEN, NUMPY, OURS, SINGLE, TORCH, UNFUSED, UNMASKED
 from benchmarks.results import Measured, Run
 
 LEVEL = 0.97
-AVX2, NUMBA, COPYTO, TORCH, ONEDNN = (
-    "fastbn cython avx2",
-    "fastbn numba",
-    "numpy.copyto",
-    "PyTorch",
-    "oneDNN",
-)
+AVX2, NUMBA, ONEDNN = "fastbn cython avx2", "fastbn numba", "oneDNN"
+COPYTO = "numpy.copyto"
 ROW = (60, 100)
 
 Figure = Callable[[Run, Measured], float | None]
@@ -121,7 +117,7 @@ def where(
     def matches(run: Run, m: Measured) -> bool:
         cell = m.cell
         plain = (cell.dtype, cell.output, cell.threads) == (dtype, "ready", run.machine.cores)
-        fits = work in (None, cell.work) and cell.layout in layouts
+        fits = work in (None, cell.work) and cell.layout in layouts and not cell.is_awkward
         return plain and fits and least <= cell.bytes < below and also(run, m)
 
     return matches
@@ -169,6 +165,10 @@ def peer(run: Run, m: Measured) -> float | None:
 
 def torch(run: Run, m: Measured) -> float | None:
     return m.ratio(TORCH)
+
+
+def numpy(run: Run, m: Measured) -> float | None:
+    return m.ratio(NUMPY)
 
 
 def copies(run: Run, m: Measured) -> float | None:
@@ -387,6 +387,19 @@ def grouped() -> list[Target]:
     return found
 
 
+def awkward() -> list[Target]:
+    """The rows of awkward shapes: plain and grouped works in all layouts."""
+
+    def among(shapes: tuple[Shape, ...]) -> Where:
+        return lambda run, m: m.cell.shape in shapes
+
+    demand = f"never slower than {NUMPY}"
+    return [
+        at_least(f"{text}, one thread", demand, among(shapes), numpy, LEVEL)
+        for text, shapes in AWKWARD.items()
+    ]
+
+
 TARGETS = [
     *ratios(ALL_PEERS),
     JIT,
@@ -396,6 +409,7 @@ TARGETS = [
     *halves(),
     *masked(),
     *grouped(),
+    *awkward(),
     *ratios(ONLY_TORCH),
 ]
 

@@ -19,6 +19,7 @@ import pytest
 
 from benchmarks import compare, report, rounds, targets
 from benchmarks.cells import (
+    AWKWARD,
     FUSED,
     GHOST,
     GROUPED,
@@ -35,7 +36,17 @@ from benchmarks.cells import (
 )
 from benchmarks.cli import chosen
 from benchmarks.data import Data, Results, complaint, expected
-from benchmarks.libraries import FROZEN, LIBRARIES, OURS, SINGLE, UNFUSED, UNMASKED, of_fastbn
+from benchmarks.libraries import (
+    FROZEN,
+    LIBRARIES,
+    NUMPY,
+    OURS,
+    SINGLE,
+    UNFUSED,
+    UNMASKED,
+    of_fastbn,
+    of_numpy,
+)
 from benchmarks.machine import Machine, cache_size
 from benchmarks.results import Measured, Outcome, Run
 
@@ -92,6 +103,17 @@ def test_cells_cover_masked_works(layout: str) -> None:
     for work in MASKED:
         assert max(c.bytes for c in cells if c.work == work) > 50 * MB
     assert any(c.is_masked and c.bytes > 50 * MB for c in quick_cells(THREADS))
+
+
+def test_cells_cover_awkward_shapes() -> None:
+    cells = [c for c in all_cells(THREADS) if c.is_awkward]
+    assert {(c.dtype, c.output, c.threads) for c in cells} == {("float32", "ready", 1)}
+    for shapes in AWKWARD.values():
+        for shape in shapes:
+            listed = {(c.work, c.layout) for c in cells if c.shape == shape}
+            assert listed == {(w, f) for w in (*WORKS, *GROUPED) for f in layouts_of(shape)}
+    for work, figure in (("group", "groups"), ("ghost", "run")):
+        assert {1, 2} < {getattr(c, figure) for c in cells if c.work.startswith(work)}
 
 
 def test_rows_and_the_series_span_their_sizes() -> None:
@@ -202,6 +224,25 @@ def test_masked_works_are_for_fastbn_and_the_limits() -> None:
     for work in MASKED:
         names = rounds.taking_part(replace(PLAIN[0], work=work), list(LIBRARIES))
         assert names == [n for n, one in LIBRARIES.items() if one.is_fastbn or one.kind == "limit"]
+
+
+def test_awkward_cells_are_for_the_cython_backend_and_numpy() -> None:
+    """Here with shapes like theirs, all of them small."""
+    shapes = ((16, 5, 3), (5, 6, 2), (6, 64, 1, 1), (4, 1, 4), (9, 7), (30, 2), (1, 300), (1, 1, 1))
+    for shape in shapes:
+        for layout in layouts_of(shape):
+            for work in (*WORKS, *GROUPED):
+                cell = Cell(work, layout, "float32", shape, "ready", 1)
+                data = Data(cell)
+                for library in (of_fastbn, of_numpy):
+                    data.out.fill(np.nan)
+                    task = library.prepare(cell, data)
+                    assert task is not None
+                    assert task.read is not None
+                    assert complaint(cell, data, task.read(task.call())) is None, cell.name
+    for cell in all_cells(THREADS):
+        if cell.is_awkward:
+            assert rounds.taking_part(cell, list(LIBRARIES)) == [OURS, NUMPY]
 
 
 @pytest.mark.parametrize("cell", SMALL, ids=lambda cell: cell.name)
@@ -407,6 +448,20 @@ def test_halves_are_held_to_float32_and_to_pytorch() -> None:
     assert found[text, "faster than PyTorch"] == "no"
     found = answers(run_of(made_up(replace(cell, work="inference"), **seconds)))
     assert found["inference, bfloat16, 50 MB and up", "at most 0.65 of float32's time"] == "no"
+
+
+def test_awkward_shapes_are_held_to_numpy_and_to_nothing_else() -> None:
+    for what, shapes in AWKWARD.items():
+        cell = replace(LARGE, shape=shapes[0], threads=1)
+        for seconds, answer in ((0.010, "yes"), (0.012, "no")):
+            run = run_of(made_up(cell, fastbn_cython=seconds, NumPy=0.011))
+            run = replace(run, machine=replace(MACHINE, cores=1))
+            found = {k: v for k, v in answers(run).items() if v != "not measured"}
+            row = f"{what}, one thread", "never slower than NumPy"
+            assert found == {
+                row: answer,
+                ("import fastbn", "at most 20 ms over import numpy"): "yes",
+            }
 
 
 def test_masked_works_are_held_to_the_unmasked_ones() -> None:

@@ -72,7 +72,7 @@ class Library:
         return cast(Module, importlib.import_module(f"{__name__}.{self.module}"))
 
 
-TORCH = "PyTorch"
+NUMPY, TORCH = "NumPy", "PyTorch"
 
 CYTHON = {"FASTBN_BACKEND": "cython"}
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
@@ -94,7 +94,7 @@ LIBRARIES: dict[str, Library] = {
         Library(SINGLE, "fastbn_float32", "fastbn too", CYTHON),
         Library(UNMASKED, "fastbn_unmasked", "fastbn too", CYTHON),
         Library(FROZEN, "fastbn_frozen", "fastbn too", CYTHON, in_series=True),
-        Library("NumPy", "of_numpy", "peer"),
+        Library(NUMPY, "of_numpy", "peer"),
         Library(TORCH, "of_torch", "peer", KEPT, in_series=True),
         Library("oneDNN", "of_onednn", "peer"),
         Library("JAX", "of_jax", "peer", {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}),

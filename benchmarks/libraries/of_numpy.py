@@ -1,6 +1,7 @@
 """Plain NumPy expressions, as one writes them; a ready output takes the last step's result.
 
-No fused works, which are those of `fastbn_unfused`, and no halves, which NumPy computes one by one.
+No fused works, which are those of `fastbn_unfused`, none with masks, and no halves, which NumPy
+computes one by one.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ def version() -> str:
 
 
 def prepare(cell: Cell, data: Data) -> Task | None:
-    if cell.is_fused or cell.is_half:
+    if cell.is_fused or cell.is_half or cell.is_masked:
         return None
+    if cell.is_grouped:
+        return grouped(cell, data)
     gamma, beta = data.column(data.gamma), data.column(data.beta)
     out = data.out if cell.output == "ready" else None
     over, eps = tuple(axis for axis in range(len(data.shape)) if axis != data.axis), data.eps
@@ -38,6 +41,32 @@ def prepare(cell: Cell, data: Data) -> Task | None:
         return Task(lambda: inference(x, mean, var, gamma, beta, eps, out), Results)
     dy = data.dy
     return Task(lambda: np.multiply(dy, gamma / np.sqrt(var + eps), out=out), Results)
+
+
+def grouped(cell: Cell, data: Data) -> Task:
+    """Virtual batches and siblings, on views that have axes of runs, groups and their channels."""
+    runs, split = cell.shape[0] // cell.run, (cell.groups, cell.channels // cell.groups)
+    shape: tuple[int, ...] = (runs, -1, *split)
+    places: tuple[int, ...] = ()
+    if cell.layout == "NCHW":
+        shape, places = (runs, cell.run, *split, -1), (4,)
+    over, of_channels, ones = (1, 3, *places), (0, 1, *places), (1,) * len(places)
+    gamma, beta = (v.reshape(*split, *ones) for v in (data.gamma, data.beta))
+    x, eps = data.x.reshape(shape), data.eps
+    out = data.out.reshape(shape) if cell.output == "ready" else None
+    if cell.plain_work == "forward":
+        return Task(
+            lambda: forward(x, gamma, beta, over, eps, out),
+            lambda y: Results(y.reshape(data.shape)),
+        )
+    dy = data.dy.reshape(shape)
+    mean, var = (
+        v.astype(data.dtype).reshape(runs, 1, cell.groups, 1, *ones) for v in data.statistics(cell)
+    )
+    return Task(
+        lambda: grouped_backward(dy, x, mean, var, gamma, over, of_channels, eps, out),
+        lambda r: Results(r[0].reshape(data.shape), r[1].ravel(), r[2].ravel()),
+    )
 
 
 def inference(
@@ -69,4 +98,24 @@ def backward(
     dgamma, dbeta = (dy * xhat).sum(over, keepdims=True), dy.sum(over, keepdims=True)
     n = x.size // gamma.size
     dx = np.multiply(gamma * rstd, dy - dbeta / n - xhat * (dgamma / n), out=out)
+    return dx, dgamma, dbeta
+
+
+def grouped_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    var: Array,
+    gamma: Array,
+    over: tuple[int, ...],
+    of_channels: tuple[int, ...],
+    eps: float,
+    out: Array | None,
+) -> tuple[Array, Array, Array]:
+    rstd = 1 / np.sqrt(var + eps)
+    xhat = (x - mean) * rstd
+    dgamma, dbeta = (dy * xhat).sum(of_channels), dy.sum(of_channels)
+    g = gamma * dy
+    means = g.mean(over, keepdims=True), (g * xhat).mean(over, keepdims=True)
+    dx = np.multiply(rstd, g - means[0] - xhat * means[1], out=out)
     return dx, dgamma, dbeta

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.cells import GHOST, Cell
+from benchmarks.cells import Cell
 from benchmarks.data import Array, Data, Results
 from benchmarks.libraries import Task
 
@@ -115,7 +115,8 @@ def instance(cell: Cell, x: Any, dy: Any, gamma: Any, beta: Any, statistics: Any
 def ghost(cell: Cell, data: Data, gamma: Any, beta: Any, statistics: Any) -> Task:
     """Batch norm of each virtual batch."""
     x, dy, eps = tensor(cell, data.x), tensor(cell, data.dy), data.eps
-    starts = range(0, len(x), GHOST)
+    size = cell.run
+    starts = range(0, len(x), size)
     if cell.plain_work == "forward":
         y = tensor(cell, data.out)
         saved = [torch.empty(cell.channels, dtype=gamma.dtype) for _ in range(2)]
@@ -123,8 +124,8 @@ def ghost(cell: Cell, data: Data, gamma: Any, beta: Any, statistics: Any) -> Tas
 
         def forward() -> Any:
             for i in starts:
-                out = (y[i : i + GHOST], *saved)
-                torch.native_batch_norm(x[i : i + GHOST], *given, out=out)
+                out = (y[i : i + size], *saved)
+                torch.native_batch_norm(x[i : i + size], *given, out=out)
             return (y,)
 
         return Task(forward, results(cell))
@@ -132,7 +133,7 @@ def ghost(cell: Cell, data: Data, gamma: Any, beta: Any, statistics: Any) -> Tas
     def backward() -> Any:
         parts = []
         for i, mean, rstd in zip(starts, *statistics, strict=True):
-            some = slice(i, i + GHOST)
+            some = slice(i, i + size)
             rest = gamma, None, None, mean, rstd, True, eps, [True, True, True]
             parts.append(BACKWARD(dy[some], x[some], *rest))
         return parts
