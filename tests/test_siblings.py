@@ -232,6 +232,16 @@ def test_whatever_the_memory(layout: str, form: str) -> None:
 
 
 @pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["layer", 2])
+def test_one_sample_of_many_channels(kind: str | int, layout: str) -> None:
+    """Groups that are larger than what else is worked on at a time."""
+    for form in ("dense", "strided"):
+        x, dy, _, gamma, beta = made((1, 6000, 2), layout, np.float32)
+        check(Norm(kind), FORMS[form](x), FORMS[form](dy), gamma, beta, layout=layout)
+
+
+@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("form", WRITEABLE)
 def test_results_go_where_they_are_asked_for(form: str) -> None:
     """In place and elsewhere, in any memory, with the same bits; what lies beside is untouched."""
