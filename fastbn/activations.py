@@ -30,9 +30,10 @@ def of(value: Any) -> Activation | None:
     if value is None:
         return LINEAR
     if isinstance(value, str):
-        return NAMED.get(value)
-    if isinstance(value, tuple) and len(value) == 2 and value[0] == LEAKY:
-        slope = value[1]
-        if isinstance(slope, Real) and not isinstance(slope, bool) and 0 < float(slope) < 1:
+        return NAMED.get(str.__str__(value))
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
+        name, slope = str.__str__(value[0]), value[1]
+        is_number = isinstance(slope, Real) and not isinstance(slope, bool)
+        if name == LEAKY and is_number and 0 < slope < 1 and 0 < float(slope) < 1:
             return Activation(float(slope), inf)
     return None

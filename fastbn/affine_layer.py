@@ -72,7 +72,8 @@ class AffineLayer:
         self.dgamma = None if self.gamma is None else dgamma
         self.dbeta = None if self.beta is None else dbeta
         self.dresidual = getattr(found, "dresidual", None)
-        return np.asarray(found.dx)
+        dx: Array = found.dx
+        return dx
 
     def _arrays(self) -> dict[str, Array]:
         own = {ours: getattr(self, ours) for ours in self._state_names.values()}

@@ -36,6 +36,11 @@ SMALLEST = 1 << 20
 """Bytes of x whose runs are worked on at once, however large their tables."""
 
 
+def returned(given: Any, written: Any) -> Any:
+    """What a function gives: the very array that it was handed to be written, if any."""
+    return written if checks.plain(given) is None else given
+
+
 @dataclass(frozen=True)
 class Span:
     """Samples whose runs are alike, and how their memory is arranged."""
@@ -130,8 +135,8 @@ class Call:
         is_part: bool = False,
         **vectors: Any,
     ) -> None:
-        self.array, self.name = checks.batch(name, x), name
-        self.layout = checks.layout(layout)
+        x, layout = checks.batch(name, x), checks.layout(layout)
+        self.array, self.name, self.layout = x, name, layout
         self.channels = x.shape[channel_axis(layout, x.ndim)]
         self.virtual_batch = checks.virtual_batch(virtual_batch, where=where, weights=weights)
         self.sharing = None if sharing is None else sharing(len(x), self.channels)
@@ -141,13 +146,8 @@ class Call:
         self.runs = None if self.virtual_batch is None else -(-len(x) // self.virtual_batch)
         self.vectors: dict[str, Array | None] = {}
         for key, value in vectors.items():
-            if key in ("mean", "var") and self.sharing is not None:
-                given = checks.sample_statistic(key, value, name, x, self.sharing.shape)
-                self.vectors[key] = given.reshape(len(x), self.sharing.groups)
-            elif key in ("mean", "var"):
-                self.vectors[key] = checks.statistic(
-                    key, value, name, x, layout, single=single, groups=self.runs
-                )
+            if key in ("mean", "var"):
+                self.vectors[key] = self._statistic(key, value, single)
             else:
                 self.vectors[key] = checks.parameter(key, value, name, x, layout)
         selected = None if where is None else checks.where(where, name, x, layout)
@@ -165,6 +165,18 @@ class Call:
         if not self.is_empty:
             self.arrangement = Arrangement.of(x, layout, by_sample=weights is not None)
             self.spans = list(self._spans(selected))
+
+    def _statistic(self, key: str, value: Any, single: bool) -> Array:
+        """mean or var as given: of the whole batch, each run, or what shares it in each sample."""
+        shared, x = self.sharing, self.array
+        if shared is not None:
+            given = checks.sample_statistic(key, value, self.name, x, shared.shape)
+        else:
+            options: dict[str, Any] = {"single": single, "groups": self.runs}
+            given = checks.statistic(key, value, self.name, x, self.layout, **options)
+        if key == "var":
+            checks.variance(given, nan=not single)
+        return given if shared is None else given.reshape(len(x), shared.groups)
 
     def _spans(self, where: Array | None) -> Iterator[Span]:
         """All samples as one run; or whole virtual batches as so many, and what is left as one."""
@@ -229,17 +241,22 @@ class Call:
         asked = checks.activation(activation)
         return None if residual is None and asked == LINEAR else Tail(asked, residual)
 
-    def gate(self, activation: Any, y: Any, dresidual: Any, dy: Array, x: Any) -> Gate | None:
-        """What stands before the normalization on the way back, on arrays; None for nothing.
+    def backward_outputs(
+        self, activation: Any, y: Any, dresidual: Any, out: Any, dy: Array, x: Array | None
+    ) -> tuple[Gate | None, Array]:
+        """What stands before the normalization on the way back, on arrays, None for nothing; and
+        where dx goes.
 
         Where only the residual's gradient is wanted, dy is its own gate.
         """
-        asked, y = checks.activation(activation), checks.gate(y, activation, self.name, self.array)
-        given = dresidual if isinstance(dresidual, np.ndarray) else None
+        known, y = checks.gate(y, activation, self.name, self.array)
+        gate = None if y is None else Gate(known, y, None)
+        given = None if checks.plain(dresidual) is None else dresidual
         if given is not None or checks.flag("dresidual", dresidual):
             wanted = self.output("dresidual", given, {"dy": dy}, {"x": x, "y": y})
-            return Gate(asked, dy if y is None else y, wanted)
-        return None if y is None else Gate(asked, y, None)
+            gate = Gate(known, dy if y is None else y, wanted)
+        apart = {"y": y, "dresidual": gate and gate.dresidual}
+        return gate, self.output("out", out, {"dy": dy, "x": x}, apart)
 
     def table(self, name: str, default: float, span: Span, part: Part) -> Table:
         """A part's statistics, parameter, or its default, as a (G, C) table."""

@@ -1,15 +1,16 @@
 """The arguments of the public functions: what is accepted, and every message about what is not.
 
 Each function looks at one argument and returns it in the form that the backends take, or raises
-before anything has been written. A message names the argument, what came, what was expected and
-what to do.
+before anything has been written. What it returns is all that callers go on with: arrays are
+numpy.ndarray itself, and options the words of our tables, whatever subclass came. A message names
+the argument, what came, what was expected and what to do.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from fastbn import activations
 from fastbn.activations import Activation
 from fastbn.elements import ELEMENTS, FLOATS, is_element, is_float, is_half
+from fastbn.errors import shown
 from fastbn.layouts import LAYOUTS, channel_axis
 from fastbn.results import GradientSums
 
@@ -27,47 +29,103 @@ MAX_THREADS = 1024
 
 def layout(value: Any) -> str:
     """One of the names in `LAYOUTS`."""
-    if isinstance(value, str) and value in LAYOUTS:
-        return str(value)
+    word = _word(value)
+    if word in LAYOUTS:
+        return word
     raise _wrong_type_or_value(
         value,
         str,
-        f"layout is {value!r}, expected 'NCHW' (channels on axis 1) or 'NHWC' (channels last); "
-        "it names where the channels are, for arrays of any rank from 2 up",
+        f"layout is {shown(value)}, expected 'NCHW' (channels on axis 1) or 'NHWC' (channels "
+        "last); it names where the channels are, for arrays of any rank from 2 up",
     )
 
 
-def array(name: str, value: Any, *, halves: bool = False) -> NDArray[Any]:
-    """An ndarray of float32 or float64 or, where `halves` says so, half types; any byte order."""
-    known, allowed = (ELEMENTS, is_element) if halves else (FLOATS, is_float)
+def _word(value: Any) -> str:
+    """The characters of a str, of whatever subclass; none of anything else."""
+    return str.__str__(value) if isinstance(value, str) else ""
+
+
+def plain(value: Any) -> NDArray[Any] | None:
+    """An array as numpy.ndarray itself, whatever its class makes of it; None of what is none."""
+    if type(value) is np.ndarray:
+        return value
+    if not issubclass(type(value), np.ndarray):
+        return None
+    view: NDArray[Any] = np.ndarray.view(value, np.ndarray)
+    return view
+
+
+def _code(name: str, value: Any) -> str:
+    """Code that gives what came as an array with ndarray's own methods."""
+    return name if type(value) is np.ndarray else f"numpy.asarray({name})"
+
+
+class Types(NamedTuple):
+    """The element types that an array may have, what others are converted to, and why."""
+
+    words: str
+    taken: Callable[[np.dtype[Any]], bool]
+    wanted: str = "numpy.float32"
+    reason: str = ""
+
+
+_ELEMENTS = Types(ELEMENTS, is_element)
+_FLOATS = Types(FLOATS, is_float)
+_EXACT = Types(
+    "float64",
+    lambda dtype: is_float(dtype) and dtype.itemsize == 8,
+    "numpy.float64",
+    ": the gradient through the batch's own statistics needs the digits that the forward returned",
+)
+
+
+def array(name: str, value: Any, types: Types = _FLOATS) -> NDArray[Any]:
+    """An ndarray of certain types, in either byte order."""
+    known = types.words
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is a numpy.ma.MaskedArray, expected a plain numpy.ndarray of {known}: "
             f"a mask would be ignored; pass {name}.filled(value), or {name}.data to ignore it"
         )
-    if not isinstance(value, np.ndarray):
+    a = plain(value)
+    if a is None:
         raise TypeError(
             f"{name} is {_described(value)}, expected a numpy.ndarray of {known}; "
-            f"convert it with numpy.asarray({name}, dtype=numpy.float32)"
+            + _converted(name, value, types.wanted)
         )
-    if not allowed(value.dtype):
-        remedy = f"convert it with {name}.astype(numpy.float32)"
-        if value.dtype.kind == "c":
-            remedy = f"pass {name}.real, {name}.imag, or both as channels of their own"
-        elif value.dtype.kind == "f" and value.dtype.itemsize > 8:
-            remedy = f"convert it with {name}.astype(numpy.float64)"
-        raise TypeError(f"{name} has dtype {_named(value.dtype)}, expected {known}; {remedy}")
-    return value
+    if not types.taken(a.dtype):
+        came = f"{name} has dtype {_named(a.dtype)}, expected {known}{types.reason}"
+        raise TypeError(f"{came}; {_retyped(_code(name, value), a.dtype, types.wanted)}")
+    return a
+
+
+def _converted(name: str, value: Any, dtype: str) -> str:
+    """What to do with something that is no array."""
+    if value is None or isinstance(value, str | bytes):
+        return "pass one"
+    return f"convert it with numpy.asarray({name}, dtype={dtype})"
+
+
+def _retyped(code: str, dtype: np.dtype[Any], wanted: str) -> str:
+    """What to do with an array of a type that is not taken."""
+    if dtype.kind == "c":
+        return f"pass {code}.real, {code}.imag, or both as channels of their own"
+    if dtype == np.dtype("V2"):
+        return f"if it is bfloat16, as numpy.load gives it, pass {code}.view(ml_dtypes.bfloat16)"
+    is_wide = dtype.kind == "f" and dtype.itemsize > 8
+    return f"convert it with {code}.astype({'numpy.float64' if is_wide else wanted})"
 
 
 def batch(name: str, value: Any) -> NDArray[Any]:
     """The array that is normalized (or its gradient, where no x is needed): rank 2 or more."""
-    a = array(name, value, halves=True)
+    a = array(name, value, _ELEMENTS)
     if a.ndim < 2:
+        code = _code(name, value)
+        remedy = f"{code}[:, None] (values of one channel) or {code}[None, :] (one sample)"
         raise ValueError(
             f"{name} has rank {a.ndim} (shape {a.shape}), expected rank 2 or more: samples and "
-            f"channels, then any spatial axes; add the missing axis with {name}[:, None] (values "
-            f"of one channel) or {name}[None, :] (one sample)"
+            "channels, then any spatial axes; add the missing axis with "
+            + (remedy if a.ndim else f"{code}[None, None] (a single value)")
         )
     return a
 
@@ -75,7 +133,7 @@ def batch(name: str, value: Any) -> NDArray[Any]:
 _COMPANIONS = {
     "dy": "the gradient with respect to y, which has x's shape",
     "ddx": "the gradient with respect to the dx of the backward function, which has x's shape",
-    "residual": "an array of x's shape: numpy.broadcast_to makes one of a smaller one",
+    "residual": "an array of x's shape, or of a smaller one numpy.broadcast_to(residual, x.shape)",
     "y": "what the forward returned",
 }
 """Arrays that must be like x, and what to pass."""
@@ -83,7 +141,7 @@ _COMPANIONS = {
 
 def companion(name: str, value: Any, x_name: str, x: NDArray[Any]) -> NDArray[Any]:
     """dy, ddx, residual or y: of x's shape and dtype (byte order apart)."""
-    a = array(name, value, halves=True)
+    a = array(name, value, _ELEMENTS)
     if a.shape != x.shape:
         raise ValueError(
             f"{name} has shape {a.shape}, expected {x.shape}, the shape of {x_name}; "
@@ -92,7 +150,7 @@ def companion(name: str, value: Any, x_name: str, x: NDArray[Any]) -> NDArray[An
     if a.dtype.newbyteorder("=") != x.dtype.newbyteorder("="):
         raise TypeError(
             f"{name} has dtype {a.dtype}, expected {x.dtype}, the dtype of {x_name}; "
-            f"convert it with {name}.astype({_spelled(x, x_name)})"
+            f"convert it with {_code(name, value)}.astype({_spelled(x, x_name)})"
         )
     return a
 
@@ -101,27 +159,31 @@ def where(value: Any, x_name: str, x: NDArray[Any], layout: str) -> NDArray[np.b
     """Which places count: of x's shape, but for a single channel."""
     axis = channel_axis(layout, x.ndim)
     single = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
-    if not isinstance(value, np.ndarray) or value.dtype != np.bool_:
-        is_array = isinstance(value, np.ndarray)
-        came = f"has dtype {value.dtype}" if is_array else f"is {_described(value)}"
-        raise TypeError(
-            f"where {came}, expected a numpy.ndarray of bool that broadcasts to {single}; "
-            "convert it with where.astype(bool), if what is not 0 counts"
-        )
+    expected = f"expected a numpy.ndarray of bool that broadcasts to {single}"
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             "where is a numpy.ma.MaskedArray, expected a plain numpy.ndarray of bool; pass "
             "where.filled(False)"
         )
+    a = plain(value)
+    if a is None:
+        remedy = _converted("where", value, "bool")
+        raise TypeError(f"where is {_described(value)}, {expected}; {remedy}")
+    if a.dtype != np.bool_:
+        raise TypeError(
+            f"where has dtype {_named(a.dtype)}, {expected}; convert it with "
+            f"{_code('where', value)}.astype(bool), if what is not 0 counts"
+        )
     try:
-        return np.broadcast_to(value, single)
+        return np.broadcast_to(a, single)
     except ValueError:
         pass
     remedy = "it is the same for all channels: its axis of channels has length 1"
-    if value.shape == single[:axis] + single[axis + 1 :]:
-        remedy = f"add the axis of channels with numpy.expand_dims(where, {axis})"
+    if a.shape == single[:axis] + single[axis + 1 :]:
+        code = _code("where", value)
+        remedy = f"add the axis of channels with numpy.expand_dims({code}, {axis})"
     raise ValueError(
-        f"where has shape {value.shape}, expected {single} or what broadcasts to it, for {x_name} "
+        f"where has shape {a.shape}, expected {single} or what broadcasts to it, for {x_name} "
         f"of shape {x.shape} and layout {layout!r}; {remedy}"
     )
 
@@ -161,8 +223,8 @@ def activation(value: Any) -> Activation:
         error = ValueError if isinstance(value, str | tuple) else TypeError
         names = ", ".join(repr(name) for name in activations.NAMED)
         raise error(
-            f"activation is {value!r}, expected None, {names} or ('{activations.LEAKY}', slope) "
-            "with 0 < slope < 1; apply any other activation to y afterwards"
+            f"activation is {shown(value)}, expected None, {names} or ('{activations.LEAKY}', "
+            "slope) with 0 < slope < 1; apply any other activation to y afterwards"
         )
     return known
 
@@ -172,24 +234,23 @@ def activation_name(value: Any) -> str | tuple[str, float] | None:
     slope = activation(value).slope
     if isinstance(value, tuple):
         return activations.LEAKY, slope
-    return None if value is None else str(value)
+    return None if value is None else _word(value)
 
 
-def gate(y: Any, activation: Any, x_name: str, x: NDArray[Any]) -> NDArray[Any] | None:
-    """The forward's y, which the gradient through an activation needs and no other."""
-    if activation is None:
-        if y is not None:
-            raise TypeError(
-                f"y is {_described(y)}, expected None where activation is None; pass the "
-                "activation that the forward was given, or no y"
-            )
-        return None
+def gate(
+    y: Any, asked: Any, x_name: str, x: NDArray[Any]
+) -> tuple[Activation, NDArray[Any] | None]:
+    """What was done to y, and the forward's y, which the gradient through an activation needs;
+    without one nothing looks at it."""
+    known = activation(asked)
+    if asked is None:
+        return known, None
     if y is None:
         raise TypeError(
             f"y is None, expected the forward's y: the gradient through activation "
-            f"{activation!r} follows from it; pass y=y"
+            f"{shown(asked)} follows from it; pass y=y"
         )
-    return companion("y", y, x_name, x)
+    return known, companion("y", y, x_name, x)
 
 
 def no_activation(value: Any) -> None:
@@ -197,9 +258,9 @@ def no_activation(value: Any) -> None:
     if value is not None:
         error = ValueError if isinstance(value, str | tuple) else TypeError
         raise error(
-            f"activation is {value!r}, expected None: an activation has no second derivative at "
-            "its kinks; apply it apart: multiply dy by its slope where it gave y, and afterwards "
-            "ddy too"
+            f"activation is {shown(value)}, expected None: an activation has no second derivative "
+            "at its kinks; apply it apart: multiply dy by its slope where it gave y, and "
+            "afterwards ddy too"
         )
 
 
@@ -223,10 +284,17 @@ def may_lack_x(x: Any, *, frozen: bool, params: bool) -> bool:
 
 
 def per_channel(
-    name: str, value: Any, x_name: str, x: NDArray[Any], layout: str, groups: int | None = None
+    name: str,
+    value: Any,
+    x_name: str,
+    x: NDArray[Any],
+    layout: str,
+    *,
+    types: Types = _ELEMENTS,
+    groups: int | None = None,
 ) -> NDArray[Any]:
-    """A (C,) or (groups, C) array of float32 or float64 that fits the channels of `x`."""
-    a = array(name, value)
+    """A (C,) or (groups, C) array that fits the channels of `x`."""
+    a = array(name, value, types)
     axis = channel_axis(layout, x.ndim)
     channels = x.shape[axis]
     if a.shape == ((channels,) if groups is None else (groups, channels)):
@@ -241,21 +309,32 @@ def per_channel(
         f"(axis {axis} of shape {x.shape}, layout {layout!r})"
     )
     other = next(known for known in LAYOUTS if known != layout)
-    if a.ndim != 1:
-        message += f"; expected shape ({channels},): pass {name}.reshape(-1) if its order is right"
-    elif a.shape == (x.shape[channel_axis(other, x.ndim)],):
+    if a.shape == (x.shape[channel_axis(other, x.ndim)],):
         kind = "channels-last" if other == "NHWC" else "channels-first"
-        message += f"; for {kind} data pass layout={other!r}"
-    else:
-        message += f"; expected shape ({channels},), one value a channel"
-    raise ValueError(message)
+        raise ValueError(f"{message}; for {kind} data pass layout={other!r}")
+    raise ValueError(f"{message}; {_vector(_code(name, value), a.shape, channels)}")
+
+
+def _vector(code: str, shape: tuple[int, ...], channels: int) -> str:
+    """What to do with an array of another shape than (channels,)."""
+    expected = f"expected shape ({channels},)"
+    if shape == ():
+        return f"{expected}: pass numpy.full({channels}, {code}) if it is the same for all"
+    if len(shape) != 1 and math.prod(shape) == channels:
+        return f"{expected}: pass {code}.reshape(-1) if its order is right"
+    return f"{expected}, one value a channel"
+
+
+def _widened(a: NDArray[Any]) -> NDArray[Any]:
+    """A parameter or statistic as it is computed with: half types as float32."""
+    return a.astype(np.float32) if is_half(a.dtype) else a
 
 
 def parameter(
     name: str, value: Any, x_name: str, x: NDArray[Any], layout: str
 ) -> NDArray[Any] | None:
-    """gamma or beta: None, or one value a channel."""
-    return None if value is None else per_channel(name, value, x_name, x, layout)
+    """gamma or beta: None, or one value a channel; half types are widened."""
+    return None if value is None else _widened(per_channel(name, value, x_name, x, layout))
 
 
 def statistic(
@@ -268,33 +347,23 @@ def statistic(
     single: bool = True,
     groups: int | None = None,
 ) -> NDArray[Any]:
-    """mean or var of each channel; float32 only where `single` says so."""
-    a = per_channel(name, value, x_name, x, layout, groups)
-    return a if single else _exact_statistic(name, a)
-
-
-def _exact_statistic(name: str, a: NDArray[Any]) -> NDArray[Any]:
-    """mean or var that the gradient goes through."""
-    if a.dtype.itemsize < 8:
-        raise TypeError(
-            f"{name} has dtype {a.dtype}, expected float64: the gradient through the batch's own "
-            f"statistics needs the digits that the forward returned; keep its float64 {name}, or "
-            f"pass {name}.astype(numpy.float64) if float32 is all there is"
-        )
-    return a
+    """mean or var of each channel; less than float64, widened, only where `single` says so."""
+    types = _ELEMENTS if single else _EXACT
+    a = per_channel(name, value, x_name, x, layout, types=types, groups=groups)
+    return _widened(a)
 
 
 def sample_statistic(
     name: str, value: Any, x_name: str, x: NDArray[Any], shape: tuple[int, ...]
 ) -> NDArray[Any]:
     """mean or var of each sample's groups of channels."""
-    a = array(name, value)
+    a = array(name, value, _EXACT)
     if a.shape != shape:
         raise ValueError(
             f"{name} has shape {a.shape}, expected {shape}, an entry for each of the {len(x)} "
             f"samples of {x_name} and what shares statistics in it; pass what the forward returned"
         )
-    return _exact_statistic(name, a)
+    return a
 
 
 def channel_groups(value: Any, channels: int) -> int:
@@ -302,13 +371,13 @@ def channel_groups(value: Any, channels: int) -> int:
     n = _whole("groups", value, "a whole number", "pass an int")
     if n < 1:
         raise ValueError(
-            f"groups is {n}, expected 1 or more; 1 is layer norm, and as many as channels "
-            "instance norm"
+            f"groups is {shown(n)}, expected 1 or more; 1 is layer norm, and as many as "
+            "channels instance norm"
         )
     if channels % n != 0:
         raise ValueError(
-            f"groups is {n}, expected a divisor of {channels}, the number of channels: groups "
-            "have as many channels each; pass one, or another layout"
+            f"groups is {shown(n)}, expected a divisor of {channels}, the number of channels: "
+            "groups have as many channels each; pass one, or another layout"
         )
     return n
 
@@ -346,7 +415,8 @@ def virtual_batch(value: Any, **others: Any) -> int | None:
     n = _whole("virtual_batch", value, "a whole number of samples", remedy)
     if n < 1:
         raise ValueError(
-            f"virtual_batch is {n}, expected 1 or more samples; pass None for the batch as a whole"
+            f"virtual_batch is {shown(n)}, expected 1 or more samples; pass None for the batch as "
+            "a whole"
         )
     for name, other in others.items():
         if other is not None:
@@ -366,32 +436,35 @@ def gradient_sums(
     value: Any, own: float, x_name: str, x: NDArray[Any], layout: str
 ) -> GradientSums:
     """dgamma, dbeta and count of a whole batch: vectors of float64, and at least x's own count."""
-    if not isinstance(value, tuple) or len(value) != 3:
+    if not isinstance(value, tuple | list) or len(value) != 3:
         raise TypeError(
-            f"sums is {_described(value)}, expected the tuple (dgamma, dbeta, count) that "
-            "gradient_sums gives, added up over all parts of the batch"
+            f"sums is {_described(value)}, expected (dgamma, dbeta, count) as gradient_sums gives "
+            "them, added up over all parts of the batch"
         )
     dgamma, dbeta = (
-        statistic(f"sums.{name}", a, x_name, x, layout, single=False)
-        for name, a in zip(("dgamma", "dbeta"), value, strict=False)
+        statistic(f"sums[{i}]", value[i], x_name, x, layout, single=False) for i in (0, 1)
     )
-    n = count("sums.count", value[2])
+    n = count("sums[2]", value[2])
     if n < own:
         raise ValueError(
-            f"sums.count is {n}, expected the values of a channel in all parts of the batch, at "
+            f"sums[2] is {n}, expected the values of a channel in all parts of the batch, at "
             f"least the {own} of {x_name}; add up the counts that gradient_sums gives"
         )
     return GradientSums(dgamma.astype(np.float64), dbeta.astype(np.float64), n)
 
 
 def count(name: str, value: Any) -> float:
-    """How many values there are, or the sum of their weights: finite, zero or more."""
-    if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
+    """How many values there are, or the sum of their weights: finite, zero or more; also an array
+    of it alone, as sums over processes give it."""
+    a = plain(value)
+    number = a[()] if a is not None and a.ndim == 0 else value
+    if not isinstance(number, Real) or isinstance(number, bool | np.bool_):
         raise TypeError(f"{name} is {_described(value)}, expected a number of values; pass an int")
-    n = int(value) if isinstance(value, Integral) else float(value)
+    n = int(number) if isinstance(number, Integral) else float(number)
     if not 0 <= n <= sys.float_info.max:
         raise ValueError(
-            f"{name} is {n}, expected a finite number, zero or more: how many values a channel has"
+            f"{name} is {shown(n)}, expected a finite number, zero or more: how many values a "
+            "channel has"
         )
     return n
 
@@ -428,25 +501,25 @@ class Owner(NamedTuple):
 
 def statistics(mean: Any) -> Owner:
     """What the vectors of a frozen batch norm must fit: as many channels as its mean has."""
-    a = array("mean", mean)
+    a = array("mean", mean, _ELEMENTS)
     if a.ndim != 1:
         raise ValueError(
             f"mean has shape {a.shape}, expected rank 1, one value a channel; pass "
-            "mean.reshape(-1) if its order is right"
+            f"{_code('mean', mean)}.reshape(-1) if its order is right"
         )
     return Owner(len(a), f"mean has {len(a)} channels")
 
 
-def batch_of(made: str, x: Any, channels: int, layout: str) -> NDArray[Any]:
+def batch_of(made: str, x: Any, channels: int, layout_name: Any) -> NDArray[Any]:
     """An array with the channels of something that was made for them: a layer, say."""
-    a = batch("x", x)
-    axis = channel_axis(layout, a.ndim)
+    a, known = batch("x", x), layout(layout_name)
+    axis = channel_axis(known, a.ndim)
     if a.shape[axis] != channels:
-        other = next(known for known in LAYOUTS if known != layout)
+        other = next(name for name in LAYOUTS if name != known)
         fits = a.shape[channel_axis(other, a.ndim)] == channels
         remedy = f"make the {made} with layout={other!r}" if fits else "pass another array"
         raise ValueError(
-            f"x has {a.shape[axis]} channels (axis {axis} of shape {a.shape}, layout {layout!r}), "
+            f"x has {a.shape[axis]} channels (axis {axis} of shape {a.shape}, layout {known!r}), "
             f"expected {channels}, as the {made} has; {remedy}"
         )
     return a
@@ -586,11 +659,12 @@ NONFINITE = ("update", "raise", "skip")
 
 def option(name: str, value: Any, known: tuple[str, ...]) -> str:
     """One of a few words."""
-    if isinstance(value, str) and value in known:
-        return str(value)
+    word = _word(value)
+    if word in known:
+        return word
     words = ", ".join(repr(word) for word in known)
     raise _wrong_type_or_value(
-        value, str, f"{name} is {value!r}, expected one of {words}; pass one of them"
+        value, str, f"{name} is {shown(value)}, expected one of {words}; pass one of them"
     )
 
 
@@ -601,7 +675,9 @@ def channels(value: Any) -> int:
     """How many channels a layer has: one or more."""
     n = _whole("channels", value, "a whole number", "pass an int")
     if n < 1:
-        raise ValueError(f"channels is {n}, expected one or more; pass those of the arrays to come")
+        raise ValueError(
+            f"channels is {shown(n)}, expected one or more; pass those of the arrays to come"
+        )
     return n
 
 
@@ -609,8 +685,8 @@ def momentum(momentum: Any, decay: Any, default: float) -> tuple[float | None, f
     """The weight of the new batch or that of the old; one of them, or the default."""
     if decay is not None and momentum is not default:
         raise ValueError(
-            f"momentum is {momentum!r} and decay is {decay!r}, expected one of them: momentum is "
-            "the weight of the new batch, decay the weight of the old; leave one out"
+            f"momentum is {shown(momentum)} and decay is {shown(decay)}, expected one of them: "
+            "momentum is the weight of the new batch, decay the weight of the old; leave one out"
         )
     if decay is not None:
         return None, weight_of_old(decay)
@@ -696,12 +772,14 @@ def schedule(start: Any, ends: dict[str, Any]) -> None:
     for name, value in ({"start": start} | ends).items():
         _whole(name, value, "a whole number of batches", "pass an int")
     if start < 0:
-        raise ValueError(f"start is {start}, expected a number of batches, zero or more; pass 0")
+        raise ValueError(
+            f"start is {shown(start)}, expected a number of batches, zero or more; pass 0"
+        )
     for name, end in ends.items():
         if end < start:
             raise ValueError(
-                f"{name} is {end}, expected {start} or more, as start is: limits open from start "
-                "on; pass the same for limits that are open at once"
+                f"{name} is {shown(end)}, expected {shown(start)} or more, as start is: limits "
+                "open from start on; pass the same for limits that are open at once"
             )
 
 
@@ -723,7 +801,7 @@ def parameter_type(value: Any) -> np.dtype[Any]:
         found = np.dtype(object)
     if value is None or not is_float(found):
         raise TypeError(
-            f"dtype is {value!r}, expected 'float32' or 'float64': the type of parameters and "
+            f"dtype is {shown(value)}, expected 'float32' or 'float64': the type of parameters and "
             "running statistics, whatever the arrays are"
         )
     return found.newbyteorder("=")
@@ -788,9 +866,9 @@ def running(
             "running statistics; make it with track_running_stats=True"
         )
     owner = Owner(channels, f"the layer has {channels} channels")
-    own = {f"{of}running_mean": running_mean, f"{of}running_var": running_var}
-    for name, a in own.items():
-        owned(name, a, owner)
+    given = {f"{of}running_mean": running_mean, f"{of}running_var": running_var}
+    own = {name: owned(name, a, owner, _FLOATS) for name, a in given.items()}
+    running_mean, running_var = own.values()
     if writes:
         counted = counter(batches, f"{of}num_batches_tracked")
         for name, a in (own | counted).items():
@@ -830,7 +908,7 @@ def counter(value: Any, name: str = "num_batches_tracked") -> dict[str, NDArray[
             "and shape (), or None; it is how many batches the running statistics are of"
         )
     if not _is_whole(value):
-        raise ValueError(f"{name} is {value}, {_BATCHES}; set it to 0 to start anew")
+        raise ValueError(f"{name} is {shown(int(value))}, {_BATCHES}; set it to 0 to start anew")
     return {name: value if is_array else np.array(int(value), np.int64)}
 
 
@@ -851,7 +929,7 @@ def forward(last: Any, dy: Any, params: bool) -> Any:
         raise ValueError(
             "backward was called before forward; call the layer on x first, and then backward"
         )
-    shape = array("dy", dy, halves=True).shape
+    shape = array("dy", dy, _ELEMENTS).shape
     if shape != last.shape:
         raise ValueError(
             f"dy has shape {shape}, expected {last.shape}, the shape of the x that the layer was "
@@ -867,10 +945,11 @@ def forward(last: Any, dy: Any, params: bool) -> Any:
 
 def arrays(own: dict[str, Any]) -> dict[str, NDArray[Any]]:
     """A layer's arrays as it has them, by their names in it."""
-    for name, a in own.items():
-        if name != "num_batches_tracked":  # which the layer checks when it is set
-            array(name, a)
-    return own
+    return {
+        # The layer checks it when it is set.
+        name: a if name == "num_batches_tracked" else array(name, a)
+        for name, a in own.items()
+    }
 
 
 def state(
@@ -955,14 +1034,16 @@ def _state_array(name: str, value: Any, own: NDArray[Any]) -> NDArray[Any]:
 
 
 def weight(value: Any) -> NDArray[Any]:
-    """The weights of a linear layer or convolution: rank 2 or more."""
-    a = array("weight", value)
+    """The weights of a linear layer or convolution: rank 2 or more; half types are widened."""
+    a = array("weight", value, _ELEMENTS)
     if a.ndim < 2:
+        code = _code("weight", value)
+        remedy = f"{code}[:, None]" if a.ndim else f"{code}[None, None]"
         raise ValueError(
             f"weight has rank {a.ndim} (shape {a.shape}), expected rank 2 or more: output and "
-            "input channels, then any others; add the missing axis with weight[:, None]"
+            f"input channels, then any others; add the missing axis with {remedy}"
         )
-    return a
+    return _widened(a)
 
 
 def groups(value: Any, layer: NDArray[Any]) -> int:
@@ -970,8 +1051,8 @@ def groups(value: Any, layer: NDArray[Any]) -> int:
     n = _whole("groups", value, "a whole number", "pass 1 for none")
     if n < 1 or layer.shape[0] % n:
         raise ValueError(
-            f"groups is {n}, expected a divisor of {layer.shape[0]} (axis 0 of weight's shape "
-            f"{layer.shape}); pass the groups of the convolution, 1 for none"
+            f"groups is {shown(n)}, expected a divisor of {layer.shape[0]} (axis 0 of weight's "
+            f"shape {layer.shape}); pass the groups of the convolution, 1 for none"
         )
     return n
 
@@ -998,15 +1079,13 @@ def inputs(layer: NDArray[Any]) -> Owner:
     )
 
 
-def owned(name: str, value: Any, owner: Owner) -> NDArray[Any]:
-    """A vector of float32 or float64 with one value for each channel of its owner."""
-    a = array(name, value)
+def owned(name: str, value: Any, owner: Owner, types: Types = _ELEMENTS) -> NDArray[Any]:
+    """A vector with one value for each channel of its owner; half types are widened."""
+    a = array(name, value, types)
     if a.shape != (owner.channels,):
-        raise ValueError(
-            f"{name} has shape {a.shape} but {owner.words}; expected shape ({owner.channels},), "
-            "one value a channel"
-        )
-    return a
+        remedy = _vector(_code(name, value), a.shape, owner.channels)
+        raise ValueError(f"{name} has shape {a.shape} but {owner.words}; {remedy}")
+    return _widened(a)
 
 
 def folded(name: str, value: NDArray[Any]) -> None:
@@ -1033,7 +1112,7 @@ def threads(name: str, value: Any) -> int:
     n = _whole(name, value, "a whole number of threads", "pass an int, 1 for serial work")
     if not 1 <= n <= MAX_THREADS:
         raise ValueError(
-            f"{name} is {n}, expected a number of threads from 1 to {MAX_THREADS}; "
+            f"{name} is {shown(n)}, expected a number of threads from 1 to {MAX_THREADS}; "
             "pass 1 for serial work"
         )
     return n
@@ -1049,40 +1128,42 @@ def output(
     apart: dict[str, NDArray[Any] | None],
 ) -> NDArray[Any]:
     """An array for results: like `x`, writeable, free of overlap but for being one of `in_place`
-    itself."""
+    itself. What is returned is written; the caller gets back what it passed."""
     dtype = x.dtype.newbyteorder("=")
     wanted = f"shape {x.shape} and dtype {dtype}"
     make = f"make it with numpy.empty({x.shape}, {_spelled(x, x_name)})"
-    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+    a = plain(value)
+    if a is None or isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is {_described(value)}, expected a numpy.ndarray of {wanted}, or None; {make}"
         )
-    if value.dtype != dtype or not value.dtype.isnative:
-        came = _named(value.dtype)
+    if a.dtype != dtype or not a.dtype.isnative:
+        came = _named(a.dtype)
         raise TypeError(f"{name} has dtype {came}, expected {dtype} in native order; {make}")
-    if value.shape != x.shape:
-        raise ValueError(f"{name} has shape {value.shape}, expected {x.shape}; {make}")
-    if not value.flags.writeable:
+    if a.shape != x.shape:
+        raise ValueError(f"{name} has shape {a.shape}, expected {x.shape}; {make}")
+    if not a.flags.writeable:
         raise ValueError(f"{name} is read-only, expected a writeable array of {wanted}; {make}")
-    if _overlaps_itself(value):
+    if _overlaps_itself(a):
         raise ValueError(
-            f"{name} overlaps itself (shape {value.shape}, strides {value.strides}), expected an "
+            f"{name} overlaps itself (shape {a.shape}, strides {a.strides}), expected an "
             f"array with a place of its own for every value; {make}"
         )
-    for other, a in in_place.items():
-        if a is not None and not _same_place(value, a) and share(value, a):
+    for other, b in in_place.items():
+        if b is not None and not _same_place(a, b) and share(a, b):
             raise ValueError(
                 f"{name} overlaps {other} without being {other}: expected either {other} itself "
                 f"(same place, strides and dtype: works in place) or memory apart from it; {make}"
             )
-    for other, a in apart.items():
-        if a is not None and share(value, a):
+    for other, b in apart.items():
+        if b is not None and share(a, b):
             raise ValueError(f"{name} overlaps {other}, expected memory apart from it; {make}")
-    return value
+    return a
 
 
 def share(a: NDArray[Any], b: NDArray[Any]) -> bool:
     """Whether two arrays share memory; where that is hard to tell, that they do."""
+    a, b = np.asarray(a), np.asarray(b)
     try:
         return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]  # any int is one
     except np.exceptions.TooHardError:
@@ -1121,9 +1202,8 @@ def _spelled(x: NDArray[Any], x_name: str) -> str:
 
 def _described(value: Any) -> str:
     """A value's type, with the value where it is short."""
-    text = repr(value)
-    kind = type(value).__name__
-    article = "an" if kind[0].lower() in "aeiou" or kind == "ndarray" else "a"
+    text, kind = shown(value), type(value).__name__
+    article = "an" if kind[:1].lower() in "aeiou" or kind == "ndarray" else "a"
     return f"{article} {kind}" + (f" ({text})" if len(text) <= 40 and kind not in text else "")
 
 

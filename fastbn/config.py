@@ -20,7 +20,7 @@ import numpy as np
 from fastbn import backends, checks
 from fastbn._cpus import available_cpus
 from fastbn.backends.base import Backend
-from fastbn.errors import BackendError
+from fastbn.errors import BackendError, shown
 
 _backend_here: ContextVar[Backend | None] = ContextVar("fastbn_backend", default=None)
 _threads_here: ContextVar[int | None] = ContextVar("fastbn_threads", default=None)
@@ -217,7 +217,7 @@ def _initial_threads() -> tuple[int, str]:
         name = "environment variable FASTBN_NUM_THREADS"
         if not re.fullmatch(r"\s*[+-]?[0-9]+\s*", asked):
             raise ValueError(
-                f"{name} is {asked!r}, expected a whole number of threads from 1 to "
+                f"{name} is {shown(asked)}, expected a whole number of threads from 1 to "
                 f"{checks.MAX_THREADS}; set a number, or unset it"
             )
         return checks.threads(name, int(asked)), "FASTBN_NUM_THREADS"

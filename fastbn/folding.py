@@ -40,7 +40,7 @@ def fold_into_conv(
 
     Parameters
     ----------
-    weight : ndarray of float32 or float64
+    weight : ndarray of float32, float64, float16 or bfloat16
         (out, in / groups, ...), or (in, out / groups, ...) where `transposed`; any rank from 2 up.
     bias : ndarray of shape (out,), or None
         The convolution's own; None is 0.
@@ -54,7 +54,8 @@ def fold_into_conv(
     Returns
     -------
     weight, bias : ndarray
-        New arrays in the types of `weight` and `bias`, computed in float64. What is below the
+        New arrays in the types of `weight` and `bias`, of half types in float32, computed in
+        float64. What is below the
         normal numbers of its type becomes 0: such weights can make a layer several times slower.
 
     Raises
@@ -104,7 +105,7 @@ def fold_into_linear(
 
     Parameters
     ----------
-    weight : ndarray of float32 or float64, shape (out, in)
+    weight : ndarray of float32, float64, float16 or bfloat16, shape (out, in)
         Of the layer ``y = x @ weight.T + bias``; where batch norm comes after it, any further axes.
     bias : ndarray of shape (out,), or None
         The layer's own; None is 0.
@@ -157,23 +158,27 @@ class _Norm(NamedTuple):
     @quiet
     def after(self, weight: Array, factors: Array, bias: Any) -> Folded:
         """Of what a layer gives; `factors` stand for the weight's first axes."""
-        given = np.zeros(1) if bias is None else checks.owned("bias", bias, self.owner)
+        bias = None if bias is None else checks.owned("bias", bias, self.owner)
         factors = factors.reshape(*factors.shape, *[1] * (weight.ndim - factors.ndim))
         mean, scale, beta = self.affine
-        shifted = (given.astype(np.float64) - mean) * scale + beta
+        shifted = (_wide(bias) - mean) * scale + beta
         return _rounded(weight, weight * factors, bias, shifted)
 
     @quiet
     def before(self, weight: Array, bias: Any) -> Folded:
         """Of what a linear layer takes."""
         owner = checks.outputs(weight, 1, transposed=False)
-        given = np.zeros(1) if bias is None else checks.owned("bias", bias, owner)
+        bias = None if bias is None else checks.owned("bias", bias, owner)
         mean, scale, beta = self.affine
         shift = weight.astype(np.float64) @ (beta - mean * scale)
-        return _rounded(weight, weight * scale, bias, given + shift)
+        return _rounded(weight, weight * scale, bias, _wide(bias) + shift)
 
 
-def _rounded(weight: Array, wide: Array, bias: Any, shifted: Array) -> Folded:
+def _wide(bias: Array | None) -> Array:
+    return np.zeros(1) if bias is None else bias.astype(np.float64)
+
+
+def _rounded(weight: Array, wide: Array, bias: Array | None, shifted: Array) -> Folded:
     """Both in their own types, without subnormal numbers."""
     rounded = (
         _flushed(name, values, like.dtype.newbyteorder("="))

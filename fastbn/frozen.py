@@ -141,7 +141,7 @@ class FrozenBatchNorm:
         y = plain(x, residual, out, threads)
         if y is not None:
             return y
-        checks.batch_of("FrozenBatchNorm", x, len(self.mean), self.layout)
+        x = checks.batch_of("FrozenBatchNorm", x, len(self.mean), self.layout)
         return apply_affine(x, self._affine, self.layout, self.activation, residual, out)
 
     @overload

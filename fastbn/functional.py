@@ -29,7 +29,7 @@ from fastbn.backends.base import (
     normal_scale,
     quiet,
 )
-from fastbn.call import Call, Span
+from fastbn.call import Call, Span, returned
 from fastbn.config import current
 from fastbn.results import (
     BatchNormResult,
@@ -128,9 +128,9 @@ def batch_norm(
     call = Call(x, "x", *selected, virtual_batch=virtual_batch, gamma=gamma, beta=beta)
     eps = checks.epsilon(eps)
     tail = call.tail(activation, residual)
-    y = call.output("out", out, {"x": call.array, "residual": residual})
+    y = call.output("out", out, {"x": call.array, "residual": tail and tail.residual})
     mean, var = run_forward(call, eps, tail, y)
-    return BatchNormResult(y, call.shaped(mean), call.shaped(var))
+    return BatchNormResult(returned(out, y), call.shaped(mean), call.shaped(var))
 
 
 def run_forward(call: Call, eps: float, tail: Tail | None, y: Array) -> tuple[Table, Table]:
@@ -204,7 +204,6 @@ def normalize(
         if plain is not None:
             return plain
     call = Call(x, "x", layout, where, gamma=gamma, beta=beta, mean=mean, var=var)
-    checks.variance(var, nan=False)
     eps = checks.epsilon(eps)
 
     def scale(*at: Any) -> Table:
@@ -233,10 +232,9 @@ def _normalized(
     """What both have in common once they know each channel's scale."""
     backend, threads = current()
     tail = call.tail(activation, residual)
-    y = call.output("out", out, {"x": call.array, "residual": residual})
+    y = call.output("out", out, {"x": call.array, "residual": tail and tail.residual})
     if call.is_empty:
         y.fill(0)
-        return y
     for span in call.spans:
         view, target, of_span = span.view(call.array), span.target(y), span.tail(tail)
         for part in span.parts(backend, call.array.nbytes):
@@ -245,7 +243,8 @@ def _normalized(
             of_part = of_span and of_span.part(part)
             backend.normalize(*arrays, threads, of_part, span.selection)
         span.deliver(target, y)
-    return y
+    result: Array = returned(out, y)
+    return result
 
 
 @overload
@@ -502,8 +501,8 @@ def moments(
     call = Call(x, "x", layout, where, weights, virtual_batch=virtual_batch)
     mean, var = call.statistics(), call.statistics()
     for span in call.spans:
-        view = span.view(x)
-        for part in span.parts(backend, x.nbytes):
+        view = span.view(call.array)
+        for part in span.parts(backend, call.array.nbytes):
             at = span.at(part)
             mean[at], var[at] = backend.moments(part.of(view), threads, span.selection)
     return Statistics(call.shaped(mean), call.shaped(var))
@@ -559,10 +558,10 @@ def gradient_sums(
     """
     backend, threads = current()
     call = Call(x, "x", layout, where, weights, single=False, is_part=True, mean=mean, var=var)
-    dy = checks.companion("dy", dy, "x", call.array)
-    checks.variance(var, nan=True)
+    x, dy = call.array, checks.companion("dy", dy, "x", call.array)
     eps = checks.epsilon(eps)
-    gate = call.gate(activation, y, False, dy, x)
+    known, y = checks.gate(y, activation, "x", x)
+    gate = None if y is None else Gate(known, y, None)
     dgamma, dbeta = call.zeros(np.float64), call.zeros(np.float64)
     if call.is_empty:
         return GradientSums(dgamma, dbeta, 0)
@@ -602,16 +601,14 @@ def _gradients(
     vectors = {"gamma": gamma, "mean": mean, "var": var}
     call = Call(array, name, layout, where, weights, **kind, **vectors)
     dy = checks.companion("dy", dy, name, call.array)
-    checks.variance(var, nan=not frozen)
     eps = checks.epsilon(eps)
     total = call.sums(sums)
-    gate = call.gate(activation, y, dresidual, dy, x)
-    dresidual = None if gate is None else gate.dresidual
-    dx = call.output("out", out, {"dy": dy, "x": x}, {"y": y, "dresidual": dresidual})
+    x = None if lone else call.array
+    gate, dx = call.backward_outputs(activation, y, dresidual, out, dy, x)
     parameters = [call.gradient(), call.gradient()] if params else []
     run_backward(call, dy, eps, gate, dx, parameters, frozen=frozen, total=total)
     dgamma, dbeta = parameters or (None, None)
-    return named(dx, dgamma, dbeta, dresidual)
+    return named(returned(out, dx), dgamma, dbeta, gate and returned(dresidual, gate.dresidual))
 
 
 def named(

@@ -286,7 +286,7 @@ class BatchNorm(AffineLayer):
             An argument has a wrong type, shape or value, the running statistics are no statistics,
             or a policy says so. Nothing has been written.
         """
-        checks.batch_of("BatchNorm", x, self.channels, self.layout)
+        x = checks.batch_of("BatchNorm", x, self.channels, self.layout)
         counted = size(x, self.layout, where, weights)
         runs = self._by_running(counted.effective)
         trains = self.training or self._observe is not None

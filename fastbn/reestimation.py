@@ -62,7 +62,7 @@ def reestimate(
     >>> bool(np.allclose(first.running_mean, 3, atol=0.3)), second.running_var.round(2)
     (True, array([4., 4., 4., 4.], dtype=float32))
     """
-    checks.option("method", method, checks.METHODS)
+    method = checks.option("method", method, checks.METHODS)
     sequential = checks.flag("sequential", sequential)
     checks.layers(layers, BatchNorm)
     checks.network(forward)

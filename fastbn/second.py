@@ -175,7 +175,6 @@ def _double_backward(arguments: tuple[Any, ...], *, frozen: bool) -> SecondGradi
     if ddx is not None:
         ddx = checks.companion("ddx", ddx, "x", call.array)
     checks.some_gradient(ddx=ddx, ddgamma=ddgamma, ddbeta=ddbeta)
-    checks.variance(var, nan=not frozen)
     eps = checks.epsilon(eps)
     checks.no_activation(activation)
     ddy, dx, dgamma = call.output("ddy", None, {}), call.output("dx", None, {}), call.gradient()
@@ -184,7 +183,7 @@ def _double_backward(arguments: tuple[Any, ...], *, frozen: bool) -> SecondGradi
         dx.fill(0)
         return SecondGradients(ddy, dx, dgamma)
     (span,) = call.spans
-    views = [None if a is None else span.view(a) for a in (ddx, dy, x, ddy, dx)]
+    views = [None if a is None else span.view(a) for a in (ddx, dy, call.array, ddy, dx)]
     for part in span.parts(backend, call.array.nbytes):
         work = _work(call, span, part, views, eps)
         _differentiate(work, frozen, dgamma[part.channels], backend, threads)

@@ -102,7 +102,7 @@ class SampleNorm(AffineLayer, ABC):
         TypeError, ValueError
             An argument has a wrong type, shape or value. Nothing has been written.
         """
-        checks.batch_of(type(self).__name__, x, self.channels, self.layout)
+        x = checks.batch_of(type(self).__name__, x, self.channels, self.layout)
         forward, _ = self._verbs
         y, mean, var = forward(
             x,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fastbn import checks
 from fastbn.backends.base import Gate, Table, Tail, quiet
-from fastbn.call import Call, Sharing, SharingOf
+from fastbn.call import Call, Sharing, SharingOf, returned
 from fastbn.config import current
 from fastbn.functional import (
     ActivationName,
@@ -374,10 +374,10 @@ def _forward(
     call = Call(x, "x", layout, sharing=sharing, gamma=gamma, beta=beta)
     eps = checks.epsilon(eps)
     tail = call.tail(activation, residual)
-    y = call.output("out", out, {"x": call.array, "residual": residual})
+    y = call.output("out", out, {"x": call.array, "residual": tail and tail.residual})
     run = _rows_forward if _by_row(call) else run_forward
     mean, var = run(call, eps, tail, y)
-    return BatchNormResult(y, call.shaped(mean), call.shaped(var))
+    return BatchNormResult(returned(out, y), call.shaped(mean), call.shaped(var))
 
 
 def _backward(
@@ -406,16 +406,13 @@ def _backward(
     vectors = {"gamma": gamma, "mean": mean, "var": var}
     call = Call(x, "x", layout, sharing=sharing, single=False, **vectors)
     dy = checks.companion("dy", dy, "x", call.array)
-    checks.variance(var, nan=True)
     eps = checks.epsilon(eps)
-    gate = call.gate(activation, y, dresidual, dy, x)
-    dresidual = None if gate is None else gate.dresidual
-    dx = call.output("out", out, {"dy": dy, "x": x}, {"y": y, "dresidual": dresidual})
+    gate, dx = call.backward_outputs(activation, y, dresidual, out, dy, call.array)
     parameters = [call.gradient(), call.gradient()] if params else []
     run = _rows_backward if _by_row(call) else run_backward
     run(call, dy, eps, gate, dx, parameters)
     dgamma, dbeta = parameters or (None, None)
-    return named(dx, dgamma, dbeta, dresidual)
+    return named(returned(out, dx), dgamma, dbeta, gate and returned(dresidual, gate.dresidual))
 
 
 # ---- Rows ----

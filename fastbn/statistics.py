@@ -74,7 +74,8 @@ class Moments:
         self, count: float, mean: Array, var: Array, *, effective_count: float | None = None
     ) -> None:
         owner = checks.statistics(mean)
-        checks.variance(checks.owned("var", var, owner), nan=True)
+        mean, var = checks.owned("mean", mean, owner), checks.owned("var", var, owner)
+        checks.variance(var, nan=True)
         count = checks.count("count", count)
         self._set(count, mean, var, checks.effective_count(effective_count, count))
 

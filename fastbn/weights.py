@@ -122,8 +122,9 @@ def values(x: Array, channels: int, where: Array | None) -> int:
     return x.size // channels if channels else 0
 
 
-def size(x: Array, layout: str, where: Array | None, weights: Array | None) -> Size:
+def size(x: Any, layout: Any, where: Any, weights: Any) -> Size:
     """How much counts, of arguments as the verbs take them."""
+    x, layout = checks.batch("x", x), checks.layout(layout)
     channels = x.shape[channel_axis(layout, x.ndim)]
     selected = None if where is None else checks.where(where, "x", x, layout)
     if weights is None:

@@ -7,7 +7,7 @@ argument, what came, what was expected and what to do.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -57,16 +57,18 @@ ARRAYS = {
     "residual": FORWARD,
     "y": (*BACKWARD, "gradient_sums"),
 }
-FLOATS = "float32 or float64"
-OF_HALF_TYPES = ("x", "dy", "ddx", "residual", "y")
-"""Arrays that may be of half types as well."""
+ELEMENTS = "float16, bfloat16, float32 or float64"
+LIKE_X = ("x", "dy", "ddx", "residual", "y")
+"""Arrays of x's shape; all others have a value a channel."""
+EXACT = ("batch_norm_backward", "batch_norm_double_backward", "gradient_sums")
+"""The functions that take statistics in float64 alone."""
+BY_GIVEN = ("normalize", "normalize_backward", "normalize_double_backward")
 OPTIONAL = ("gamma", "beta", "residual", "y", "ddx", "ddgamma", "ddbeta")
 
 
-def not_an_array(name: str) -> list[Bad]:
-    """What no array argument may be."""
-    halves = name in OF_HALF_TYPES
-    shape, known = (SHAPE, f"float16, bfloat16, {FLOATS}") if halves else ((10,), FLOATS)
+def not_an_array(name: str, known: str = ELEMENTS, verbs: tuple[str, ...] = ()) -> list[Bad]:
+    """What no array argument may be, in verbs that take the types `known`."""
+    shape = SHAPE if name in LIKE_X else (10,)
     rows = [
         bad("list", [[1.0]], TypeError, f"{name} is a list ([[1.0]])", "numpy.asarray"),
         bad("float", 1.5, TypeError, f"{name} is a float (1.5)", "numpy.ndarray", "numpy.asarray"),
@@ -82,14 +84,17 @@ def not_an_array(name: str) -> list[Bad]:
         ),
     ]
     remedies = {"complex64": f"{name}.real", "longdouble": ".astype(numpy.float64)"}
+    usual = ".astype(numpy.float64)" if known == "float64" else ".astype(numpy.float32)"
     wrong = ("int64", "int8", "bool", "object", "U3", "T", *remedies)
-    for dtype in wrong if halves else ("float16", *wrong):
+    for dtype in ("float16", "float32", *wrong) if known == "float64" else wrong:
         array = np.ones(shape).astype(dtype)
-        remedy = remedies.get(dtype, ".astype(numpy.float32)")
+        remedy = remedies.get(dtype, usual)
         pieces = (f"{name} has dtype {array.dtype}", f"expected {known}", remedy)
         rows.append(bad(dtype, array, TypeError, *pieces))
+    rows = [replace(row, verbs=verbs) for row in rows]
     if name not in OPTIONAL:
-        lacking = tuple(v for v in ARRAYS[name] if (name, v) != ("x", "normalize_backward"))
+        lacking = verbs or ARRAYS[name]
+        lacking = tuple(v for v in lacking if (name, v) != ("x", "normalize_backward"))
         rows.append(bad("None", None, TypeError, f"{name} is a NoneType", known, verbs=lacking))
     return rows
 
@@ -120,7 +125,7 @@ def not_of_the_channels(name: str) -> list[Bad]:
         bad("too few", np.ones(9), ValueError, f"{name} has shape (9,) but {came}", "(10,)"),
         bad("none", np.ones(0), ValueError, f"{name} has shape (0,) but {came}", "(10,)"),
         bad("one", np.ones(1), ValueError, f"{name} has shape (1,) but {came}", "(10,)"),
-        bad("rank 0", np.ones(()), ValueError, f"{name} has shape () but {came}", "reshape(-1)"),
+        bad("rank 0", np.ones(()), ValueError, f"{name} has shape () but {came}", "numpy.full(10,"),
         bad(
             "rank 4",
             np.ones((1, 10, 1, 1)),
@@ -166,31 +171,31 @@ def sums() -> list[Bad]:
     """What is no (dgamma, dbeta, count) of a batch of which x, with 640 values a channel, is a
     part."""
     v, n = np.ones(10), 640
-    three = "expected the tuple (dgamma, dbeta, count) that gradient_sums gives"
+    three = "expected (dgamma, dbeta, count) as gradient_sums gives them"
     number = "expected a finite number, zero or more"
     rows = [
-        bad("list", [v, v, n], TypeError, "sums is a list", three),
+        bad("list", [v, v], TypeError, "sums is a list", three),
         bad("array", v, TypeError, "sums is an ndarray", three),
         bad("bool", True, TypeError, "sums is a bool (True)", three),
         bad("empty", (), TypeError, "sums is a tuple (())", three),
         bad("without a count", (v, v), TypeError, "sums is a tuple", three),
         bad("four", (v, v, n, v), TypeError, "sums is a tuple", three),
-        bad("small count", (v, v, 639), ValueError, "sums.count is 639", "at least the 640 of x"),
-        bad("negative count", (v, v, -1), ValueError, "sums.count is -1", number),
-        bad("NaN count", (v, v, np.nan), ValueError, "sums.count is nan", number),
-        bad("infinite count", (v, v, np.inf), ValueError, "sums.count is inf", number),
-        bad("bool count", (v, v, True), TypeError, "sums.count is a bool (True)", "pass an int"),
-        bad("str count", (v, v, "640"), TypeError, "sums.count is a str ('640')", "pass an int"),
-        bad("no count", (v, v, None), TypeError, "sums.count is a NoneType", "pass an int"),
+        bad("small count", (v, v, 639), ValueError, "sums[2] is 639", "at least the 640 of x"),
+        bad("negative count", (v, v, -1), ValueError, "sums[2] is -1", number),
+        bad("NaN count", (v, v, np.nan), ValueError, "sums[2] is nan", number),
+        bad("infinite count", (v, v, np.inf), ValueError, "sums[2] is inf", number),
+        bad("bool count", (v, v, True), TypeError, "sums[2] is a bool (True)", "pass an int"),
+        bad("str count", (v, v, "640"), TypeError, "sums[2] is a str ('640')", "pass an int"),
+        bad("no count", (v, v, None), TypeError, "sums[2] is a NoneType", "pass an int"),
     ]
-    for name, place in (("dgamma", lambda a: (a, v, n)), ("dbeta", lambda a: (v, a, n))):
-        came = f"sums.{name} has shape (9,) but x has 10 channels"
-        dtype = f"sums.{name} has dtype float32, expected float64"
+    for name, place in (("sums[0]", lambda a: (a, v, n)), ("sums[1]", lambda a: (v, a, n))):
+        came = f"{name} has shape (9,) but x has 10 channels"
+        dtype = f"{name} has dtype float32, expected float64"
         rows += [
             bad(f"short {name}", place(v[:9]), ValueError, came, "expected shape (10,)"),
             bad(f"float32 {name}", place(v.astype("f4")), TypeError, dtype, "astype"),
-            bad(f"list {name}", place([1.0]), TypeError, f"sums.{name} is a list", "numpy.asarray"),
-            bad(f"no {name}", place(None), TypeError, f"sums.{name} is a NoneType"),
+            bad(f"list {name}", place([1.0]), TypeError, f"{name} is a list", "numpy.asarray"),
+            bad(f"no {name}", place(None), TypeError, f"{name} is a NoneType"),
         ]
     return rows
 
@@ -221,28 +226,14 @@ BAD: dict[str, list[Bad]] = {
         for name in ("gamma", "beta", "ddgamma", "ddbeta")
     },
     "mean": [
-        *not_an_array("mean"),
+        *not_an_array("mean", verbs=BY_GIVEN),
+        *not_an_array("mean", "float64", verbs=EXACT),
         *not_of_the_channels("mean"),
-        bad(
-            "float32",
-            np.zeros(10, np.float32),
-            TypeError,
-            "mean has dtype float32, expected float64",
-            "mean.astype(numpy.float64)",
-            verbs=("batch_norm_backward", "batch_norm_double_backward", "gradient_sums"),
-        ),
     ],
     "var": [
-        *not_an_array("var"),
+        *not_an_array("var", verbs=BY_GIVEN),
+        *not_an_array("var", "float64", verbs=EXACT),
         *not_of_the_channels("var"),
-        bad(
-            "float32",
-            np.ones(10, np.float32),
-            TypeError,
-            "var has dtype float32, expected float64",
-            "var.astype(numpy.float64)",
-            verbs=("batch_norm_backward", "batch_norm_double_backward", "gradient_sums"),
-        ),
         *(
             bad(
                 str(value),
@@ -261,7 +252,7 @@ BAD: dict[str, list[Bad]] = {
             "var[1] is nan: not a number",
             "expected zero or more, and no NaN",
             "channel 1",
-            verbs=("normalize", "normalize_backward", "normalize_double_backward"),
+            verbs=BY_GIVEN,
         ),
     ],
     "eps": [
@@ -355,7 +346,7 @@ CASES = [
 def arguments(verb: str) -> dict[str, Any]:
     """Good arguments, all of them given, with an `out` that shows whether it was written."""
     rng = np.random.default_rng(0)
-    names = OF_HALF_TYPES
+    names = LIKE_X
     arrays = dict(zip(names, rng.normal(size=(5, *SHAPE)).astype(np.float32), strict=True))
     names = ("gamma", "beta", "mean", "ddgamma", "ddbeta")
     vectors = dict(zip(names, rng.normal(size=(5, 10)), strict=True))
@@ -426,14 +417,6 @@ def test_dy_alone_is_checked_as_x_is(variant: Variant) -> None:
     assert message.startswith("dy is a list")
     message = refuse("normalize_backward", absent | {"gamma": np.ones(20)}, ValueError)
     assert message.startswith("gamma has shape (20,) but dy has 10 channels")
-
-
-@pytest.mark.no_kernel
-def test_y_without_an_activation(variant: Variant) -> None:
-    """A y that nothing needs is refused: an activation may have been forgotten."""
-    for verb in (*BACKWARD, "gradient_sums"):
-        message = refuse(verb, {"activation": None}, TypeError)
-        assert message.startswith("y is an ndarray, expected None where activation is None")
 
 
 @pytest.mark.no_kernel

@@ -858,13 +858,15 @@ cdef bint set_residual(Task* t, object residual, object x):
 
 
 cdef bint set_gate(Task* t, object activation, object y, object dy):
-    """The activation, and the y that it needs."""
-    if not set_activation(t, activation) or (activation is None) != (y is None):
+    """The activation, and the y that it needs. Without one only where y lies is asked, which
+    outputs are compared with: any array like dy will do, and Python ignores all else."""
+    if not set_activation(t, activation):
         return False
-    if y is not None:
-        if not is_like(y, dy):
-            return False
-        t.y = dense(t, y)
+    if activation is None:
+        return y is None or is_like(y, dy)
+    if y is None or not is_like(y, dy):
+        return False
+    t.y = dense(t, y)
     return True
 
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from fastbn.backends.base import Backend
-from fastbn.errors import BackendError
+from fastbn.errors import BackendError, shown
 
 
 class _Entry(NamedTuple):
@@ -61,12 +61,13 @@ def usable() -> tuple[str, ...]:
 
 def get(name: Any) -> Backend:
     """The backend called `name`, or the first usable one for "auto"."""
-    if not isinstance(name, str) or name not in ("auto", *BACKENDS):
+    asked = str.__str__(name) if isinstance(name, str) else None
+    if asked not in ("auto", *BACKENDS):
         known = ", ".join(repr(known) for known in ("auto", *BACKENDS))
-        kind = ValueError if isinstance(name, str) else TypeError
-        raise kind(f"backend is {name!r}, expected one of {known}; usable here: {_listed()}")
-    if name != "auto":
-        return _load(name)
+        kind = TypeError if asked is None else ValueError
+        raise kind(f"backend is {shown(name)}, expected one of {known}; usable here: {_listed()}")
+    if asked != "auto":
+        return _load(asked)
     # Kernels that are there and broken are an error; numba is passed over.
     return _load("cython" if is_built("cython") else usable()[0])
 
@@ -76,8 +77,8 @@ def native_facts() -> NativeFacts:
     if not is_built("cython"):
         if ASKED_ISA not in ("", "auto"):
             raise BackendError(
-                f"environment variable FASTBN_ISA is {ASKED_ISA!r}, expected it unset or 'auto': "
-                f"there is no instruction set to choose, for {BACKENDS['cython'].remedy}"
+                f"environment variable FASTBN_ISA is {shown(ASKED_ISA)}, expected it unset or "
+                f"'auto': there is no instruction set to choose, for {BACKENDS['cython'].remedy}"
             )
         return NativeFacts(None, None, (), None)
     facts: NativeFacts = _call("cython", "facts")

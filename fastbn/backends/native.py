@@ -20,7 +20,7 @@ from fastbn.backends.base import (
     Table,
     Tail,
 )
-from fastbn.errors import BackendError
+from fastbn.errors import BackendError, shown
 
 
 class NativeBackend(Backend):
@@ -184,8 +184,8 @@ def _picked() -> tuple[str, str]:
         return usable[0], "FASTBN_ISA" if asked else "best that runs here"
     if asked not in usable:
         raise BackendError(
-            f"environment variable FASTBN_ISA is {asked!r}, expected one of the instruction sets "
-            f"that can run here: auto, {', '.join(usable)}; set one of them, or unset it"
+            f"environment variable FASTBN_ISA is {shown(asked)}, expected one of the instruction "
+            f"sets that can run here: auto, {', '.join(usable)}; set one of them, or unset it"
         )
     return asked, "FASTBN_ISA"
 
