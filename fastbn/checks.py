@@ -121,11 +121,12 @@ def batch(name: str, value: Any) -> NDArray[Any]:
     a = array(name, value, _ELEMENTS)
     if a.ndim < 2:
         code = _code(name, value)
-        remedy = f"{code}[:, None] (values of one channel) or {code}[None, :] (one sample)"
+        remedy = f"with {code}[None, None]"
+        if a.ndim:
+            remedy = f"with {code}[:, None] (values of one channel) or {code}[None, :] (one sample)"
         raise ValueError(
             f"{name} has rank {a.ndim} (shape {a.shape}), expected rank 2 or more: samples and "
-            "channels, then any spatial axes; add the missing axis with "
-            + (remedy if a.ndim else f"{code}[None, None] (a single value)")
+            f"channels, then any spatial axes; add what is missing {remedy}"
         )
     return a
 
@@ -133,7 +134,7 @@ def batch(name: str, value: Any) -> NDArray[Any]:
 _COMPANIONS = {
     "dy": "the gradient with respect to y, which has x's shape",
     "ddx": "the gradient with respect to the dx of the backward function, which has x's shape",
-    "residual": "an array of x's shape, or of a smaller one numpy.broadcast_to(residual, x.shape)",
+    "residual": "an array of x's shape; a smaller one with numpy.broadcast_to(residual, x.shape)",
     "y": "what the forward returned",
 }
 """Arrays that must be like x, and what to pass."""
@@ -763,7 +764,8 @@ def limit(name: str, value: Any, least: float, meaning: str) -> None:
         )
     if not least <= _as_float(value) < math.inf:
         raise ValueError(
-            f"{name} is {value}, expected a finite number, {least} or more; it says {meaning}"
+            f"{name} is {shown(value)}, expected a finite number, {least} or more; it says "
+            f"{meaning}"
         )
 
 
@@ -797,7 +799,7 @@ def parameter_type(value: Any) -> np.dtype[Any]:
     """The type of a layer's arrays."""
     try:
         found: np.dtype[Any] = np.dtype(value)
-    except TypeError:
+    except Exception:  # NumPy's, and those of what it prints into its message
         found = np.dtype(object)
     if value is None or not is_float(found):
         raise TypeError(
@@ -1038,10 +1040,10 @@ def weight(value: Any) -> NDArray[Any]:
     a = array("weight", value, _ELEMENTS)
     if a.ndim < 2:
         code = _code("weight", value)
-        remedy = f"{code}[:, None]" if a.ndim else f"{code}[None, None]"
+        remedy = f"with {code}[:, None]" if a.ndim else f"with {code}[None, None]"
         raise ValueError(
             f"weight has rank {a.ndim} (shape {a.shape}), expected rank 2 or more: output and "
-            f"input channels, then any others; add the missing axis with {remedy}"
+            f"input channels, then any others; add what is missing {remedy}"
         )
     return _widened(a)
 
@@ -1071,8 +1073,8 @@ def inputs(layer: NDArray[Any]) -> Owner:
     """The inputs of a linear layer."""
     if layer.ndim != 2:
         raise ValueError(
-            f"weight has rank {layer.ndim} (shape {layer.shape}), expected (out, in) with "
-            "before=True; fold each place of a larger kernel by itself, if nothing is padded"
+            f"weight has rank {layer.ndim} (shape {layer.shape}), expected (out, in) where "
+            "before is True; fold each place of a larger kernel by itself, if nothing is padded"
         )
     return Owner(
         layer.shape[1], f"weight has {layer.shape[1]} inputs (axis 1 of shape {layer.shape})"

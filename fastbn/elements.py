@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 
 FLOATS = "float32 or float64"
-"""What parameters and statistics may be, in words."""
+"""What weights and a layer's own arrays may be, in words."""
 
 ELEMENTS = f"float16, bfloat16, {FLOATS}"
-"""What arrays may be, in words."""
+"""What arrays and parameters may be, in words."""
 
 SINGLE, DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:
-    """Whether parameters may be of this type, in either byte order."""
+    """Whether this is computed with as it is, in either byte order."""
     return dtype.kind == "f" and dtype.itemsize in (4, 8)
 
 
@@ -37,7 +37,7 @@ def is_half(dtype: np.dtype[Any]) -> bool:
 
 
 def is_element(dtype: np.dtype[Any]) -> bool:
-    """Whether arrays may be of this type, in either byte order."""
+    """Whether arrays and parameters may be of this type, in either byte order."""
     return is_float(dtype) or is_half(dtype)
 
 

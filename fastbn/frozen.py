@@ -28,8 +28,8 @@ class FrozenBatchNorm:
 
     Parameters
     ----------
-    mean, var, gamma, beta : ndarray of float32 or float64, shape (C,)
-        As given to `normalize`; they are copied.
+    mean, var, gamma, beta : ndarray of float32, float64, float16 or bfloat16, shape (C,)
+        As given to `normalize`; they are copied, half types as float32.
     eps, layout, activation
         As given to `normalize`.
 
@@ -39,7 +39,7 @@ class FrozenBatchNorm:
         ``gamma / sqrt(var + eps)`` and ``beta - mean * scale``: y = x * scale + shift. (Calls
         compute from x - mean, which keeps digits that this loses.)
     mean, var, gamma, beta, eps, layout, activation
-        As given; the arrays are read-only.
+        As given, or widened; the arrays are read-only.
 
     Raises
     ------

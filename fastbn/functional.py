@@ -41,7 +41,7 @@ from fastbn.results import (
 
 Array = NDArray[Any]
 ActivationName = str | tuple[str, float] | None
-Sums = GradientSums | tuple[Array, Array, float]
+Sums = GradientSums | tuple[Array, Array, float | Array] | list[Any]
 
 
 def batch_norm(
@@ -70,8 +70,8 @@ def batch_norm(
     x : ndarray of float32, float64, float16 or bfloat16
         The batch, of any rank from 2 up, with any strides and either byte order:
         (N, C, ...) for layout "NCHW", (N, ..., C) for "NHWC". Half types are computed in float32.
-    gamma, beta : ndarray of float32 or float64, shape (C,), optional
-        Scale and shift of each channel; 1 and 0 where not given.
+    gamma, beta : ndarray of any of these types, shape (C,), optional
+        Scale and shift of each channel; 1 and 0 where not given. Half types are widened to float32.
     eps : float
         Added to the variance, zero or more. Where var + eps is 0, y = beta.
     layout : {"NCHW", "NHWC"}
@@ -175,7 +175,7 @@ def normalize(
     ----------
     x, gamma, beta, eps, layout, activation, residual, where, out
         As in `batch_norm`.
-    mean, var : ndarray of float32 or float64, shape (C,)
+    mean, var : ndarray of float32, float64, float16 or bfloat16, shape (C,)
         Statistics of each channel; no variance may be negative or NaN.
 
     Returns
@@ -327,7 +327,7 @@ def batch_norm_backward(
     activation
         As given to `batch_norm`.
     y : ndarray, optional
-        What `batch_norm` returned; needed with an activation.
+        What `batch_norm` returned; needed with an activation, and not looked at without one.
     dresidual : bool or ndarray
         Whether the residual's gradient is wanted or, like `out`, where it goes; `dy` works in
         place.
@@ -335,8 +335,9 @@ def batch_norm_backward(
         As given to `batch_norm`. dx is 0 where nothing counts; with weights w of sum W its means
         are ``w * sum(dy) / W`` and ``w * sum(dy * xhat) / W``.
     sums : (dgamma, dbeta, count), optional
-        What `gradient_sums` gave, added up over all parts of a batch of which x is one: used in
-        place of this part's own. mean and var must then be those of the whole batch, too.
+        What `gradient_sums` gave, added up over all parts of a batch of which x is one, a tuple or
+        list: used in place of this part's own. mean and var must then be those of the whole batch,
+        too.
     virtual_batch : int, optional
         As given to `batch_norm`; without `where`, `weights` and `sums`.
     out : ndarray, optional
@@ -347,7 +348,7 @@ def batch_norm_backward(
     dx : ndarray
         x's shape and dtype.
     dgamma, dbeta : ndarray, shape (C,), or None
-        In gamma's dtype or, where gamma is None, in x's; float32 beside half types.
+        In gamma's dtype or, where gamma is None, in x's; float32 in place of half types.
     dresidual : ndarray
         dy as the activation lets it through; a fourth field, only where asked for.
 
@@ -431,7 +432,7 @@ def normalize_backward(
         As in `batch_norm_backward`.
     x : ndarray or None
         As given to `normalize`; with ``params=False`` it is not read and may be None.
-    mean, var : ndarray of float32 or float64, shape (C,)
+    mean, var : ndarray of float32, float64, float16 or bfloat16, shape (C,)
         As given to `normalize`; no variance may be negative or NaN.
     params : bool
         Whether dgamma and dbeta are wanted; None stands in their place otherwise.

@@ -75,7 +75,7 @@ def batch_norm_double_backward(
     ddx : ndarray or None
         Gradient with respect to dx', of x's shape and dtype. None, here and below, stands for
         zeros; one of the three must be there.
-    ddgamma, ddbeta : ndarray of float32 or float64, shape (C,), or None
+    ddgamma, ddbeta : ndarray of float32, float64, float16 or bfloat16, shape (C,), or None
         Gradients with respect to dgamma' and dbeta'.
     dy, x, mean, var, gamma, eps, layout
         As given to `batch_norm_backward`.
@@ -88,7 +88,7 @@ def batch_norm_double_backward(
     ddy, dx : ndarray
         x's shape and dtype.
     dgamma : ndarray, shape (C,)
-        In gamma's dtype or, where gamma is None, in x's; float32 beside half types.
+        In gamma's dtype or, where gamma is None, in x's; float32 in place of half types.
 
     Raises
     ------

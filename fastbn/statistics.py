@@ -35,9 +35,9 @@ class Moments:
 
     Parameters
     ----------
-    count : int or float
+    count : int or float, also in an array of shape ()
         Values of a channel, or the sum of their weights; zero or more.
-    mean, var : ndarray of float32 or float64, shape (C,)
+    mean, var : ndarray of float32, float64, float16 or bfloat16, shape (C,)
         Mean and biased variance; they are copied. No variance may be negative.
     effective_count : int or float, optional
         With weights w, ``sum(w)**2 / sum(w**2)``: 1 or more, and 0 where count is. Where it is not
@@ -71,7 +71,12 @@ class Moments:
     effective_count: float
 
     def __init__(
-        self, count: float, mean: Array, var: Array, *, effective_count: float | None = None
+        self,
+        count: float | Array,
+        mean: Array,
+        var: Array,
+        *,
+        effective_count: float | None = None,
     ) -> None:
         owner = checks.statistics(mean)
         mean, var = checks.owned("mean", mean, owner), checks.owned("var", var, owner)
@@ -180,7 +185,7 @@ class Moments:
 
         Parameters
         ----------
-        about : ndarray of float32 or float64, shape (C,), optional
+        about : ndarray of float32, float64, float16 or bfloat16, shape (C,), optional
             The same for all parts; 0 where not given. Of its 52 bits the variance loses
             ``log2(1 + ((mean - about) / s)**2)``, s the standard deviation: hardly any about the
             mean of a part or a running mean, most about 0 where |mean|/s is large. The means of the

@@ -166,6 +166,47 @@ def test_without_an_activation_dresidual_is_dy() -> None:
     assert_same_bits({"dx": got.dx}, {"dx": alone.dx})
 
 
+Y_HERE: dict[str, Callable[[Array, Array], Any]] = {
+    "like x": lambda dy, out: np.ones_like(dy),
+    "dy itself": lambda dy, out: dy,
+    "out itself": lambda dy, out: out,
+    "another type": lambda dy, out: dy.astype(np.float64),
+    "another shape": lambda dy, out: dy[0],
+    "strided": lambda dy, out: np.zeros((*dy.shape[:-1], 2 * dy.shape[-1]), dy.dtype)[..., ::2],
+    "no array": lambda dy, out: [1.0],
+}
+
+
+@pytest.mark.parametrize("y", Y_HERE)
+def test_without_an_activation_y_is_not_looked_at(y: str) -> None:
+    """So that callers can pass it always, whatever it is: results are those without."""
+    x, dy = np.random.default_rng(0).normal(size=(2, 6, 4, 5)).astype(np.float32)
+    mean, var = fastbn.moments(x)
+    frozen = fastbn.FrozenBatchNorm(mean, var)
+    by_sample = fastbn.instance_norm(x)[1:]
+    rows: Any = [dy[:, :, 0].copy(), x[:, :, 0].copy(), np.ones(6), np.ones(6)]
+    calls: list[Callable[..., Any]] = [
+        partial(fastbn.batch_norm_backward, dy, x, mean, var),
+        partial(fastbn.batch_norm_backward, dy, x, mean, var, where=dy[:, :1] > 0),
+        partial(fastbn.normalize_backward, dy, x, mean, var),
+        partial(fastbn.normalize_backward, dy, None, mean, var, params=False),
+        partial(frozen.backward, dy, x),
+        partial(fastbn.instance_norm_backward, dy, x, *by_sample),
+        partial(fastbn.layer_norm_backward, *rows),
+    ]
+    for call in calls:
+        for dresidual in (False, True):
+            expected = call(dresidual=dresidual)
+            out = np.empty_like(expected.dx)
+            found = call(y=Y_HERE[y](dy, out), dresidual=dresidual, out=out)
+            assert found.dx is out
+            for a, b in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+    sums = fastbn.gradient_sums(dy, x, mean, var)
+    for a, b in zip(fastbn.gradient_sums(dy, x, mean, var, y=Y_HERE[y](dy, dy)), sums, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.no_kernel
 def test_an_empty_batch() -> None:
     """It stays empty, fused or not, and its gradients are zeros."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
+from bits import assert_same_bits
 from checks import check_everything
 from hypothesis import given
 from processes import output
@@ -91,13 +94,63 @@ def test_byte_swapped_float16() -> None:
     np.testing.assert_array_equal(y, fastbn.batch_norm(x).y)
 
 
+def with_parameters(x: Array, dy: Array, vectors: dict[str, Any]) -> dict[str, Array]:
+    """What all functions give, by parameters and, where they may be other than float64,
+    statistics."""
+    gamma, beta, mean, var = vectors.values()
+    ones = np.ones(len(gamma))
+    by_sample = np.ones((len(x), len(gamma)))
+    found: list[Any] = [*fastbn.batch_norm(x, gamma, beta), fastbn.normalize(x, **vectors)]
+    found += fastbn.batch_norm_backward(dy, x, ones, ones, gamma)
+    found += fastbn.normalize_backward(dy, x, mean, var, gamma)
+    found += fastbn.batch_norm_double_backward(dy, beta, beta, dy, x, ones, ones, gamma)
+    found += fastbn.normalize_double_backward(dy, beta, beta, dy, x, mean, var, gamma)
+    for samples in (x, x[:, :, 0].copy()):
+        found += [*fastbn.instance_norm(samples, gamma, beta), *fastbn.layer_norm(samples, gamma)]
+        back = np.ones_like(samples)
+        found += fastbn.instance_norm_backward(back, samples, by_sample, by_sample, gamma)
+        found += fastbn.layer_norm_backward(back, samples, ones[:1].repeat(len(x)), ones[: len(x)])
+    frozen = fastbn.FrozenBatchNorm(**vectors)
+    found += [frozen(x), frozen.scale, frozen.gamma, frozen.mean, *frozen.backward(dy, x)]
+    weight = np.tile(gamma, (len(gamma), 1))
+    for kernel in (weight, weight[..., None]):
+        found += fastbn.fold_into_conv(kernel, beta, **vectors)
+    for before in (False, True):
+        found += fastbn.fold_into_linear(weight, beta, **vectors, before=before)
+    found.append(fastbn.Moments(3, mean, var).to_array())
+    return {str(i): a for i, a in enumerate(found)}
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("dtype", [*HALVES, ">f2"])
+@pytest.mark.parametrize("of_x", ["f4", ml_dtypes.bfloat16])
+def test_parameters_of_half_types_are_widened(of_x: Any, dtype: Any) -> None:
+    """They do what the same numbers in float32 do; all that is of their type is float32."""
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, 6, 6, 4)).astype(of_x)
+    names = ("gamma", "beta", "mean", "var")
+    drawn = dict(zip(names, rng.uniform(1, 2, (4, 6)), strict=True))
+    halves = {name: a.astype(dtype) for name, a in drawn.items()}
+    singles = {name: a.astype(np.float32) for name, a in halves.items()}
+    found, expected = with_parameters(x, dy, halves), with_parameters(x, dy, singles)
+    assert_same_bits(found, expected)
+    assert {a.dtype for a in found.values()} <= {np.dtype(t) for t in (of_x, "f4", "f8")}
+
+
 @pytest.mark.no_kernel
 @pytest.mark.usefixtures("variant")
-def test_parameters_of_half_types_are_refused() -> None:
-    """The message says which types a parameter may have."""
-    x = np.ones((3, 4), np.float16)
-    with pytest.raises(TypeError, match="gamma has dtype float16, expected float32 or float64"):
-        fastbn.batch_norm(x, np.ones(4, np.float16))
+def test_what_half_types_are_too_short_for() -> None:
+    """Statistics that the gradient goes through, and weights; operands have the type of x."""
+    x, half = np.ones((3, 4), np.float16), np.ones(4, np.float16)
+    exact = "has dtype float16, expected float64: the gradient through the batch's own statistics"
+    with pytest.raises(TypeError, match=f"^mean {exact}"):
+        fastbn.batch_norm_backward(x, x, half, np.ones(4))
+    with pytest.raises(TypeError, match=f"^var {exact}"):
+        fastbn.gradient_sums(x, x, np.ones(4), half)
+    with pytest.raises(TypeError, match=f"^var {exact}"):
+        fastbn.layer_norm_backward(x, x, np.ones(3), half[:3])
+    with pytest.raises(TypeError, match=r"^weights has dtype float16, expected float32 or float64"):
+        fastbn.moments(x, weights=half[:3])
     dy = x.astype(ml_dtypes.bfloat16)
     with pytest.raises(TypeError, match="dy has dtype bfloat16, expected float16"):
         fastbn.batch_norm_backward(dy, x, np.zeros(4), np.ones(4))

@@ -50,6 +50,14 @@ def test_streams_to_any_address(name: str, dtype: Any, layout: str) -> None:
                 assert (memory[offset + x.size :] == 7).all()
 
 
+def test_a_y_that_nothing_needs_stays_plain() -> None:
+    """Without an activation, a call with the forward's y takes the short way as well."""
+    x, table = np.ones((6, 4, 5), np.float32), np.ones(4)
+    plain, vectors = backends.get("cython").plain_backward, (table, table, None, 1e-5, "NCHW")
+    for y in (None, x.copy()):
+        assert plain(x, x, *vectors, True, None, y, False, False, None, 1) is not None
+
+
 def sample_calls(dtype: Any, layout: str, fused: bool) -> Results:
     """What group, instance and layer norm give for plain arguments."""
     found: Results = {}

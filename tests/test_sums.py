@@ -203,6 +203,19 @@ def test_what_is_not_finite_stays_in_its_channel(value: float, place: str) -> No
     assert_same_bits(found[1], found[0])
 
 
+def test_sums_as_reductions_leave_them() -> None:
+    """A list, and a count that is an array of it alone, of whole numbers or others."""
+    x, dy = np.random.default_rng(0).normal(size=(2, 6, 4, 5))
+    mean, var = fastbn.moments(x)
+    dgamma, dbeta, n = fastbn.gradient_sums(dy, x, mean, var)
+    backward = partial(fastbn.batch_norm_backward, dy, x, mean, var)
+    expected = backward(sums=(dgamma, dbeta, n))._asdict()
+    for count in (np.array(n), np.array(n, np.int32), np.array(float(n)), np.array(n, "f4")):
+        for sums in ([dgamma, dbeta, count], (dgamma, dbeta, count)):
+            assert_same_bits(backward(sums=sums)._asdict(), expected)
+    assert fastbn.Moments(np.array(n), mean, var) == fastbn.Moments(n, mean, var)
+
+
 def test_where_nothing_varies() -> None:
     """Where var + eps is 0, the sum dgamma is 0, and so is dx."""
     dy = np.random.default_rng(0).normal(size=(4, 3, 5))
