@@ -756,33 +756,39 @@ def renormalization(value: Any, kind: type, tracks: bool, virtual_batch: int | N
     return value
 
 
-def limit(name: str, value: Any, least: float, meaning: str) -> None:
+def limit(name: str, value: Any, least: float, meaning: str) -> float:
     """How far renormalization goes at most."""
     if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
         raise TypeError(
             f"{name} is {_described(value)}, expected a number, {least} or more; pass a float"
         )
-    if not least <= _as_float(value) < math.inf:
+    number = _as_float(value)
+    if not least <= number < math.inf:
         raise ValueError(
             f"{name} is {shown(value)}, expected a finite number, {least} or more; it says "
             f"{meaning}"
         )
+    return number
 
 
-def schedule(start: Any, ends: dict[str, Any]) -> None:
+def schedule(start: Any, **ends: Any) -> dict[str, int]:
     """Numbers of batches between which limits open."""
-    for name, value in ({"start": start} | ends).items():
-        _whole(name, value, "a whole number of batches", "pass an int")
+    numbers = {
+        name: _whole(name, value, "a whole number of batches", "pass an int")
+        for name, value in ({"start": start} | ends).items()
+    }
+    start = numbers["start"]
     if start < 0:
         raise ValueError(
             f"start is {shown(start)}, expected a number of batches, zero or more; pass 0"
         )
-    for name, end in ends.items():
+    for name, end in numbers.items():
         if end < start:
             raise ValueError(
                 f"{name} is {shown(end)}, expected {shown(start)} or more, as start is: limits "
                 "open from start on; pass the same for limits that are open at once"
             )
+    return numbers
 
 
 def batches(value: Any) -> int:

@@ -72,9 +72,13 @@ class Renormalization:
     d_end: int = 25000
 
     def __post_init__(self) -> None:
-        checks.limit("r_max", self.r_max, 1, "that r is within 1 / r_max and r_max")
-        checks.limit("d_max", self.d_max, 0, "that d is within -d_max and d_max")
-        checks.schedule(self.start, {"r_end": self.r_end, "d_end": self.d_end})
+        checked = {
+            "r_max": checks.limit("r_max", self.r_max, 1, "that r is within 1 / r_max and r_max"),
+            "d_max": checks.limit("d_max", self.d_max, 0, "that d is within -d_max and d_max"),
+            **checks.schedule(self.start, r_end=self.r_end, d_end=self.d_end),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def at(self, batches: int) -> Limits:
         """The limits after so many batches."""

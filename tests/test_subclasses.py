@@ -374,3 +374,11 @@ def test_a_subclass_that_adds_nothing() -> None:
     """Is given back as what it is, where it was to be written."""
     out = np.empty_like(X).view(Subclass)
     assert fastbn.batch_norm(X, out=out).y is out
+
+
+def test_numbers_of_other_types() -> None:
+    """A layer keeps Python's own, in which it computes."""
+    numbers: dict[str, Any] = {"r_max": np.float32(1.1), "start": np.int8(3), "r_end": np.int64(9)}
+    limits = fastbn.Renormalization(**numbers)
+    assert {type(value) for value in vars(limits).values()} == {int, float}
+    assert limits.at(6).r_max == 1 + 0.5 * (float(np.float32(1.1)) - 1)
