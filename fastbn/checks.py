@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fastbn import activations
 from fastbn.activations import Activation
 from fastbn.elements import ELEMENTS, FLOATS, is_element, is_float, is_half
-from fastbn.errors import shown
+from fastbn.errors import MOST, shown
 from fastbn.layouts import LAYOUTS, channel_axis
 from fastbn.results import GradientSums
 
@@ -1210,7 +1210,7 @@ def _spelled(x: NDArray[Any], x_name: str) -> str:
 
 def _described(value: Any) -> str:
     """A value's type, with the value where it is short."""
-    text, kind = shown(value), type(value).__name__
+    text, kind = shown(value), type(value).__name__[:MOST]
     article = "an" if kind[:1].lower() in "aeiou" or kind == "ndarray" else "a"
     return f"{article} {kind}" + (f" ({text})" if len(text) <= 40 and kind not in text else "")
 

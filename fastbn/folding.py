@@ -54,9 +54,9 @@ def fold_into_conv(
     Returns
     -------
     weight, bias : ndarray
-        New arrays in the types of `weight` and `bias`, of half types in float32, computed in
-        float64. What is below the
-        normal numbers of its type becomes 0: such weights can make a layer several times slower.
+        New arrays in the types of `weight` and `bias`, float32 in place of half types, computed in
+        float64. What is below the normal numbers of its type becomes 0: such weights can make a
+        layer several times slower.
 
     Raises
     ------

@@ -302,6 +302,7 @@ HUGE: list[Any] = [
     np.array(["a" * 1000]),
     np.ones(10**6),
     type("T" * 1000, (), {}),
+    type("T" * 1000, (), {})(),
 ]
 
 
