@@ -58,6 +58,7 @@ class FrozenBatchNorm:
     """
 
     __slots__ = (
+        "__weakref__",
         "_activation",
         "_affine",
         "_plain",
@@ -98,29 +99,36 @@ class FrozenBatchNorm:
         owner = checks.statistics(mean)
         given = fixed.checked(mean, var, gamma, beta, owner)
         eps = checks.epsilon(eps)
-        affine = Affine(*map(_read_only, fixed.affine(given, eps, owner.channels)))
+        affine = Affine(*map(fixed.locked, fixed.affine(given, eps, owner.channels)))
         mine: dict[str, Any] = {
-            **{name: None if v is None else _kept(v) for name, v in given.items()},
+            **{name: None if v is None else fixed.locked(v) for name, v in given.items()},
             "eps": eps,
             "layout": checks.layout(layout),
             "activation": checks.activation_name(activation),
             "_activation": checks.activation(activation),
             "_affine": affine,
             "scale": affine.scale,
-            "shift": _read_only(_shift(affine)),
+            "shift": fixed.locked(_shift(affine)),
             "_plain": {},
         }
         for name, value in mine.items():
             object.__setattr__(self, name, value)
 
-    def __call__(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
+    def __call__(
+        self,
+        x: Array,
+        *,
+        residual: Array | None = None,
+        where: Array | None = None,
+        out: Array | None = None,
+    ) -> Array:
         """Normalize `x`; the arguments are those of `normalize`.
 
         Parameters
         ----------
         x : ndarray
             Of C channels on the layout's axis, as `normalize` takes it.
-        residual, out : ndarray, optional
+        residual, where, out : ndarray, optional
             As given to `normalize`.
 
         Returns
@@ -133,16 +141,17 @@ class FrozenBatchNorm:
         TypeError, ValueError
             An argument has a wrong type, shape or value; nothing has been written.
         """
-        backend, threads = current()
-        plain = self._plain.get(backend)
-        if plain is None:
-            made = backend.plain_frozen(self._affine, self.layout, self._activation)
-            plain = self._plain.setdefault(backend, made)
-        y = plain(x, residual, out, threads)
-        if y is not None:
-            return y
+        if where is None:
+            backend, threads = current()
+            plain = self._plain.get(backend)
+            if plain is None:
+                made = backend.plain_frozen(self._affine, self.layout, self._activation)
+                plain = self._plain.setdefault(backend, made)
+            y = plain(x, residual, out, threads)
+            if y is not None:
+                return y
         x = checks.batch_of("FrozenBatchNorm", x, len(self.mean), self.layout)
-        return apply_affine(x, self._affine, self.layout, self.activation, residual, out)
+        return apply_affine(x, self._affine, self.layout, self.activation, residual, out, where)
 
     @overload
     def backward(
@@ -152,6 +161,7 @@ class FrozenBatchNorm:
         *,
         params: bool = ...,
         y: Array | None = ...,
+        where: Array | None = ...,
         dresidual: Literal[False] = ...,
         out: Array | None = ...,
     ) -> Gradients: ...
@@ -163,6 +173,7 @@ class FrozenBatchNorm:
         *,
         params: bool = ...,
         y: Array | None = ...,
+        where: Array | None = ...,
         dresidual: Literal[True] | Array,
         out: Array | None = ...,
     ) -> ResidualGradients: ...
@@ -173,6 +184,7 @@ class FrozenBatchNorm:
         *,
         params: bool = True,
         y: Array | None = None,
+        where: Array | None = None,
         dresidual: bool | Array = False,
         out: Array | None = None,
     ) -> Gradients | ResidualGradients:
@@ -180,7 +192,7 @@ class FrozenBatchNorm:
 
         Parameters
         ----------
-        dy, x, params, y, dresidual, out
+        dy, x, params, y, dresidual, where, out
             As given to `normalize_backward`.
 
         Returns
@@ -206,6 +218,7 @@ class FrozenBatchNorm:
             activation=self.activation,
             y=y,
             dresidual=dresidual,
+            where=where,
             out=out,
         )
 
@@ -218,8 +231,13 @@ class FrozenBatchNorm:
         raise AttributeError(f"FrozenBatchNorm cannot be changed: {name!r} cannot be deleted")
 
     def __reduce__(self) -> tuple[Any, ...]:
+        vectors = self.mean, self.var, self.gamma, self.beta
         options = {"eps": self.eps, "layout": self.layout, "activation": self.activation}
-        return _made, (self.mean, self.var, self.gamma, self.beta, options)
+        return _made, (type(self), vectors, options), fixed.added(self, FrozenBatchNorm)
+
+    def __setstate__(self, added: dict[str, Any]) -> None:
+        for name, value in added.items():
+            object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         return (
@@ -228,18 +246,11 @@ class FrozenBatchNorm:
         )
 
 
-def _made(mean: Array, var: Array, gamma: Any, beta: Any, options: Any) -> FrozenBatchNorm:
-    return FrozenBatchNorm(mean, var, gamma, beta, **options)
-
-
-def _read_only(a: Array) -> Array:
-    a.flags.writeable = False
-    return a
-
-
-def _kept(given: Array) -> Array:
-    """A native copy that cannot be written."""
-    return _read_only(np.array(given, given.dtype.newbyteorder("="), subok=False))
+def _made(kind: type[FrozenBatchNorm], vectors: Any, options: Any) -> FrozenBatchNorm:
+    """One of this class, whatever a subclass's constructor takes."""
+    frozen = object.__new__(kind)
+    FrozenBatchNorm.__init__(frozen, *vectors, **options)
+    return frozen
 
 
 @quiet

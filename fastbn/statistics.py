@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from fastbn import checks
 from fastbn.backends.base import quiet
+from fastbn.fixed import added, locked
 from fastbn.functional import moments
 from fastbn.results import PopulationStatistics
 from fastbn.weights import SEVERAL, size
@@ -64,7 +65,7 @@ class Moments:
     (2500, True)
     """
 
-    __slots__ = ("count", "effective_count", "mean", "var")
+    __slots__ = ("__weakref__", "count", "effective_count", "mean", "var")
     count: float
     mean: Vector
     var: Vector
@@ -232,10 +233,7 @@ class Moments:
         object.__setattr__(self, "count", count)
         object.__setattr__(self, "effective_count", effective_count)
         for name, vector in (("mean", mean), ("var", var)):
-            own = np.asarray(vector, np.float64)
-            # Over bytes, which nobody can make writeable again.
-            locked = np.ndarray(own.shape, np.float64, own.tobytes())
-            object.__setattr__(self, name, locked)
+            object.__setattr__(self, name, locked(np.asarray(vector, np.float64)))
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise AttributeError(f"Moments cannot be changed: {name!r} cannot be set; make others")
@@ -253,7 +251,12 @@ class Moments:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Moments._made, (self.count, self.mean, self.var, self.effective_count)
+        given = self.count, self.mean, self.var, self.effective_count
+        return type(self)._made, given, added(self, Moments)
+
+    def __setstate__(self, added: dict[str, Any]) -> None:
+        for name, value in added.items():
+            object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         effective = f", effective_count={self.effective_count}" if self._is_weighed else ""

@@ -90,7 +90,7 @@ def run_fused(
         ).copy()
     frozen = fastbn.FrozenBatchNorm(mean, var, gamma, beta, activation="relu6", **options)
     a, b, out = place(x, dy)
-    results["frozen"] = frozen(a, b, out)
+    results["frozen"] = frozen(a, residual=b, out=out)
     gates = (("relu", results["y"]), (LEAKY, results[f"normalize, {LEAKY}"]))
     for verb in (fastbn.batch_norm_backward, fastbn.normalize_backward):
         for activation, y in gates:

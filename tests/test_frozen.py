@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any
@@ -37,17 +38,20 @@ def made(x: Array, layout: str, **options: Any) -> tuple[fastbn.FrozenBatchNorm,
 @pytest.mark.parametrize("dtype", [*DTYPES, *HALVES])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_it_has_the_bits_of_normalize(shape: tuple[int, ...], dtype: Any, layout: str) -> None:
-    """With any activation, with a residual and without, fresh or into `out`."""
-    x, z = np.random.default_rng(0).normal(3, 2, (2, *shape)).astype(dtype)
+    """With any activation, with a residual and a mask and without, fresh or into `out`."""
+    rng = np.random.default_rng(0)
+    x, z = rng.normal(3, 2, (2, *shape)).astype(dtype)
+    mask = rng.random((len(x), *[1] * (len(shape) - 1))) < 0.7
     for activation in ACTIVATIONS:
         frozen, given = made(x, layout, activation=activation, eps=1e-3)
         options: Any = {"activation": activation, "eps": 1e-3, "layout": layout}
-        for residual in (None, z):
-            expected = fastbn.normalize(x, *given, **options, residual=residual)
+        extras: list[dict[str, Any]] = [{}, {"residual": z}, {"where": mask}]
+        for extra in (*extras, {"residual": z, "where": mask}):
+            expected = fastbn.normalize(x, *given, **(options | extra))
             out = np.empty_like(x)
-            assert frozen(x, residual, out) is out
+            assert frozen(x, **extra, out=out) is out
             assert_same_bits(
-                {"y": frozen(x, residual), "out": out}, {"y": expected, "out": expected}
+                {"y": frozen(x, **extra), "out": out}, dict.fromkeys(("y", "out"), expected)
             )
 
 
@@ -58,12 +62,12 @@ def test_arrays_in_any_form(form: str, layout: str) -> None:
     """x, residual and out may lie in memory in any way; out may be x or the residual."""
     x, z = np.random.default_rng(0).normal(size=(2, 4, 6, 7, 6)).astype(np.float32)
     frozen, _ = made(x, layout)
-    expected = {"y": frozen(x, z)}
-    assert_same_bits({"y": dense(frozen(FORMS[form](x), FORMS[form](z)))}, expected)
+    expected = {"y": frozen(x, residual=z)}
+    assert_same_bits({"y": dense(frozen(FORMS[form](x), residual=FORMS[form](z)))}, expected)
     if form in WRITEABLE:
         for name in ("x", "z", "out"):
             mine = {n: WRITEABLE[form](a.copy()) for n, a in (("x", x), ("z", z), ("out", x))}
-            assert frozen(mine["x"], mine["z"], mine[name]) is mine[name]
+            assert frozen(mine["x"], residual=mine["z"], out=mine[name]) is mine[name]
             assert_same_bits({"y": dense(mine[name])}, expected)
 
 
@@ -126,8 +130,13 @@ def test_it_cannot_be_changed() -> None:
         a[...] = 7
     np.testing.assert_array_equal(frozen(x), before)
     for name in ("mean", "var", "gamma", "beta", "scale", "shift"):
+        a = getattr(frozen, name)
+        assert a.flags.aligned
         with pytest.raises(ValueError, match="read-only"):
-            getattr(frozen, name)[0] = 1
+            a[0] = 1
+        for array in (a, a[:], a.view(np.int64 if a.itemsize == 8 else np.int32)):
+            with pytest.raises(ValueError, match="WRITEABLE"):
+                array.flags.writeable = True
         with pytest.raises(AttributeError, match=f"cannot be changed: {name!r} cannot be set"):
             setattr(frozen, name, 1)
     with pytest.raises(AttributeError, match="cannot be deleted"):
@@ -147,6 +156,36 @@ def test_copies_and_pickles() -> None:
             other
         )
         assert_same_bits({"y": other(x)}, {"y": frozen(x)})
+
+
+class Named(fastbn.FrozenBatchNorm):
+    """With an attribute of its own, and another constructor."""
+
+    def __init__(self, name: str, *vectors: Array) -> None:
+        super().__init__(*vectors, activation="relu")
+        object.__setattr__(self, "name", name)
+
+
+class Slotted(Named):
+    """The same, where there is no dictionary to find it in."""
+
+    __slots__ = ("name",)
+
+
+@pytest.mark.parametrize("kind", [Named, Slotted])
+def test_subclasses_stay_what_they_are(kind: type[Named]) -> None:
+    """Copied and pickled, with what they have added; and weak references to them work."""
+    x = np.random.default_rng(0).normal(size=(3, 4, 7)).astype(np.float32)
+    frozen = kind("block 1", *vectors(4))
+    for other in (copy.copy(frozen), copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        assert type(other) is kind
+        assert other.name == "block 1"  # type: ignore[attr-defined]
+        assert_same_bits({"y": other(x)}, {"y": frozen(x)})
+        with pytest.raises(AttributeError, match="cannot be changed"):
+            other.name = "block 2"
+    assert weakref.ref(frozen)() is frozen
+    plain = fastbn.FrozenBatchNorm(*vectors(4))
+    assert weakref.WeakSet([plain, frozen])
 
 
 def test_the_backend_is_looked_up_at_each_call() -> None:
@@ -226,8 +265,12 @@ def test_bad_arrays(variant: Variant) -> None:
     with pytest.raises(TypeError, match=r"^x has dtype int64"):
         frozen(np.ones((4, 3), np.int64), out=out)
     with pytest.raises(ValueError, match=r"^residual has shape \(3, 5\), expected \(4, 3, 5\)"):
-        frozen(x, np.ones((3, 5), np.float32), out)
+        frozen(x, residual=np.ones((3, 5), np.float32), out=out)
     with pytest.raises(TypeError, match=r"^residual has dtype float64, expected float32"):
-        frozen(x, x.astype(np.float64), out)
+        frozen(x, residual=x.astype(np.float64), out=out)
+    with pytest.raises(ValueError, match=r"^where has shape \(4, 3\), expected \(4, 1, 5\)"):
+        frozen(x, where=np.ones((4, 3), bool), out=out)
+    with pytest.raises(ValueError, match=r"^x has 2 channels .* expected 3.* pass another"):
+        frozen(np.ones((4, 2), np.float32), where=np.ones((4, 1), bool))
     assert (out == 7).all()
     assert variant.calls() == before

@@ -483,12 +483,17 @@ def test_the_layer(variant: Variant, weighs: bool, unbiased: bool) -> None:
 def test_the_layer_in_evaluation(variant: Variant) -> None:
     """Masked places are 0 on both ways, and the gradients are those of what counts."""
     p = Masked((6, 3, 4, 5), "NCHW", np.float32)
-    bn = fastbn.BatchNorm(3).eval()
+    bn = fastbn.BatchNorm(3, activation="relu").eval()
     y, dx = bn(p.x, where=p.where), bn.backward(p.dy)
     assert p.is_zero_elsewhere(y)
     assert p.is_zero_elsewhere(dx)
     assert bn.dbeta is not None
-    assert np.allclose(bn.dbeta, p.counted(p.dy).sum(0), atol=1e-4)
+    assert np.allclose(bn.dbeta, p.counted(np.where(y > 0, p.dy, 0)).sum(0), atol=1e-4)
+    frozen = bn.to_frozen()
+    served = frozen(p.x, where=p.where)
+    assert_same_bits({"y": served}, {"y": y})
+    got = frozen.backward(p.dy, p.x, y=served, where=p.where)
+    assert_same_bits(got._asdict(), fastbn.Gradients(dx, bn.dgamma, bn.dbeta)._asdict())
 
 
 def test_weights_of_a_softmax(variant: Variant) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from functools import partial, reduce
@@ -433,6 +434,30 @@ def test_repr() -> None:
         m = Moments(7, np.zeros(2), np.ones(2), effective_count=effective)
         assert eval(repr(m), {"Moments": Moments, "array": np.array}) == m
         assert ("effective_count" in repr(m)) == (effective is not None)
+
+
+class Labelled(Moments):
+    """With an attribute of its own, and another constructor."""
+
+    label: str
+
+    def __init__(self, label: str, mean: Array) -> None:
+        super().__init__(3, mean, mean)
+        object.__setattr__(self, "label", label)
+
+
+@pytest.mark.parametrize(
+    "again", [lambda m: pickle.loads(pickle.dumps(m)), copy.copy, copy.deepcopy]
+)
+def test_copies_of_subclasses(again: Callable[[Labelled], Labelled]) -> None:
+    """They stay what they are, with what they have added; and weak references to them work."""
+    one = Labelled("block 1", np.ones(2))
+    got = again(one)
+    assert (type(got), got.label, bits(got)) == (Labelled, "block 1", bits(one))
+    with pytest.raises(ValueError, match="cannot set WRITEABLE"):
+        got.mean.flags.writeable = True
+    for each in (one, Moments(1, np.ones(2), np.ones(2))):
+        assert weakref.ref(each)() is each
 
 
 def test_equality() -> None:

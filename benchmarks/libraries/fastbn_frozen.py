@@ -15,4 +15,4 @@ def prepare(cell: Cell, data: Data) -> Task | None:
     x, options = data.x, of_fastbn.options(cell, data)
     out = options.pop("out", None)
     frozen = fastbn.FrozenBatchNorm(data.mean, data.var, data.gamma, data.beta, **options)
-    return Task(lambda: frozen(x, None, out), Results)
+    return Task(lambda: frozen(x, out=out), Results)
