@@ -1,12 +1,18 @@
 """What all layers have: parameters of channels and their gradients, a mode and a state.
 
-Arrays are written in place, so that an optimizer may hold them, and after all is checked and
-computed: what fails leaves a layer as it was.
+1. Arrays are written in place, so that an optimizer may hold them, and after all is checked and
+   computed: what fails leaves a layer as it was. `write` writes those that belong together.
+2. A layer has the attributes of its class and those that its constructor has set; to set another is
+   a mistake in a name. A subclass may have its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
+from itertools import repeat
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -22,11 +28,38 @@ PARAMETERS = {"weight": "gamma", "bias": "beta"}
 """PyTorch's names of a layer's parameters, and ours."""
 
 
+def at_once(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    """A call of a compiled function for each of the arguments, as `map` has them: to be made in
+    one, in which Python looks for no signal, so that an interrupt comes before all or after all."""
+    return partial(deque, map(function, *arguments), 0)
+
+
+@quiet
+def write(arrays: Sequence[Array], values: Sequence[Any]) -> None:
+    """Write values, known to fit, into arrays, of which some may be those; rounded before."""
+    rounded = [np.array(value, a.dtype) for a, value in zip(arrays, values, strict=True)]
+    at_once(np.ndarray.__setitem__, arrays, repeat(...), rounded)()
+
+
+def _closing(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor after which, if no other goes on, the layer has all its attributes."""
+
+    @wraps(init)
+    def closing(self: AffineLayer, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if type(self).__init__ is closing:
+            self._is_made = True
+
+    return closing
+
+
 class AffineLayer:
     """The base of the layers: each adds its own forward and backward."""
 
     _state_names: ClassVar[Mapping[str, str]] = PARAMETERS
     """Of a layer's arrays: those of its state, and its own."""
+    _is_made = False
+    """Whether the constructor is through."""
 
     def __init__(
         self,
@@ -36,6 +69,7 @@ class AffineLayer:
         scale: bool,
         shift: bool,
         layout: str,
+        frozen_affine: bool,
         activation: ActivationName,
         dtype: DTypeLike,
     ) -> None:
@@ -48,12 +82,56 @@ class AffineLayer:
         has_scale, has_shift = checks.flag("scale", scale), checks.flag("shift", shift)
         self.gamma: Array | None = np.ones(self.channels, of_type) if has_scale else None
         self.beta: Array | None = np.zeros(self.channels, of_type) if has_shift else None
-        self.dgamma: Array | None = None
-        self.dbeta: Array | None = None
+        self._dgamma, self._dbeta = (np.zeros(self.channels, of_type) for _ in range(2))
         self.dresidual: Array | None = None
-        self.training, self.frozen_affine = True, False
+        self.training, self.frozen_affine = True, frozen_affine
         self._forward: Any = None
         """What the backward of the last call needs."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = _closing(cls.__init__)  # type: ignore[method-assign]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_made and name not in vars(self) and not name.startswith("_"):
+            checks.attribute(self, name, value, self._state_names)
+        super().__setattr__(name, value)
+
+    @property
+    def training(self) -> bool:
+        return self._training
+
+    @training.setter
+    def training(self, value: bool) -> None:
+        self._training = checks.flag("training", value)
+
+    @property
+    def frozen_affine(self) -> bool:
+        return self._frozen_affine
+
+    @frozen_affine.setter
+    def frozen_affine(self, value: bool) -> None:
+        is_frozen = checks.flag("frozen_affine", value)
+        if is_frozen:  # for an optimizer that holds them
+            write([self._dgamma, self._dbeta], [0, 0])
+        self._frozen_affine = is_frozen
+
+    @property
+    def dgamma(self) -> Array | None:
+        return None if self.gamma is None or self.frozen_affine else self._dgamma
+
+    @dgamma.setter
+    def dgamma(self, value: Array) -> None:
+        self._dgamma = checks.gradient("dgamma", value, self.channels)
+
+    @property
+    def dbeta(self) -> Array | None:
+        return None if self.beta is None or self.frozen_affine else self._dbeta
+
+    @dbeta.setter
+    def dbeta(self, value: Array) -> None:
+        self._dbeta = checks.gradient("dbeta", value, self.channels)
 
     def _set_mode(self, mode: Any) -> Self:
         self.training = checks.flag("mode", mode)
@@ -64,14 +142,19 @@ class AffineLayer:
         return np.ones(self.channels, self._dtype_name) if self.gamma is None else self.gamma
 
     def _wants_parameters(self) -> bool:
-        """Whether a backward gives dgamma and dbeta."""
-        return not self.frozen_affine and (self.gamma is not None or self.beta is not None)
+        """Whether a backward gives dgamma or dbeta, and may write it."""
+        held = {"dgamma": self.dgamma, "dbeta": self.dbeta}
+        for name, a in held.items():
+            if a is not None:
+                checks.writeable(name, a, "a backward writes it; assign a copy")
+        return any(a is not None for a in held.values())
 
     def _leave(self, found: Any, dgamma: Array | None, dbeta: Array | None) -> Array:
-        """Keep a backward's gradients as far as the layer has what they are of; gives dx."""
-        self.dgamma = None if self.gamma is None else dgamma
-        self.dbeta = None if self.beta is None else dbeta
+        """Write a backward's gradients as far as the layer has what they are of; gives dx."""
+        pairs = [(self.dgamma, dgamma), (self.dbeta, dbeta)]
+        wanted = [(held, a) for held, a in pairs if held is not None]
         self.dresidual = getattr(found, "dresidual", None)
+        write([held for held, _ in wanted], [a for _, a in wanted])
         dx: Array = found.dx
         return dx
 
@@ -84,13 +167,10 @@ class AffineLayer:
         """The layer's state."""
         return {name: array.copy() for name, array in self._arrays().items()}
 
-    @quiet
     def _restore(self, arrays: Mapping[str, Array]) -> None:
-        """Write arrays, known to fit, into the layer's own, of which some may be those."""
+        """Write a state that is known to fit."""
         own = self._arrays()
-        rounded = {name: np.array(arrays[name], a.dtype) for name, a in own.items()}
-        for name, a in own.items():
-            a[...] = rounded[name]
+        write(list(own.values()), [arrays[name] for name in own])
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is of the layer, not of the arrays of its last call.
@@ -98,9 +178,9 @@ class AffineLayer:
 
     def _described(self, kind: type[AffineLayer], *sizes: int, **others: Any) -> str:
         """A call of `kind` that makes such a layer, with the options that are not the default."""
-        defaults: dict[str, Any] = kind.__init__.__kwdefaults__ or {}
+        defaults: dict[str, Any] = inspect.unwrap(kind.__init__).__kwdefaults__ or {}
         told = {name: getattr(self, name) for name in defaults if hasattr(self, name)}
         told |= {"scale": self.gamma is not None, "shift": self.beta is not None}
         told |= {"dtype": self._dtype_name} | others
-        words = [f"{n}={told[n]!r}" for n in defaults if told[n] != defaults[n]]
+        words = [f"{n}={told[n]!r}" for n in defaults if n in told and told[n] != defaults[n]]
         return f"{kind.__name__}({', '.join([*map(str, sizes), *words])})"

@@ -8,6 +8,8 @@ the argument, what came, what was expected and what to do.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +27,10 @@ from fastbn.layouts import LAYOUTS, channel_axis
 from fastbn.results import GradientSums
 
 MAX_THREADS = 1024
+CLOSE = 0.8
+"""From which ratio of difflib's on a name is taken for another one."""
+SOME = 5
+"""Names that a message lists at most."""
 
 
 def layout(value: Any) -> str:
@@ -756,6 +762,17 @@ def renormalization(value: Any, kind: type, tracks: bool, virtual_batch: int | N
     return value
 
 
+def frozen_statistics(value: Any, tracks: bool) -> bool:
+    """Whether a layer goes by its running statistics always."""
+    is_frozen = flag("frozen_statistics", value)
+    if is_frozen and not tracks:
+        raise ValueError(
+            "frozen_statistics is True, expected False where track_running_stats is False: there "
+            "are no running statistics to go by; leave one of them out"
+        )
+    return is_frozen
+
+
 def limit(name: str, value: Any, least: float, meaning: str) -> float:
     """How far renormalization goes at most."""
     if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
@@ -878,9 +895,10 @@ def running(
     own = {name: owned(name, a, owner, _FLOATS) for name, a in given.items()}
     running_mean, running_var = own.values()
     if writes:
-        counted = counter(batches, f"{of}num_batches_tracked")
-        for name, a in (own | counted).items():
-            _writeable(name, a, "training renews it; assign a copy, or set frozen_statistics")
+        counted = f"{of}num_batches_tracked"
+        tracked = {} if batches is None else {counted: counter(batches, counted)}
+        for name, a in (own | tracked).items():
+            writeable(name, a, "training renews it; assign a copy, or set frozen_statistics")
     if not nan:
         mean(running_mean, f"{of}running_mean")
     variance(running_var, nan=nan, name=f"{of}running_var")
@@ -900,35 +918,68 @@ def _renewable(name: str, a: NDArray[Any]) -> None:
         )
 
 
-_BATCHES = "expected a whole number, zero or more: how many batches the running statistics are of"
+MOST_BATCHES = int(np.iinfo(np.int64).max)
+"""Where counting stops."""
 
 
-def counter(value: Any, name: str = "num_batches_tracked") -> dict[str, NDArray[Any]]:
-    """How many batches running statistics are of, by its name: an array that can be written, made
-    of a number where one came; nothing where that is not known."""
-    if value is None:
-        return {}
-    is_number = isinstance(value, Integral) and not isinstance(value, bool | np.bool_)
-    is_array = isinstance(value, np.ndarray) and value.shape == () and value.dtype.kind in "iu"
-    if not is_number and not is_array:
+def counter(value: Any, name: str = "num_batches_tracked") -> NDArray[np.int64]:
+    """How many batches running statistics are of: an array of int64 and shape () as it is; any
+    other whole number (7.0 is one) as such an array."""
+    is_scalar = isinstance(value, np.ndarray | np.generic) and value.shape == ()
+    n: Any = value.item() if is_scalar else value
+    is_number = isinstance(n, Real) and not isinstance(n, bool)
+    if not is_number or isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is {_described(value)}, expected a whole number, or a numpy.ndarray of int64 "
             "and shape (), or None; it is how many batches the running statistics are of"
         )
-    if not _is_whole(value):
-        raise ValueError(f"{name} is {shown(int(value))}, {_BATCHES}; set it to 0 to start anew")
-    return {name: value if is_array else np.array(int(value), np.int64)}
+    if not (0 <= n <= MOST_BATCHES and n == int(n)):
+        raise ValueError(
+            f"{name} is {shown(n)}, expected a whole number, zero or more: how many batches the "
+            "running statistics are of; set it to 0 to start anew"
+        )
+    if isinstance(value, np.ndarray) and value.dtype == np.int64 and value.dtype.isnative:
+        return value
+    return np.array(int(n), np.int64)
 
 
-def _is_whole(value: Any) -> bool:
-    """Whether a number of batches can be counted on from."""
-    return bool(0 <= value <= np.iinfo(np.int64).max)
-
-
-def _writeable(name: str, a: NDArray[Any], reason: str) -> None:
+def writeable(name: str, a: NDArray[Any], reason: str) -> None:
     """An array of a layer that is about to be written."""
     if not a.flags.writeable:
         raise ValueError(f"{name} is read-only, expected a writeable array: {reason}")
+
+
+def gradient(name: str, value: Any, channels: int) -> NDArray[Any]:
+    """Where a layer's backward is to write dgamma or dbeta."""
+    return owned(name, value, Owner(channels, f"the layer has {channels} channels"), _FLOATS)
+
+
+def attribute(layer: Any, name: str, value: Any, aliases: Mapping[str, str]) -> None:
+    """An attribute that a layer's class has; a subclass of somebody's may have others, with names
+    that are not close to one of the layer's."""
+    kind = type(layer)
+
+    def is_method(known: str) -> bool:
+        return inspect.isroutine(getattr(kind, known, None))
+
+    if is_method(name) and not callable(value):
+        raise AttributeError(
+            f"{kind.__name__}.{name} is a method, expected something callable in its place; call "
+            f"it, as layer.{name}()"
+        )
+    if hasattr(kind, name):
+        return
+    if any(name in inspect.get_annotations(each) for each in kind.__mro__):
+        return
+    names = [n for n in (*vars(layer), *dir(kind)) if not n.startswith("_") and not is_method(n)]
+    is_ours = kind.__module__.startswith(__name__.removesuffix("checks"))
+    cutoff = 0 if is_ours else CLOSE
+    nearest = difflib.get_close_matches(aliases.get(name, name), names, 1, cutoff)
+    if nearest:
+        raise AttributeError(
+            f"{kind.__name__} has no attribute {name!r}, expected one that it has; the nearest is "
+            f"{nearest[0]!r}; a subclass names its own in its class body, or sets them in __init__"
+        )
 
 
 def forward(last: Any, dy: Any, params: bool) -> Any:
@@ -969,20 +1020,48 @@ def state(
     decide."""
     if not isinstance(value, Mapping):
         raise TypeError(f"state is {_described(value)}, expected a mapping, as state_dict gives it")
-    missing, unknown = own.keys() - value.keys(), value.keys() - own.keys()
+    needed = [name for name in own if name != "num_batches_tracked"]
+    missing = [name for name in needed if name not in value]
+    unknown = [name for name in value if name not in own]
+    expected = f"expected {', '.join(map(repr, own))}"
+    prefixes = _prefixes(value, needed) if missing else []
+    if prefixes:
+        plural = "es" if len(prefixes) > 1 else ""
+        raise ValueError(
+            f"state has a network's names, {expected}; these stand after {len(prefixes)} "
+            f"prefix{plural}; strip one: set prefix = {prefixes[0]!r} and pass "
+            "{name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}"
+        )
     if missing or unknown:
         odd = "; ".join(
-            f"{what} {', '.join(sorted(map(repr, names)))}"
+            f"{what} {_listed(names)}"
             for what, names in (("missing are", missing), ("not known are", unknown))
             if names
         )
         raise ValueError(
-            f"state has not the layer's names, expected {', '.join(map(repr, own))}; {odd}; make "
-            f"the layer with the {options} of the one that was saved"
+            f"state has not the layer's names, {expected}; {odd}; make the layer with the "
+            f"{options} of the one that was saved"
         )
     for name, a in own.items():
-        _writeable(f"the layer's {name!r}", a, "a state is written into it; assign a copy")
-    return {name: _state_array(name, value[name], a) for name, a in own.items()}
+        writeable(f"the layer's {name!r}", a, "a state is written into it; assign a copy")
+    # PyTorch's states had no counter at first.
+    return {name: _state_array(name, value.get(name, 0), a) for name, a in own.items()}
+
+
+def _prefixes(state: Mapping[Any, Any], names: Sequence[str]) -> list[str]:
+    """What stands before all of a layer's names, where the state is a network's."""
+    found = [
+        name.removesuffix(names[0])
+        for name in state
+        if names and isinstance(name, str) and name.endswith(names[0])
+    ]
+    return [p for p in found if all(p + name in state for name in names)]
+
+
+def _listed(names: Sequence[Any]) -> str:
+    """Some names, in words."""
+    more = f" and {len(names) - SOME} more" if len(names) > SOME else ""
+    return ", ".join(map(shown, names[:SOME])) + more
 
 
 def sample_state(value: Any, own: dict[str, NDArray[Any]], made: str) -> None:
@@ -1009,6 +1088,11 @@ def sample_state(value: Any, own: dict[str, NDArray[Any]], made: str) -> None:
 
 def _state_array(name: str, value: Any, own: NDArray[Any]) -> NDArray[Any]:
     """One of them, in the layer's type."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"state[{name!r}] is a numpy.ma.MaskedArray, expected a plain array: a mask would be "
+            f"ignored; pass state[{name!r}].filled(value), or state[{name!r}].data to ignore it"
+        )
     try:
         given = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -1020,22 +1104,31 @@ def _state_array(name: str, value: Any, own: NDArray[Any]) -> NDArray[Any]:
             f"state[{name!r}] has shape {given.shape}, expected {own.shape}, as the layer has; "
             "pass the state of a layer with as many channels"
         )
-    if own.dtype.kind in "iu":
-        if given.dtype.kind not in "iu" or not _is_whole(given):
-            raise ValueError(
-                f"state[{name!r}] is {given}, {_BATCHES}; pass the number that was saved"
-            )
-        return given
-    if given.dtype.kind not in "fiu" and not is_half(given.dtype):
+    if own.dtype.kind in "iu" and (given.dtype.kind != "V" or is_half(given.dtype)):
+        return counter(given, f"state[{name!r}]")
+    may_be_bits = given.dtype.kind in "iu" and given.dtype.itemsize == 2
+    if may_be_bits or (given.dtype.kind not in "fiu" and not is_half(given.dtype)):
         raise TypeError(
             f"state[{name!r}] has dtype {_named(given.dtype)}, expected {own.dtype} or what rounds "
-            f"to it; convert it to {own.dtype}"
+            f"to it; {_remedy(name, given.dtype, own.dtype)}"
         )
     if name == "running_var":
         variance(given, nan=False, name=name)
     elif name == "running_mean":
         mean(given, name)
     return given
+
+
+def _remedy(name: str, came: np.dtype[Any], wanted: np.dtype[Any]) -> str:
+    """What to do about an array of another type in a state: NumPy, which has no bfloat16, saves one
+    as two bytes without a type, and others save its bits as whole numbers."""
+    given = f"numpy.asarray(state[{name!r}])"
+    if came.name == "bfloat16":
+        return f"pass {given}.view(numpy.uint16).byteswap().view(ml_dtypes.bfloat16)"
+    if came.itemsize != 2 or came.kind not in "iuV":
+        return f"convert it to {wanted}"
+    bits = f"pass {given}.view(ml_dtypes.bfloat16) if these are bfloat16's bits"
+    return bits if came.kind == "V" else f"{bits}, or {given}.astype(numpy.{wanted}) if numbers"
 
 
 # ---- Folding ----

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fastbn import checks
-from fastbn.affine_layer import PARAMETERS, AffineLayer
+from fastbn.affine_layer import PARAMETERS, AffineLayer, write
 from fastbn.backends.base import Affine, normal_scale, quiet
 from fastbn.frozen import FrozenBatchNorm
 from fastbn.functional import (
@@ -115,6 +115,10 @@ class BatchNorm(AffineLayer):
         Batch renormalization in training: ``xhat * r + d`` in place of xhat, with r and d that
         bring it to what the running statistics would give, within limits that open with
         `num_batches_tracked`. Without `virtual_batch`.
+    frozen_statistics : bool
+        Normalize by the running statistics in training, too, and leave them alone.
+    frozen_affine : bool
+        Compute no dgamma and dbeta.
     layout, activation
         As given to `fastbn.batch_norm`.
     dtype : {"float32", "float64"}
@@ -127,19 +131,25 @@ class BatchNorm(AffineLayer):
     gamma, beta : ndarray of `dtype`, shape (C,), or None
         The parameters, at first 1 and 0.
     dgamma, dbeta : ndarray of `dtype`, shape (C,), or None
-        Their gradients, of the last `backward`.
+        Their gradients, of the last `backward`, at first 0; None where there is no such parameter,
+        or it is frozen.
     dresidual : ndarray or None
         The residual's gradient, where the last `backward` was asked for it.
     running_mean, running_var : ndarray of `dtype`, shape (C,), or None
         At first 0 and 1.
     num_batches_tracked : ndarray of int64, shape ()
-        How many batches they are of; or None. A number that it is set to becomes such an array.
+        How many batches they are of; or None. Set to such an array, it is that array; a number, or
+        an array of another type, becomes one, so that no small type ends the counting.
     training : bool
         Set by `train` and `eval`.
-    frozen_statistics : bool
-        Normalize by the running statistics in training, too, and leave them alone; at first False.
-    frozen_affine : bool
-        Compute no dgamma and dbeta; at first False. `train` leaves both of these as they are.
+    frozen_statistics, frozen_affine : bool
+        As given; `train` and `eval` leave them as they are, and a state does not hold them.
+        `frozen_affine` set to True fills the arrays that were dgamma and dbeta with 0, and they are
+        those again once it is False.
+
+    A layer has no other attributes: to set one is an AttributeError that names the nearest. A
+    subclass may have its own. What its class body names and its `__init__` sets is free, and so is
+    later what is not close to a name that the layer has.
 
     Raises
     ------
@@ -176,12 +186,15 @@ class BatchNorm(AffineLayer):
         nonfinite: str = "update",
         virtual_batch: int | None = None,
         renormalization: Renormalization | None = None,
+        frozen_statistics: bool = False,
+        frozen_affine: bool = False,
         layout: str = "NCHW",
         activation: ActivationName = None,
         dtype: DTypeLike = "float32",
     ) -> None:
         common: dict[str, Any] = {"eps": eps, "scale": scale, "shift": shift, "layout": layout}
-        super().__init__(channels, **common, activation=activation, dtype=dtype)
+        common |= {"frozen_affine": frozen_affine, "activation": activation, "dtype": dtype}
+        super().__init__(channels, **common)
         self._momentum, self._decay = checks.momentum(momentum, decay, MOMENTUM)
         self.unbiased = checks.flag("unbiased", unbiased)
         tracks = checks.flag("track_running_stats", track_running_stats)
@@ -195,7 +208,7 @@ class BatchNorm(AffineLayer):
         self.running_mean: Array | None = np.zeros(self.channels, of_type) if tracks else None
         self.running_var: Array | None = np.ones(self.channels, of_type) if tracks else None
         self.num_batches_tracked = 0 if tracks else None
-        self.frozen_statistics = False
+        self.frozen_statistics = checks.frozen_statistics(frozen_statistics, tracks)
         self._observe: Callable[[Moments], None] | None = None
         """While statistics are estimated anew: takes a call's moments; there is no update then."""
 
@@ -242,12 +255,20 @@ class BatchNorm(AffineLayer):
         self._momentum, self._decay = None, checks.weight_of_old(value)
 
     @property
+    def frozen_statistics(self) -> bool:
+        return self._frozen_statistics
+
+    @frozen_statistics.setter
+    def frozen_statistics(self, value: bool) -> None:
+        self._frozen_statistics = checks.flag("frozen_statistics", value)
+
+    @property
     def num_batches_tracked(self) -> Array | None:
         return self._tracked
 
     @num_batches_tracked.setter
     def num_batches_tracked(self, value: Array | int | None) -> None:
-        self._tracked = checks.counter(value).get("num_batches_tracked")
+        self._tracked = None if value is None else checks.counter(value)
 
     def train(self, mode: bool = True) -> Self:
         """Use the batch's own statistics from now on, or the running ones; gives the layer."""
@@ -260,8 +281,8 @@ class BatchNorm(AffineLayer):
     def __call__(
         self,
         x: Array,
-        residual: Array | None = None,
         *,
+        residual: Array | None = None,
         where: Array | None = None,
         weights: Array | None = None,
         out: Array | None = None,
@@ -333,8 +354,7 @@ class BatchNorm(AffineLayer):
                 self._renewed(*moments(x, **selected), counts, updates)  # before y is written
             result = batch_norm(x, self.gamma, self.beta, **selected, **options)
             renewed = self._renewed(result.mean, result.var, counts, updates)
-        for name, a in renewed.items():
-            getattr(self, name)[...] = a
+        write([getattr(self, name) for name in renewed], list(renewed.values()))
         if self._observe is not None:
             whole = result[1:] if k is None else moments(x, layout=self.layout)
             self._observe(Moments(counted.count, *whole, effective_count=counted.effective))
@@ -452,7 +472,7 @@ class BatchNorm(AffineLayer):
         state : mapping of str to array-like
             As `state_dict` gives it, or PyTorch's `BatchNorm1d`, `2d` or `3d`. Values, of half
             types too, are copied into the layer's arrays and rounded to its dtype; what is too
-            large for it becomes infinite.
+            large for it becomes infinite. Without "num_batches_tracked" it counts from 0.
 
         Raises
         ------
@@ -477,12 +497,9 @@ class BatchNorm(AffineLayer):
             mean, var, self.gamma, self.beta, activation=self.activation, **options
         )
 
-    @quiet
-    def _renew(self, mean: Array, var: Array, batches: int) -> None:
+    def _renew(self, mean: Array, var: Array) -> None:
         """Put estimated statistics in place of the running ones, whatever those were."""
-        state = {"running_mean": mean, "running_var": var, "num_batches_tracked": batches}
-        self._running(writes=True, nan=True)
-        self._restore(self._arrays() | {name: np.asarray(a) for name, a in state.items()})
+        write(self._running(writes=True, nan=True), [mean, var])
 
     def _by_running(self, n: float) -> bool:
         """Whether this call normalizes by the running statistics."""
@@ -547,7 +564,7 @@ class BatchNorm(AffineLayer):
     def _average(self, mean: Array, var: Array) -> dict[str, Array]:
         """running = old * running + new * statistic, rounded once."""
         tracked = self.num_batches_tracked
-        batches = 1 if tracked is None else int(tracked) + 1
+        batches = 1 if tracked is None else min(int(tracked) + 1, checks.MOST_BATCHES)
         if self.decay is not None:
             new, old = 1 - self.decay, self.decay
         else:

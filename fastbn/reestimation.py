@@ -7,11 +7,14 @@ for one layer after the other, since each one's input depends on those before it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
+import numpy as np
+
 from fastbn import checks
+from fastbn.affine_layer import at_once
 from fastbn.layer import BatchNorm
 from fastbn.statistics import Moments, Population
 
@@ -44,6 +47,11 @@ def reestimate(
         renewed. False: one walk for all, in which all of them normalize by the batches' own
         statistics, as in training.
 
+    `num_batches_tracked` stays: renormalization's limits are as far open as before, and where
+    momentum is None the new statistics weigh in the average as the old ones did. Those of a layer
+    that has seen no batch in training weigh nothing, and the next one replaces them, unless
+    `num_batches_tracked` is set.
+
     There is no `backward` through these calls, and what NaN in the batches does to statistics no
     layer's `nonfinite` changes.
 
@@ -68,7 +76,13 @@ def reestimate(
     checks.network(forward)
     walks = [[layer] for layer in layers] if sequential else [list(layers)]
     checks.walks(batches, len(walks))
-    with _restored(layers) as succeeded:
+    restore_modes = at_once(dict.update, map(vars, layers), [_modes(layer) for layer in layers])
+    every = (a for layer in layers for a in layer._arrays().values())
+    arrays = [a for a in every if a.flags.writeable]
+    copies = [a.copy() for a in arrays]
+    restore_arrays = at_once(np.ndarray.__setitem__, arrays, repeat(...), copies)
+    # No function in Python stands between what is raised and these two calls.
+    try:
         for layer in layers:
             layer._observe = _ignore
         for walk in walks:
@@ -79,28 +93,21 @@ def reestimate(
                 forward(batch)
             for layer, population in zip(walk, populations, strict=True):
                 found = population.statistics(f"layers[{layers.index(layer)}]")
-                layer._renew(found.mean, found.var, population.batches)
+                layer._renew(found.mean, found.var)
                 layer._observe = None
                 layer.frozen_statistics = True  # whatever mode `forward` sets
-        succeeded()
+    except BaseException:
+        restore_arrays()
+        raise
+    finally:
+        restore_modes()
+
+
+def _modes(layer: BatchNorm) -> dict[str, Any]:
+    """What a layer has again afterwards."""
+    names = "_training", "_frozen_statistics"
+    return {name: vars(layer)[name] for name in names} | {"_observe": None, "_forward": None}
 
 
 def _ignore(batch: Moments) -> None:
     """For layers whose turn has not come."""
-
-
-@contextmanager
-def _restored(layers: Sequence[BatchNorm]) -> Iterator[Callable[[], None]]:
-    """The layers with their modes and, if what this gives is not called, their arrays restored."""
-    before = [
-        (layer, layer.training, layer.frozen_statistics, layer.state_dict()) for layer in layers
-    ]
-    is_done = []
-    try:
-        yield lambda: is_done.append(True)
-    finally:
-        for layer, training, frozen, arrays in before:
-            layer._observe = layer._forward = None
-            layer.training, layer.frozen_statistics = training, frozen
-            if not is_done:
-                layer._restore(arrays)

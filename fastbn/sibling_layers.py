@@ -57,12 +57,14 @@ class SampleNorm(AffineLayer, ABC):
         eps: float = 1e-5,
         scale: bool = True,
         shift: bool = True,
+        frozen_affine: bool = False,
         layout: str = "NCHW",
         activation: ActivationName = None,
         dtype: DTypeLike = "float32",
     ) -> None:
         common: dict[str, Any] = {"eps": eps, "scale": scale, "shift": shift, "layout": layout}
-        super().__init__(channels, **common, activation=activation, dtype=dtype)
+        common |= {"frozen_affine": frozen_affine, "activation": activation, "dtype": dtype}
+        super().__init__(channels, **common)
 
     def __repr__(self) -> str:
         return self._described(type(self), self.channels)
@@ -81,7 +83,7 @@ class SampleNorm(AffineLayer, ABC):
         return self.train(False)
 
     def __call__(
-        self, x: Array, residual: Array | None = None, *, out: Array | None = None
+        self, x: Array, *, residual: Array | None = None, out: Array | None = None
     ) -> Array:
         """Normalize `x`, in training and in evaluation alike.
 
@@ -204,6 +206,8 @@ class GroupNorm(SampleNorm):
         Added to the variance, zero or more.
     scale, shift : bool
         Whether there is a gamma, a beta.
+    frozen_affine : bool
+        Compute no dgamma and dbeta.
     layout, activation
         As given to `fastbn.group_norm`.
     dtype : {"float32", "float64"}
@@ -214,13 +218,15 @@ class GroupNorm(SampleNorm):
     gamma, beta : ndarray of `dtype`, shape (C,), or None
         The parameters, at first 1 and 0.
     dgamma, dbeta : ndarray of `dtype`, shape (C,), or None
-        Their gradients, of the last `backward`.
+        Their gradients, of the last `backward`, at first 0; None where there is no such parameter,
+        or it is frozen.
     dresidual : ndarray or None
         The residual's gradient, where the last `backward` was asked for it.
     training : bool
         Set by `train` and `eval`; no call goes by it.
     frozen_affine : bool
-        Compute no dgamma and dbeta; at first False.
+        As given. Set to True, it fills the arrays that were dgamma and dbeta with 0, and they are
+        those again once it is False.
 
     Raises
     ------
@@ -248,12 +254,14 @@ class GroupNorm(SampleNorm):
         eps: float = 1e-5,
         scale: bool = True,
         shift: bool = True,
+        frozen_affine: bool = False,
         layout: str = "NCHW",
         activation: ActivationName = None,
         dtype: DTypeLike = "float32",
     ) -> None:
         common: dict[str, Any] = {"eps": eps, "scale": scale, "shift": shift, "layout": layout}
-        super().__init__(channels, **common, activation=activation, dtype=dtype)
+        common |= {"frozen_affine": frozen_affine, "activation": activation, "dtype": dtype}
+        super().__init__(channels, **common)
         self.groups = checks.channel_groups(groups, self.channels)
 
     @property
@@ -276,7 +284,7 @@ class InstanceNorm(SampleNorm):
 
     Parameters
     ----------
-    channels, eps, scale, shift, layout, activation, dtype
+    channels, eps, scale, shift, frozen_affine, layout, activation, dtype
         As given to `GroupNorm`.
 
     Attributes
@@ -311,7 +319,7 @@ class LayerNorm(SampleNorm):
 
     Parameters
     ----------
-    channels, eps, scale, shift, layout, activation, dtype
+    channels, eps, scale, shift, frozen_affine, layout, activation, dtype
         As given to `GroupNorm`; gamma and beta are of channels, not of elements.
 
     Attributes

@@ -47,8 +47,9 @@ def mended(given: dict[str, Any], name: str, code: str) -> dict[str, Any]:
         return given | keywords
     value, (argument, _, index) = eval(code, names), name.partition("[")
     if index:
-        parts = list(given[argument])
-        parts[int(index[:-1])] = value
+        whole = given[argument]
+        parts: Any = dict(whole) if isinstance(whole, dict) else list(whole)
+        parts[ast.literal_eval(index[:-1])] = value
         value = parts
     return given | {argument: value}
 
@@ -77,6 +78,11 @@ def odd(a: Any) -> Any:
 def saved(a: Any) -> Any:
     """As numpy.load gives what numpy.save was given in bfloat16."""
     return a.astype(ml_dtypes.bfloat16).view("V2")
+
+
+def swapped(a: Any) -> Any:
+    """In bfloat16 of the other byte order."""
+    return saved(a).view(np.uint16).byteswap().view(BFLOAT16.newbyteorder())
 
 
 def matrix(a: Any) -> Any:
@@ -219,6 +225,10 @@ ROWS: list[Row] = [
     (renewed, {"batches": [X]}, {"layers": TWO[0]}),
     (renewed, {"layers": TWO}, {"batches": iter([X])}),
     (loaded, {}, {"state": {"weight": T, "bias": T}}),
+    *(
+        (loaded, {}, {"state": {"weight": V, "bias": bias}})
+        for bias in (saved(V), saved(V).view(np.int16), swapped(V), np.ma.masked_array(V))
+    ),
 ]
 MESSAGES: list[str] = []
 """Those that were seen."""

@@ -30,7 +30,8 @@ OF_SAMPLES_BACKWARD = (
     "eps=1e-05 layout='NCHW' params=True activation=None y=None dresidual=False out=None"
 )
 LAYER_OF_SAMPLES = (
-    "channels * eps=1e-05 scale=True shift=True layout='NCHW' activation=None dtype='float32'"
+    "channels * eps=1e-05 scale=True shift=True frozen_affine=False layout='NCHW' activation=None "
+    "dtype='float32'"
 )
 
 SIGNATURES = {
@@ -60,7 +61,8 @@ SIGNATURES = {
     "BatchNorm": (
         "channels * eps=1e-05 momentum=0.1 decay=None unbiased=True scale=True shift=True "
         "track_running_stats=True one_value='raise' nonfinite='update' "
-        "virtual_batch=None renormalization=None layout='NCHW' activation=None dtype='float32'"
+        "virtual_batch=None renormalization=None frozen_statistics=False frozen_affine=False "
+        "layout='NCHW' activation=None dtype='float32'"
     ),
     "group_norm": f"x groups gamma=None beta=None * {OF_SAMPLES}",
     "instance_norm": f"x gamma=None beta=None * {OF_SAMPLES}",
@@ -87,6 +89,13 @@ SIGNATURES = {
     "use_num_threads": "n",
     "show_config": "",
     "get_config": "",
+}
+
+
+CALLS = {
+    "BatchNorm": "x * residual=None where=None weights=None out=None",
+    **dict.fromkeys(("GroupNorm", "InstanceNorm", "LayerNorm"), "x * residual=None out=None"),
+    "FrozenBatchNorm": "x * residual=None where=None out=None",
 }
 
 
@@ -122,16 +131,28 @@ def test_the_base_cannot_be_made() -> None:
         Backend()  # type: ignore[abstract]
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_signature(name: str) -> None:
-    """The public functions have the parameters, defaults and keyword-only marks promised."""
+def signature(function: object) -> str:
+    """A function's parameters in words."""
     words, keyword_only = [], False
-    for p in inspect.signature(getattr(fastbn, name)).parameters.values():
+    for p in inspect.signature(function).parameters.values():  # type: ignore[arg-type]
         if p.kind is p.KEYWORD_ONLY and not keyword_only:
             keyword_only = True
             words.append("*")
         words.append(p.name if p.default is p.empty else f"{p.name}={p.default!r}")
-    assert " ".join(words) == SIGNATURES[name]
+    return " ".join(words)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name: str) -> None:
+    """The public functions have the parameters, defaults and keyword-only marks promised."""
+    assert signature(getattr(fastbn, name)) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_call(name: str) -> None:
+    """In every class all after x is by keyword: an array in the second place, where NumPy has its
+    outputs, would be added as a residual."""
+    assert signature(getattr(fastbn, name).__call__).removeprefix("self ") == CALLS[name]
 
 
 def test_public_names() -> None:

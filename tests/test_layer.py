@@ -20,6 +20,9 @@ from benchmarks.oracle import ACTIVATIONS, DTYPES, HALVES, LAYOUTS, Array
 MODES = ("training", "evaluation", "frozen statistics")
 
 
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+
+
 def of_verbs(bn: Any, x: Array, dy: Array, residual: Array | None, *, fixed: bool) -> Results:
     """What the verbs make of the layer's arrays: by its running statistics where `fixed`."""
     options = {"eps": bn.eps, "layout": bn.layout, "activation": bn.activation}
@@ -38,7 +41,7 @@ def of_verbs(bn: Any, x: Array, dy: Array, residual: Array | None, *, fixed: boo
 
 def of_layer(bn: Any, x: Array, dy: Array, residual: Array | None) -> dict[str, Any]:
     """What a forward and a backward give, and leave in the layer."""
-    found = {"y": bn(x, residual), "dx": bn.backward(dy, dresidual=True)}
+    found = {"y": bn(x, residual=residual), "dx": bn.backward(dy, dresidual=True)}
     return found | {name: getattr(bn, name) for name in ("dgamma", "dbeta", "dresidual")}
 
 
@@ -73,7 +76,7 @@ def test_results_go_where_they_are_asked_for(mode: str) -> None:
     bn = made(mode, activation="relu")
     expected = of_layer(copy.deepcopy(bn), x, dy, z)
     y, dx, dresidual = (np.empty_like(x) for _ in range(3))
-    assert bn(x, z, out=y) is y
+    assert bn(x, residual=z, out=y) is y
     assert bn.backward(dy, dresidual=dresidual, out=dx) is dx
     assert bn.dresidual is dresidual
     for name, got in (("y", y), ("dx", dx), ("dresidual", dresidual)):
@@ -199,7 +202,7 @@ def test_a_number_of_batches_set_later() -> None:
     held = bn.num_batches_tracked
     bn.num_batches_tracked += 1
     assert bn.num_batches_tracked is held
-    for i, value in enumerate((bn.num_batches_tracked + 1, 7, np.int32(7), np.array(7)), 1):
+    for i, value in enumerate((held + 1, 7, np.int32(7), np.array(7), 7.0, np.array(7, "f2")), 1):
         bn.num_batches_tracked = value
         before = int(value)
         assert bn.state_dict()["num_batches_tracked"] == before
@@ -217,7 +220,7 @@ def test_modes() -> None:
     """train and eval give the layer, and leave what is frozen alone."""
     bn = fastbn.BatchNorm(3)
     assert (bn.training, bn.frozen_statistics, bn.frozen_affine) == (True, False, False)
-    bn.frozen_statistics, bn.frozen_affine = True, True
+    bn = fastbn.BatchNorm(3, frozen_statistics=True, frozen_affine=True)
     for call, training in ((bn.eval, False), (bn.train, True), (partial(bn.train, False), False)):
         assert call() is bn
         assert (bn.training, bn.frozen_statistics, bn.frozen_affine) == (training, True, True)
@@ -230,7 +233,7 @@ def test_backward_goes_by_its_forward(mode: str) -> None:
     bn = made(mode, activation="relu6")
     expected = of_verbs(bn, x, dy, z, fixed=mode != "training")
     bn(x[:2])
-    bn(x, z)
+    bn(x, residual=z)
     bn.running_mean[...], bn.running_var[...] = 7, 7
     bn.train(mode == "evaluation").frozen_statistics = mode == "training"
     for _ in range(2):
@@ -245,7 +248,7 @@ def test_in_place_there_is_only_the_gradient_that_needs_no_x() -> None:
     bn.frozen_affine = True
     expected = of_layer(bn, x, dy, z)
     overwritten = x.copy()
-    assert bn(overwritten, z, out=overwritten) is overwritten
+    assert bn(overwritten, residual=z, out=overwritten) is overwritten
     assert_same_bits({"dx": bn.backward(dy)}, {"dx": expected["dx"]})
 
 
@@ -264,12 +267,14 @@ def test_arrays_stay_the_same_objects() -> None:
     hold."""
     x, dy, z = batch((6, CHANNELS, 3))
     bn: Any = fastbn.BatchNorm(CHANNELS)
-    names = ("gamma", "beta", "running_mean", "running_var", "num_batches_tracked")
+    names = ("gamma", "beta", "dgamma", "dbeta", *RUNNING)
     before = [getattr(bn, name) for name in names]
+    gamma, beta, dgamma, dbeta, *_ = before
+    assert not np.any([dgamma, dbeta])
     bn(x)
     bn.backward(dy)
-    bn.gamma -= 0.25 * bn.dgamma
-    bn.beta -= 0.25 * bn.dbeta
+    gamma -= 0.25 * dgamma
+    beta -= 0.25 * dbeta
     assert_same_bits(of_layer(bn, x, dy, z), of_verbs(bn, x, dy, z, fixed=False))
     state = made().state_dict()
     bn.load_state_dict(state)
@@ -342,9 +347,9 @@ def test_to_frozen(layout: str) -> None:
         frozen = bn.to_frozen()
         assert bn.training
         assert_same_bits(bn.state_dict(), before)
-        expected = {"y": bn.eval()(x, z)}
+        expected = {"y": bn.eval()(x, residual=z)}
         bn.running_mean[...] = 7
-        assert_same_bits({"y": frozen(x, z)}, expected)
+        assert_same_bits({"y": frozen(x, residual=z)}, expected)
         assert frozen.layout == layout
 
 
@@ -400,6 +405,8 @@ def test_copies_and_pickles(how: str) -> None:
             "5, decay=0.5, activation=('leaky_relu', 0.5)",
         ),
         ({"activation": np.str_("relu")}, "5, activation='relu'"),
+        ({"frozen_statistics": True}, "5, frozen_statistics=True"),
+        ({"frozen_affine": np.True_, "dtype": "float64"}, "5, frozen_affine=True, dtype='float64'"),
     ],
 )
 def test_repr(options: dict[str, Any], words: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +17,7 @@ from layers import CHANNELS, batch, fails, made, refused
 import fastbn
 
 SHAPE = (4, CHANNELS, 6)
+LAST = CHANNELS - 1
 Row = tuple[Any, type[Exception], str]
 SWAPPED = np.dtype(ml_dtypes.bfloat16).newbyteorder()
 
@@ -130,16 +134,17 @@ def test_bad_numbers_of_batches() -> None:
     """They are refused where they are set."""
     bn = made()
     for value, words in (
-        (1.0, "a float (1.0), expected a whole number, or a numpy.ndarray of int64 and shape ()"),
+        ("7", "a str ('7'), expected a whole number, or a numpy.ndarray of int64 and shape ()"),
         (True, "a bool (True), expected a whole number"),
+        (np.array(True), "an ndarray ... expected a whole number"),
         (np.ones(1, int), "an ndarray ... expected a whole number"),
-        (np.ones(()), "an ndarray ... expected a whole number"),
+        (np.ma.masked_array(7), "a MaskedArray ... expected a whole number"),
     ):
         with refused(bn, TypeError, f"num_batches_tracked is {words}"):
             bn.num_batches_tracked = value
-    for value in (-1, 2**63, np.array(-1)):
-        with refused(bn, ValueError, f"num_batches_tracked is {value}, expected a whole"):
-            bn.num_batches_tracked = value
+    for bad in (-1, 2**63, np.array(-1), 7.5, np.float32(0.5), math.nan, math.inf, 2.0**63):
+        with refused(bn, ValueError, f"num_batches_tracked is {bad}, expected a whole"):
+            bn.num_batches_tracked = bad
     bn.num_batches_tracked[...] = -1
     with refused(bn, ValueError, "num_batches_tracked is -1, expected a whole"):
         bn(batch(SHAPE)[0])
@@ -222,7 +227,7 @@ def test_a_failed_call_leaves_the_last_one_in_use(mode: str) -> None:
     bn(x)
     dx = bn.backward(dy)
     with refused(bn, ValueError, "residual has shape"):
-        bn(2 * x, x[1:])
+        bn(2 * x, residual=x[1:])
     if mode == "training":
         with refused(bn, ValueError, "x has one value a channel"):
             bn(x[:1, :, :1])
@@ -247,7 +252,6 @@ def with_last(value: float) -> Callable[[Any], Any]:
     return changed
 
 
-LAST = CHANNELS - 1
 SHAPED = f"but the layer has {CHANNELS} channels; expected shape ({CHANNELS},)"
 EVERYWHERE = {"update": True, "raise": True, "skip": True, "evaluation": True}
 TRAINING = EVERYWHERE | {"evaluation": False}
@@ -437,7 +441,7 @@ STATES: dict[str, tuple[dict[Any, Any], type[Exception], str]] = {
         {"gamma": 1, "beta": 1},
         ValueError,
         "state has not the layer's names, expected 'weight', 'bias', 'running_mean', "
-        "'running_var', 'num_batches_tracked'; not known are 'beta', 'gamma'; make the layer with",
+        "'running_var', 'num_batches_tracked'; not known are 'gamma', 'beta'; make the layer with",
     ),
     "both": (
         {"bias": None, 3: 1},
@@ -454,6 +458,21 @@ STATES: dict[str, tuple[dict[Any, Any], type[Exception], str]] = {
         {"bias": ["a"] * CHANNELS},
         TypeError,
         "state['bias'] has dtype <U1, expected float32",
+    ),
+    "masked": (
+        {"running_mean": np.ma.masked_array(np.ones(CHANNELS), [True] + [False] * LAST)},
+        TypeError,
+        "state['running_mean'] is a numpy.ma.MaskedArray, expected a plain array: ... pass",
+    ),
+    "masked number of batches": (
+        {"num_batches_tracked": np.ma.masked_array(7)},
+        TypeError,
+        "state['num_batches_tracked'] is a numpy.ma.MaskedArray, expected a plain array",
+    ),
+    "untyped bytes": (
+        {"weight": np.zeros(CHANNELS, "V4")},
+        TypeError,
+        "state['weight'] has dtype |V4, expected float32 or what rounds to it; convert it to",
     ),
     "complex": (
         {"bias": np.ones(CHANNELS, complex)},
@@ -491,8 +510,13 @@ STATES: dict[str, tuple[dict[Any, Any], type[Exception], str]] = {
             ValueError,
             f"state['num_batches_tracked'] is {n}, expected a whole number, zero or more",
         )
-        for n in (-1, 2.0, 2**63, True)
+        for n in (-1, 2.5, 2**63)
     },
+    "number of batches: True": (
+        {"num_batches_tracked": True},
+        TypeError,
+        "state['num_batches_tracked'] is an ndarray (array(True)), expected a whole number",
+    ),
 }
 
 
@@ -513,7 +537,7 @@ def test_what_is_no_state() -> None:
         bn.load_state_dict(list(bn.state_dict().items()))
     for options, words in (
         ({"scale": False}, "missing are 'weight'"),
-        ({"track_running_stats": False}, "missing are 'num_batches_tracked', 'running_mean', 'run"),
+        ({"track_running_stats": False}, "missing are 'running_mean', 'running_var'; make"),
     ):
         other = made(**options)
         with refused(bn, ValueError, f"state has not the layer's names, ... {words}"):
@@ -544,3 +568,119 @@ def test_a_state_for_a_read_only_array(name: str) -> None:
         bn, ValueError, "the layer's '... is read-only, expected a writeable array: ... copy"
     ):
         bn.load_state_dict(state)
+
+
+def saved(a: Any) -> Any:
+    """An array as it comes back from a file."""
+    file = io.BytesIO()
+    np.save(file, a)
+    file.seek(0)
+    return np.load(file)
+
+
+BITS: dict[str, Callable[[Any], Any]] = {
+    "from a file": saved,
+    "uint16": lambda a: a.view(np.uint16),
+    "int16": lambda a: a.view(np.int16),
+    "a list": lambda a: list(a.view(np.uint16)),
+    "swapped": lambda a: a.view(np.uint16).byteswap().view(SWAPPED),
+}
+"""bfloat16 that no longer is of its type."""
+
+
+@pytest.mark.parametrize("how", BITS)
+def test_the_bits_of_bfloat16(how: str) -> None:
+    """They are refused, not taken for numbers; what the message says to pass is what was saved."""
+    bn = made()
+    rounded = {n: a.astype(ml_dtypes.bfloat16) for n, a in made().state_dict().items() if a.ndim}
+    state: dict[str, Any] = {n: BITS[how](a) for n, a in rounded.items()}
+    for name in rounded:
+        with refused(bn, TypeError, f"state['{name}'] has dtype ... rounds to it; pass numpy."):
+            bn.load_state_dict(state)
+        remedy = code(bn, state, r"pass (numpy\.asarray\S+bfloat16\))")
+        state[name] = eval(remedy, {"numpy": np, "ml_dtypes": ml_dtypes, "state": state})
+    bn.load_state_dict(state)
+    expected = {name: a.astype(np.float32) for name, a in rounded.items()}
+    assert_same_bits(bn.state_dict(), expected | {"num_batches_tracked": np.array(0)})
+
+
+def test_small_whole_numbers() -> None:
+    """They are taken as what they are where the message's other remedy says so."""
+    bn, state = made(), dict(made().state_dict())
+    state["bias"] = np.arange(CHANNELS, dtype=np.int16)
+    remedy = code(bn, state, r"or (numpy\.asarray\S+float32\)) if numbers$")
+    bn.load_state_dict(state | {"bias": eval(remedy, {"numpy": np, "state": state})})
+    np.testing.assert_array_equal(bn.beta, state["bias"])
+
+
+def code(bn: Any, state: Any, pattern: str) -> str:
+    """What the message about a state says to pass."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        bn.load_state_dict(state)
+    found = re.search(pattern, str(caught.value))
+    assert found, caught.value
+    return found[1]
+
+
+def network(*prefixes: str) -> dict[str, Any]:
+    """A network's state: such layers stand after these prefixes, and others beside them."""
+    state: dict[str, Any] = {"conv.weight": np.ones((5, 5, 3, 3)), "conv.bias": np.ones(5)}
+    for prefix in prefixes:
+        state |= {f"{prefix}{name}": a for name, a in made().state_dict().items()}
+    return state
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "words"),
+    [
+        (["module."], "1 prefix; strip one: set prefix = 'module.' and"),
+        (
+            [f"layer{i}.0.bn1." for i in range(300)],
+            "300 prefixes; ... prefix = 'layer0.0.bn1.' and",
+        ),
+        (["bn/", "encoder/bn/"], "2 prefixes; strip one: set prefix = 'bn/' and"),
+    ],
+    ids=["of one", "of many", "slashes"],
+)
+def test_a_networks_state(prefixes: list[str], words: str) -> None:
+    """The message is short and says to strip a prefix; that works."""
+    bn, state = fastbn.BatchNorm(CHANNELS), network(*prefixes)
+    with refused(bn, ValueError, f"state has a network's names, ... these stand after {words}"):
+        bn.load_state_dict(state)
+    prefix = code(bn, state, r"prefix = (\S+) and")
+    remedy = code(bn, state, r"pass (\{.*\})$")
+    bn.load_state_dict(eval(remedy, {"state": state, "prefix": eval(prefix)}))
+    assert_same_bits(bn.state_dict(), made().state_dict())
+
+
+class Hostile(str):
+    """A name that does not let itself be shown."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("prefix", ["", "layer.", "x" * 10_000])
+def test_messages_about_states_are_short(prefix: str) -> None:
+    """However many names are wrong, and however they are written."""
+    bn = used()
+    for names in ([f"{prefix}{i}" for i in range(10_000)], [Hostile(i) for i in range(10)]):
+        state = dict.fromkeys(names, 1.0)
+        with refused(bn, ValueError, "state has not the layer's names, ... more; make the layer"):
+            bn.load_state_dict(state)
+        with pytest.raises(ValueError, match="state has not") as caught:
+            bn.load_state_dict(state)
+        assert len(str(caught.value)) < 1000
+
+
+def test_a_state_without_a_counter() -> None:
+    """It is that of 0 batches, as PyTorch takes its own of before there was one."""
+    bn, state = used(), made().state_dict()
+    held = bn.num_batches_tracked
+    assert held != 0
+    del state["num_batches_tracked"]
+    bn.load_state_dict(state)
+    assert_same_bits(bn.state_dict(), state | {"num_batches_tracked": np.array(0)})
+    assert bn.num_batches_tracked is held

@@ -215,7 +215,7 @@ def test_an_empty_batch_passes_through(shape: tuple[int, ...], mode: str) -> Non
     for policy in policies:
         bn = made(mode, activation="relu", **policy)
         before, out = bn.state_dict(), np.empty_like(x)
-        assert bn(x, x, out=out) is out
+        assert bn(x, residual=x, out=out) is out
         assert bn(x).shape == bn.backward(x, dresidual=True).shape == shape
         np.testing.assert_array_equal((bn.dgamma, bn.dbeta), np.zeros((2, CHANNELS)))
         assert_same_bits(bn.state_dict(), before)

@@ -19,6 +19,8 @@ from fastbn import BatchNorm, reestimate
 
 WIDTHS = (3, 5, 7, 4)
 METHODS = ("exact", "average")
+BEFORE = 7
+"""Batches that the layers have seen."""
 
 
 class Network:
@@ -33,7 +35,7 @@ class Network:
             state: dict[str, Any] = {
                 name: rng.uniform(0.5, 2, array.shape) for name, array in layer.state_dict().items()
             }
-            layer.load_state_dict(state | {"num_batches_tracked": 7})
+            layer.load_state_dict(state | {"num_batches_tracked": BEFORE})
 
     def __call__(self, x: Array) -> Array:
         self.inputs.append([])
@@ -76,7 +78,7 @@ def assert_populations(
         mean, var, _ = fastbn.population_statistics(inputs, method=method)
         dtype = layer.state_dict()["running_mean"].dtype
         assert_same_bits(running(layer), {"mean": mean.astype(dtype), "var": var.astype(dtype)})
-        assert layer.num_batches_tracked == len(batches)
+        assert layer.num_batches_tracked == BEFORE
 
 
 def assert_sequential(
@@ -197,6 +199,23 @@ def test_statistics_beyond_the_layers_type() -> None:
     np.testing.assert_array_equal(running(layer)["var"], [np.inf, 2])
 
 
+@pytest.mark.parametrize("tracked", [0, 7])
+def test_training_goes_on(tracked: int) -> None:
+    """With momentum=None the new statistics weigh as much as the old ones did, and the limits of
+    renormalization are as far open."""
+    limits = fastbn.Renormalization(start=0, r_end=7, d_end=7)
+    layer = BatchNorm(3, momentum=None, renormalization=limits, dtype="float64")
+    layer.num_batches_tracked = held = np.array(tracked)
+    x, *others = data()
+    reestimate([layer], layer, others)
+    assert layer.num_batches_tracked is held
+    like = BatchNorm(3, momentum=1 / (tracked + 1), renormalization=limits, dtype="float64")
+    like.load_state_dict(layer.state_dict())
+    assert_same_bits({"y": layer(x)}, {"y": like(x)})
+    assert_same_bits(layer.state_dict(), like.state_dict())
+    assert held == tracked + 1
+
+
 def test_a_layer_called_twice() -> None:
     """Its population is of all its calls."""
     layer, inputs = BatchNorm(3), []
@@ -209,7 +228,7 @@ def test_a_layer_called_twice() -> None:
     reestimate([layer], forward, data())
     mean, var, _ = fastbn.population_statistics(inputs)
     assert_same_bits(running(layer), {"mean": mean.astype("f4"), "var": var.astype("f4")})
-    assert layer.num_batches_tracked == 2 * len(data())
+    assert layer.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("sequential", [True, False])
@@ -258,6 +277,7 @@ def test_an_error_in_forward(
     network, batches = Network(), data()
     network.layers[1].eval()
     network.layers[2].frozen_statistics = True
+    network.layers[0].gamma.flags.writeable = False  # type: ignore[union-attr]
     before, its_modes, raised = everything(network), modes(network), error()
 
     def forward(x: Array) -> None:

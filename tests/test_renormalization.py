@@ -43,11 +43,11 @@ def test_training_is_by_groups(layout: str, activation: Any) -> None:
     y, mean, var = fastbn.batch_norm(x, bn.gamma, bn.beta, residual=z, **options)
     gate = None if activation is None else y
     got = fastbn.batch_norm_backward(dy, x, mean, var, bn.gamma, y=gate, dresidual=True, **options)
-    assert_same_bits({"y": bn(x, z)}, {"y": y})
+    assert_same_bits({"y": bn(x, residual=z)}, {"y": y})
     found = {"dx": bn.backward(dy, dresidual=True), "dgamma": bn.dgamma, "dbeta": bn.dbeta}
     assert_same_bits(found | {"dresidual": bn.dresidual}, got._asdict())
     plain.load_state_dict(bn.state_dict())
-    assert_same_bits({"y": bn.eval()(x, z)}, {"y": plain(x, z)})
+    assert_same_bits({"y": bn.eval()(x, residual=z)}, {"y": plain(x, residual=z)})
 
 
 @pytest.mark.usefixtures("variant")
@@ -171,7 +171,7 @@ def test_training_is_renormalized(
     r, d, mean, var = by_formula(bn, x, limits)
     gamma = bn.gamma * r
     beta = bn.beta + bn.gamma * d
-    y, _ = bn(x, z), plain(x, z)
+    y, _ = bn(x, residual=z), plain(x, residual=z)
     exact = normalize(wide(x, layout), mean, var, gamma, beta, bn.eps)
     bound = bound_y(np.dtype(dtype), exact, mean, var, gamma, beta, bn.eps)
     assert_within(*judge_y(y, exact, bound, layout, activation, z))

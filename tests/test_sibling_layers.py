@@ -56,7 +56,7 @@ def of_verbs(kind: str, layer: Any, x: Array, dy: Array, residual: Array | None)
 
 def of_layer(layer: Any, x: Array, dy: Array, residual: Array | None) -> dict[str, Any]:
     """What a forward and a backward give, and leave in the layer."""
-    found = {"y": layer(x, residual), "dx": layer.backward(dy, dresidual=True)}
+    found = {"y": layer(x, residual=residual), "dx": layer.backward(dy, dresidual=True)}
     return found | {name: getattr(layer, name) for name in ("dgamma", "dbeta", "dresidual")}
 
 
@@ -85,7 +85,7 @@ def test_results_go_where_they_are_asked_for(kind: str) -> None:
     layer = made(kind, activation="relu")
     expected = of_layer(copy.deepcopy(layer), x, dy, z)
     y, dx, dresidual = (np.empty_like(x) for _ in range(3))
-    assert layer(x, z, out=y) is y
+    assert layer(x, residual=z, out=y) is y
     assert layer.backward(dy, dresidual=dresidual, out=dx) is dx
     assert layer.dresidual is dresidual
     for name, got in (("y", y), ("dx", dx), ("dresidual", dresidual)):
@@ -93,7 +93,7 @@ def test_results_go_where_they_are_asked_for(kind: str) -> None:
     assert_same_bits({"dx": layer.backward(dy)}, {"dx": dx})
     assert layer.dresidual is None
     overwritten = x.copy()
-    assert_same_bits({"y": layer(overwritten, z, out=overwritten)}, {"y": y})
+    assert_same_bits({"y": layer(overwritten, residual=z, out=overwritten)}, {"y": y})
     with refused(layer, ValueError, "the layer's last call wrote y over x (out=x)"):
         layer.backward(dy)
 
@@ -154,10 +154,10 @@ def test_modes_change_nothing(kind: str) -> None:
         (layer.train, True),
         (lambda: layer.train(False), False),
     ):
-        before = {name: id(value) for name, value in vars(layer).items() if name != "training"}
+        before = {name: id(value) for name, value in vars(layer).items() if name != "_training"}
         assert call() is layer
         assert layer.training is training
-        assert before == {n: id(value) for n, value in vars(layer).items() if n != "training"}
+        assert before == {n: id(value) for n, value in vars(layer).items() if n != "_training"}
     with refused(layer, TypeError, "mode is an int (1), expected True or False"):
         layer.train(1)
 
@@ -169,7 +169,7 @@ def test_backward_goes_by_its_forward(kind: str) -> None:
     layer = made(kind, activation="relu6")
     expected = of_verbs(kind, layer, x, dy, z)
     layer(x[:2])
-    layer(x, z)
+    layer(x, residual=z)
     for _ in range(2):
         assert_same_bits({"dx": layer.backward(dy)}, {"dx": expected["dx"]})
         assert_same_bits({"dgamma": layer.dgamma}, {"dgamma": expected["dgamma"]})
@@ -215,7 +215,7 @@ def test_copies_and_pickles(kind: str, how: str) -> None:
     assert_same_bits({"dz": other.dresidual}, {"dz": layer.dresidual})
     with fails(ValueError, "backward was called before forward"):
         other.backward(dy)
-    assert_same_bits({"y": other(x, z)}, {"y": expected["y"]})
+    assert_same_bits({"y": other(x, residual=z)}, {"y": expected["y"]})
     state = layer.state_dict()
     other.gamma[...] = 7
     assert_same_bits(layer.state_dict(), state)
@@ -229,6 +229,7 @@ def test_copies_and_pickles(kind: str, how: str) -> None:
         ({"eps": 1e-5, "dtype": np.float32}, ""),
         ({"eps": np.float32(0.5), "dtype": np.float64}, ", eps=0.5, dtype='float64'"),
         ({"scale": False, "shift": False}, ", scale=False, shift=False"),
+        ({"frozen_affine": np.True_}, ", frozen_affine=True"),
         (
             {"layout": np.str_("NHWC"), "activation": ("leaky_relu", np.float64(0.5))},
             ", layout='NHWC', activation=('leaky_relu', 0.5)",
@@ -253,6 +254,7 @@ OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("eps", -1e-5, ValueError, "eps is -1e-05, expected a finite number, zero or more"),
     ("scale", 1, TypeError, "scale is an int (1), expected True or False"),
     ("shift", None, TypeError, "shift is a NoneType (None), expected True or False"),
+    ("frozen_affine", 1, TypeError, "frozen_affine is an int (1), expected True or False"),
     ("layout", "nchw", ValueError, "layout is 'nchw', expected 'NCHW' ... or 'NHWC'"),
     ("activation", "gelu", ValueError, "activation is 'gelu', expected None, 'relu'"),
     ("dtype", "float16", TypeError, "dtype is 'float16', expected 'float32' or 'float64'"),
@@ -377,7 +379,7 @@ def test_bad_state(kind: str, name: str) -> None:
 def test_states_that_are_none(kind: str) -> None:
     """Of a layer without parameters, of other kinds, into what cannot be written."""
     layer = made(kind)
-    with refused(layer, ValueError, "state has not ... missing are 'bias', 'weight'; make"):
+    with refused(layer, ValueError, "state has not ... missing are 'weight', 'bias'; make"):
         layer.load_state_dict({})
     with refused(layer, TypeError, "state is a list"):
         layer.load_state_dict([ONES, ONES])
