@@ -461,7 +461,10 @@ def _rows_backward(
     backend, threads = current()
     (span,) = call.spans
     gamma = _by_column(call, "gamma", 1.0)
-    mean, var = (np.asarray(call.vectors[name], np.float64).reshape(1, -1) for name in STATISTICS)
+    mean, var = (
+        np.require(call.vectors[name], np.float64, ["ALIGNED"]).reshape(1, -1)
+        for name in STATISTICS
+    )
     totals = [np.full_like(gamma, -0.0), np.full_like(gamma, -0.0)]  # to which -0.0 may be added
     dy_view, x, target = span.view(dy), span.view(call.array), span.target(dx)
     through = span.gate(gate)
