@@ -17,7 +17,8 @@ def cache_bytes(
         for folder in sorted(root.glob("index*")):
             kind = (folder / "type").read_text().strip()
             if (folder / "level").read_text().strip() == str(level) and kind != "Instruction":
-                return int((folder / "size").read_text().strip().removesuffix("K")) * 1024
+                size = int((folder / "size").read_text().strip().removesuffix("K")) * 1024
+                return size if size > 0 else default
     except (OSError, ValueError):
         pass
     return default

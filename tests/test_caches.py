@@ -23,9 +23,11 @@ def test_cache_bytes(tmp_path: Path) -> None:
     describe(tmp_path, 1, "1", "Data", "48K")
     describe(tmp_path, 2, "2", "Unified", "1024K")
     describe(tmp_path, 3, "3", "Unified", "huge")
+    describe(tmp_path, 4, "5", "Unified", "0K")
     assert _caches.cache_bytes(1, 7, tmp_path) == 48 << 10
     assert _caches.cache_bytes(2, 7, tmp_path) == 1 << 20
     assert _caches.cache_bytes(3, 7, tmp_path) == 7
+    assert _caches.cache_bytes(5, 7, tmp_path) == 7
     assert _caches.cache_bytes(4, 7, tmp_path / "absent") == 7
 
 
