@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +237,51 @@ assert fastbn.batch_norm(np.arange(6.0).reshape(3, 2)).mean.tolist() == [2.0, 3.
     environment = {"NUMBA_CACHE_DIR": str(tmp_path), "FASTBN_BACKEND": "numba"}
     assert output(code, **environment) == ""
     assert not list(tmp_path.rglob("*.nbc"))
+
+
+def _to_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-20]),
+    "garbage": lambda path: path.write_bytes(b"\x00garbage" * 100),
+    "another pickle": lambda path: path.write_bytes(2 * pickle.dumps(numba.__version__)),
+    "a folder": _to_folder,
+}
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_of_the_cache(
+    damage: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are as good as none: what they held is compiled anew, and kept where that can be."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    for hits in (0, 1):
+        compiled = jit._compile(_double)
+        assert (compiled(2), sum(compiled.stats.cache_hits.values())) == (4, hits)
+    (path,) = tmp_path.rglob(f"*.{kind}")
+    DAMAGE[damage](path)
+    for hits in (0, 0 if damage == "a folder" else 1):
+        compiled = jit._compile(_double)
+        assert (compiled(2), sum(compiled.stats.cache_hits.values())) == (4, hits)
+
+
+def test_damaged_files_of_what_kernels_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    body = partial(jit._body.__wrapped__, "start", np.dtype(np.float64), False)
+    assert body() != 0
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*.nb?")}
+    assert len(kept) == 2
+    for path in kept:
+        path.write_bytes(b"garbage")
+    assert body() != 0
+    assert all(len(path.read_bytes()) == len(whole) for path, whole in kept.items())
 
 
 def test_serial_and_parallel_are_kept_apart_on_disk() -> None:

@@ -41,6 +41,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import operator
 import os
@@ -48,7 +49,7 @@ import platform
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple, TypeVar
 
@@ -56,7 +57,8 @@ import numba
 import numpy as np
 from llvmlite import binding, ir
 from numba import prange, types
-from numba.core import extending
+from numba.core import caching, ccallback, extending
+from numba.np.ufunc import parallel as threading_layers
 
 from fastbn._caches import (
     FETCH,
@@ -87,6 +89,7 @@ from fastbn.backends.base import (
     quiet,
 )
 from fastbn.elements import SINGLE, arithmetic, is_bfloat16
+from fastbn.errors import BackendError
 from fastbn.layouts import reshaped
 
 LANES = 16
@@ -124,7 +127,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _numba: Any = numba  # its types are told only in part
 
 if _numba.config.DISABLE_JIT:
-    raise ImportError("NUMBA_DISABLE_JIT is set, so nothing would be compiled; unset it")
+    raise BackendError("NUMBA_DISABLE_JIT is set, so nothing would be compiled; unset it")
 
 # ---- Lanes: one LLVM vector of LANES values ------------------------------------------------------
 
@@ -899,25 +902,33 @@ def _part(function: F) -> F:
 
 def _compile(function: F, parallel: bool = False) -> F:
     """A kernel: compiled at its first call, and kept on disk where numba finds a place."""
-    options = {"error_model": "numpy", "nogil": True, "parallel": parallel}
-    try:
-        compiled: F = _numba.njit(function, cache=True, **options)
-    except RuntimeError:  # no directory to write to
-        compiled = _numba.njit(function, **options)
-    else:
-        _forgive(compiled)
-    return compiled
+    compiled = _numba.njit(function, error_model="numpy", nogil=True, parallel=parallel)
+    _cache_on_disk(compiled, function)
+    kernel: F = compiled
+    return kernel
 
 
-def _forgive(compiled: Any) -> None:
-    """Let a kernel that cannot be kept, as on a full disk, run all the same."""
-    save = compiled._cache.save_overload
+def _cache_on_disk(compiled: Any, function: Callable[..., Any]) -> None:
+    """Keep what is compiled of a function, where there is a directory for it."""
+    with suppress(RuntimeError):
+        compiled._cache = _Cache(function)  # type: ignore[no-untyped-call]
 
-    def save_if_possible(signature: Any, data: Any) -> None:
-        with suppress(OSError):
-            save(signature, data)
 
-    compiled._cache.save_overload = save_if_possible
+class _Cache(caching.FunctionCache):
+    """Numba's files, which bring back what was compiled or else are as good as none: empty,
+    truncated, of another user, on a full disk."""
+
+    def load_overload(self, *arguments: Any) -> Any:
+        try:
+            return super().load_overload(*arguments)  # type: ignore[no-untyped-call]
+        except Exception:  # whatever unpickling makes of what is there
+            with suppress(OSError):
+                self.flush()  # type: ignore[no-untyped-call]  # the index may be what is broken
+            return None
+
+    def save_overload(self, *arguments: Any) -> None:
+        with suppress(Exception):
+            super().save_overload(*arguments)  # type: ignore[no-untyped-call]
 
 
 class _Kernel:
@@ -2254,11 +2265,12 @@ def _body(
 
     bodies = (start, sum_planes, sum_rows, finish, write_planes, write_rows)
     (function,) = (body for body in bodies if body.__name__ == name)
-    compiled = partial(_numba.cfunc, types.void(*[types.int64] * 6), error_model="numpy")
-    try:
-        return int(compiled(cache=True)(function).address)
-    except (RuntimeError, OSError):  # no directory to write to, or a full disk
-        return int(compiled()(function).address)
+    signature = (types.int64,) * 6, types.void
+    options = {"error_model": "numpy"}
+    compiled: Any = ccallback.CFunc(function, signature, locals={}, options=options)
+    _cache_on_disk(compiled, function)
+    compiled.compile()
+    return int(compiled.address)
 
 
 # ---- Order of work -------------------------------------------------------------------------------
@@ -3041,6 +3053,36 @@ class NumbaBackend(Backend):
         return dx, dgamma, dbeta, through
 
 
+_LAYERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("default", "workqueue", "forksafe"), ()),
+    **dict.fromkeys(("tbb", "safe"), ("tbb",)),
+    "omp": ("omp",),
+    "threadsafe": ("tbb", "omp"),
+}
+"""Numba's threading layers, and the libraries of which each needs one."""
+
+
+def _is_there(library: str) -> bool:
+    try:
+        if library == "tbb":
+            check: Any = threading_layers._check_tbb_version_compatible
+            check()
+        importlib.import_module(f"numba.np.ufunc.{library}pool")
+    except ImportError:
+        return False
+    return True
+
+
 def load() -> Backend:
-    """The backend object."""
+    """The backend object. Numba would tell only in mid-call that it has no threads as asked for."""
+    layer, order = str(_numba.config.THREADING_LAYER), _numba.config.THREADING_LAYER_PRIORITY
+    libraries, variable = _LAYERS.get(layer.lower()), "NUMBA_THREADING_LAYER"
+    if libraries is None:
+        raise BackendError(f"{variable} is {layer!r}, expected one of {', '.join(_LAYERS)}")
+    if libraries and not any(map(_is_there, libraries)):
+        lacking = " or ".join(libraries)
+        raise BackendError(f"{variable} is {layer!r}, but {lacking} is not here; unset it")
+    if sorted(order) != ["omp", "tbb", "workqueue"]:
+        given = " ".join(order)
+        raise BackendError(f"{variable}_PRIORITY is {given!r}, expected tbb, omp and workqueue")
     return NumbaBackend()
