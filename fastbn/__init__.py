@@ -97,5 +97,8 @@ def __getattr__(name: str) -> str:
     if name == "__version__":
         from importlib import metadata
 
-        return metadata.version("fastbn")
+        try:
+            return metadata.version("fastbn") or "unknown"
+        except Exception:  # no metadata, as in frozen copies, or broken
+            return "unknown"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1214,7 +1214,7 @@ def threads(name: str, value: Any) -> int:
     if not 1 <= n <= MAX_THREADS:
         raise ValueError(
             f"{name} is {shown(n)}, expected a number of threads from 1 to {MAX_THREADS}; "
-            "pass 1 for serial work"
+            f"pass {'1 for serial work' if n < 1 else f'{MAX_THREADS} at most'}"
         )
     return n
 

@@ -2,18 +2,20 @@
 
 The environment is read once, at import, and strictly: a value that is unknown or impossible here
 raises and lists what is possible. After that there is one process-wide default for the backend
-and one for the threads, and a context variable over each for ``with`` blocks.
+and one for the threads, and a context variable over each for ``with`` blocks. Where nobody gave
+fastbn a number of threads, OpenMP's number for the calling thread limits each call.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -22,8 +24,42 @@ from fastbn._cpus import available_cpus
 from fastbn.backends.base import Backend
 from fastbn.errors import BackendError, shown
 
-_backend_here: ContextVar[Backend | None] = ContextVar("fastbn_backend", default=None)
-_threads_here: ContextVar[int | None] = ContextVar("fastbn_threads", default=None)
+T = TypeVar("T")
+
+
+class _Override(Generic[T]):
+    """What a block has chosen."""
+
+    def __init__(self, value: T, outer: _Override[T] | None) -> None:
+        self.value = value
+        self.outer = outer
+        self.ended = False
+
+
+_backend_here: ContextVar[_Override[Backend] | None] = ContextVar("fastbn_backend", default=None)
+_threads_here: ContextVar[_Override[int] | None] = ContextVar("fastbn_threads", default=None)
+
+
+def _innermost(variable: ContextVar[_Override[T] | None]) -> _Override[T] | None:
+    """The override in force here."""
+    override = variable.get()
+    while override is not None and override.ended:
+        override = override.outer
+    return override
+
+
+@contextmanager
+def _override(variable: ContextVar[_Override[T] | None], value: T) -> Iterator[None]:
+    """Put `value` in force in the block."""
+    override = _Override(value, _innermost(variable))
+    token = variable.set(override)
+    try:
+        yield
+    finally:
+        try:
+            variable.reset(token)
+        except ValueError:  # a generator's block, which ends in another context than it began in
+            override.ended = True
 
 
 class _Defaults:
@@ -32,25 +68,37 @@ class _Defaults:
     backend: Backend
     backend_source: str
     threads: int
+    """The number that somebody gave fastbn, or 0."""
     threads_source: str
 
 
 _default = _Defaults()
+_most_threads: int
+"""Of a call where nobody gave fastbn a number; OpenMP's, if that is less."""
+_at_most: Callable[[int], int]
+"""That number of threads, or OpenMP's for the calling thread."""
 
 
 def current_backend() -> Backend:
     """The backend that a call made here and now runs on."""
-    return _backend_here.get() or _default.backend
+    return current()[0]
 
 
 def current_threads() -> int:
     """The number of threads that a call made here and now may use."""
-    return _threads_here.get() or _default.threads
+    return current()[1]
 
 
 def current() -> tuple[Backend, int]:
     """Both, for callers that count nanoseconds."""
-    return _backend_here.get() or _default.backend, _threads_here.get() or _default.threads
+    backend, threads = _backend_here.get(), _threads_here.get()
+    if backend is None and threads is None:
+        return _default.backend, _default.threads or _at_most(_most_threads)
+    backend, threads = _innermost(_backend_here), _innermost(_threads_here)
+    return (
+        backend.value if backend else _default.backend,
+        threads.value if threads else _default.threads or _at_most(_most_threads),
+    )
 
 
 def get_backend() -> str:
@@ -89,21 +137,23 @@ def set_backend(name: str) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Run the block's calls on the backend `name`; other threads and tasks do not see it.
 
-    Takes the names and raises the errors of `set_backend`.
+    Takes the names and raises the errors of `set_backend`. In a generator the block holds
+    for the code that asks for its values, too, between them. A generator that is left early, or
+    passed on to another thread or task, may end the block in another context than it began in:
+    then it ends everywhere, in tasks begun inside it too.
     """
-    token = _backend_here.set(backends.get(name))
-    try:
+    with _override(_backend_here, backends.get(name)):
         yield
-    finally:
-        _backend_here.reset(token)
 
 
 def get_num_threads() -> int:
     """Number of threads in force.
 
-    It is FASTBN_NUM_THREADS where set, else OMP_NUM_THREADS where set, else the processors that
-    affinity and the cgroup quota allow, until `set_num_threads` or `use_num_threads` says
-    otherwise.
+    It is what `use_num_threads`, `set_num_threads` or FASTBN_NUM_THREADS says. Else it is
+    OMP_NUM_THREADS where set, or the processors that affinity and the cgroup quota allow, and at
+    most OpenMP's number for the calling thread (``omp_get_max_threads``, which
+    ``threadpoolctl.threadpool_limits`` changes), read anew by each call. Other threads, those of
+    a pool too, have OpenMP's numbers of their own.
     """
     return current_threads()
 
@@ -130,13 +180,11 @@ def set_num_threads(n: int) -> None:
 def use_num_threads(n: int) -> Iterator[None]:
     """Run the block's calls on at most `n` threads; other threads and tasks do not see it.
 
-    Takes the values and raises the errors of `set_num_threads`.
+    Takes the values and raises the errors of `set_num_threads`. In generators it behaves as
+    `use_backend` does.
     """
-    token = _threads_here.set(checks.threads("n", n))
-    try:
+    with _override(_threads_here, checks.threads("n", n)):
         yield
-    finally:
-        _threads_here.reset(token)
 
 
 def get_config() -> dict[str, Any]:
@@ -145,10 +193,11 @@ def get_config() -> dict[str, Any]:
     Returns
     -------
     dict
-        version, python, numpy, platform; backend, backend_source, backends (usable here: each is
-        imported to see); isa, isa_source, isas (usable here); openmp (whether the kernels were
-        built with it); threads, threads_source. isa and openmp are None where the compiled
-        kernels are not built, or fail to import: then isa_source says why.
+        version ("unknown" where fastbn was not installed), python, numpy, platform; backend,
+        backend_source, backends (usable here: each is imported to see), unusable (the others, and
+        why); isa, isa_source, isas (usable here); openmp (whether the kernels were built with it);
+        threads, threads_source. isa and openmp are None where no compiled kernels run: then
+        isa_source says why.
     """
     import platform  # costs milliseconds that no import of fastbn should pay
 
@@ -158,38 +207,54 @@ def get_config() -> dict[str, Any]:
         native = backends.native_facts()
     except BackendError as error:
         native = backends.NativeFacts(None, str(error), (), None)
-    here = _backend_here.get() is not None
-    counted = _threads_here.get() is not None
+    backend, threads = current()
+    if backend.name != "cython" and native.isas:
+        unused = f"the {backend.name} backend runs, which has none"
+        native = native._replace(isa=None, isa_source=unused, openmp=None)
+    here = _innermost(_backend_here) is not None
     return {
         "version": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "backend": current_backend().name,
+        "backend": backend.name,
         "backend_source": "use_backend" if here else _default.backend_source,
         "backends": backends.usable(),
+        "unusable": backends.unusable(),
         "isa": native.isa,
         "isa_source": native.isa_source,
         "isas": native.isas,
         "openmp": native.openmp,
-        "threads": current_threads(),
-        "threads_source": "use_num_threads" if counted else _default.threads_source,
+        "threads": threads,
+        "threads_source": _threads_source(threads),
     }
+
+
+def _threads_source(threads: int) -> str:
+    if _innermost(_threads_here) is not None:
+        return "use_num_threads"
+    limited = not _default.threads and threads < _most_threads
+    return "omp_get_max_threads" if limited else _default.threads_source
 
 
 def show_config() -> None:
     """Print `get_config`, a line a fact: what a bug report needs."""
     for key, value in get_config().items():
-        text = ", ".join(value) if isinstance(value, tuple) else str(value)
+        text = ", ".join(value) or "none" if isinstance(value, tuple) else str(value)
         print(f"{key:15} {text}")
 
 
 def _read_environment() -> None:
     """Set the defaults; called once, at import."""
+    global _most_threads, _at_most
     if backends.ASKED_ISA:
         backends.native_facts()  # refuses what cannot run, whichever backend will
     _default.backend, _default.backend_source = _initial_backend()
-    _default.threads, _default.threads_source = _initial_threads()
+    _default.threads, _default.threads_source = _asked_threads(), "FASTBN_NUM_THREADS"
+    if not _default.threads:
+        _most_threads, _default.threads_source = _unasked_threads()
+    openmp = backends.openmp()
+    _at_most = int if openmp is None else openmp.at_most
 
 
 def _initial_backend() -> tuple[Backend, str]:
@@ -211,21 +276,41 @@ def _initial_backend() -> tuple[Backend, str]:
         raise type(error)(f"environment variable FASTBN_BACKEND={asked}: {error}") from None
 
 
-def _initial_threads() -> tuple[int, str]:
+def _asked_threads() -> int:
+    """FASTBN_NUM_THREADS, or 0."""
     asked = os.environ.get("FASTBN_NUM_THREADS", "")
-    if asked:
-        name = "environment variable FASTBN_NUM_THREADS"
-        if not re.fullmatch(r"\s*[+-]?[0-9]+\s*", asked):
-            raise ValueError(
-                f"{name} is {shown(asked)}, expected a whole number of threads from 1 to "
-                f"{checks.MAX_THREADS}; set a number, or unset it"
-            )
-        return checks.threads(name, int(asked)), "FASTBN_NUM_THREADS"
-    # OMP_NUM_THREADS may be a list, a number for each level of nesting: the first is ours.
-    openmp = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if openmp.isdecimal() and int(openmp) > 0:
-        return min(int(openmp), checks.MAX_THREADS), "OMP_NUM_THREADS"
+    if not asked:
+        return 0
+    number = int(asked) if re.fullmatch(r"\s*\+?[0-9]{1,9}\s*", asked) else 0
+    if not 1 <= number <= checks.MAX_THREADS:
+        raise ValueError(
+            f"environment variable FASTBN_NUM_THREADS is {shown(asked)}, expected a whole number "
+            f"of threads from 1 to {checks.MAX_THREADS}; set one of them, or unset it"
+        )
+    return number
+
+
+def _unasked_threads() -> tuple[int, str]:
+    """The number of threads where nobody gave fastbn one, and where it is from."""
+    # A number for each level of nesting. GNU OpenMP ignores the list if any is none.
+    numbers = os.environ.get("OMP_NUM_THREADS", "").split(",")
+    positive = re.compile(r"\s*\+?0*[1-9][0-9]{0,9}\s*", re.ASCII)
+    if all(positive.fullmatch(number) and int(number) < 1 << 31 for number in numbers):
+        return min(int(numbers[0]), checks.MAX_THREADS), "OMP_NUM_THREADS"
     return min(available_cpus(), checks.MAX_THREADS), "processors allowed here"
 
 
-_read_environment()
+def _is_command() -> bool:
+    """Whether fastbn is imported for ``python -m fastbn``, whose arguments are not read yet."""
+    arguments = getattr(sys, "argv", [])  # which a program that embeds Python may not set
+    module = sys.orig_argv[-len(arguments) :][:1]
+    return arguments[:1] == ["-m"] and module in (["fastbn"], ["-mfastbn"])
+
+
+try:
+    _read_environment()
+except (ValueError, BackendError) as error:
+    if not _is_command():
+        raise
+    print(f"python -m fastbn: error: {error}", file=sys.stderr)
+    raise SystemExit(2) from None

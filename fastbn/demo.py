@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import fastbn
+from fastbn import backends
 from fastbn._network import Array, BatchNorm, perceptron
 
 if TYPE_CHECKING:  # the `demo` extra: each is imported where it is used
@@ -118,7 +119,7 @@ def what_runs() -> str:
 
 def backend_label(name: str) -> str:
     """A backend's name, with the instruction set where it is one that was compiled for several."""
-    return f"{name} ({fastbn.get_config()['isa']})" if name == "cython" else name
+    return f"{name} ({backends.native_facts().isa})" if name == "cython" else name
 
 
 def load_digits() -> Digits:

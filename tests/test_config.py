@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import threading
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from ctypes.util import find_library
+from importlib import metadata
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -20,6 +23,12 @@ USABLE = backends.usable()
 ISAS = backends.native_facts().isas
 WHAT = "import fastbn; print(fastbn.get_backend(), fastbn.get_num_threads())"
 TELL = "import fastbn; c = fastbn.get_config(); print("
+TELL_THREADS = """
+import fastbn
+from fastbn import config  # get_config would import every backend
+n = fastbn.get_num_threads()
+print(n, config._threads_source(n))
+"""
 KEYS = {"version", "backend", "backends", "isa", "isas", "openmp", "threads"}
 
 # A stand-in for an installation that lacks a module, or whose compiled module is broken.
@@ -36,15 +45,21 @@ class Broken:
     def create_module(self, spec):
         return None
     def exec_module(self, module):
-        raise ImportError("undefined symbol: nothing_like_it")
+        raise {error}("undefined symbol:\\nnothing_like_it")
 
 sys.meta_path.insert(0, Broken())
 """
+ERRORS = ["ImportError", "SystemError", "AttributeError", "OSError", "RuntimeError"]
 COMPILED = [
     "fastbn._ext.cpu",
     "fastbn._ext.entry",
     *(f"fastbn._ext.kernels_{isa}_f32" for isa in ISAS[:1]),
 ]
+
+
+def broken(module: str, error_type: str = "ImportError") -> str:
+    """Code after which that module is there and raises when imported."""
+    return BROKEN.format(name=module, error=error_type)
 
 
 @pytest.fixture
@@ -97,7 +112,7 @@ def test_named_backends_do_not_warn() -> None:
 @pytest.mark.parametrize("value", ["auto", "cython"])
 def test_broken_kernels_raise(value: str, module: str) -> None:
     """A compiled module that is there and fails to import is an error, never passed over."""
-    last = error(BROKEN.format(name=module) + WHAT, FASTBN_BACKEND=value)
+    last = error(broken(module) + WHAT, FASTBN_BACKEND=value)
     assert last.startswith("fastbn.errors.BackendError: ")
     for piece in ("'cython'", "undefined symbol: nothing_like_it", "FASTBN_BACKEND"):
         assert piece in last
@@ -107,25 +122,78 @@ def test_broken_kernels_raise(value: str, module: str) -> None:
 def test_a_bug_report_survives_broken_kernels(module: str) -> None:
     """On another backend all still works, and get_config does not count cython as usable."""
     told = output(
-        BROKEN.format(name=module) + TELL + "c['backend'], 'cython' in c['backends'])",
+        broken(module) + TELL + "c['backend'], 'cython' in c['backends'], c['unusable'][0])",
         FASTBN_BACKEND="numpy",
     )
-    assert told == "numpy False"
+    assert told.startswith("numpy False cython: ")
+    assert "ImportError: undefined symbol: nothing_like_it" in told
 
 
-def test_auto_passes_over_a_broken_numba() -> None:
-    """Without kernels, a numba that is there and fails to import leaves numpy."""
-    done = run(UNBUILT + BROKEN.format(name="numba") + WHAT)
+@pytest.mark.parametrize("error_type", ERRORS)
+def test_a_broken_numba(error_type: str) -> None:
+    """Whatever it raises: auto passes over it, whoever names it is told why, each time, and all
+    else works."""
+    stand_in = broken("numba", error_type)
+    why = f"numba is there but fails to load ({error_type}: undefined symbol: nothing_like_it)"
+    done = run(UNBUILT + stand_in + WHAT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == "numpy"
     assert "slower numpy backend" in done.stderr
+    last = error(stand_in + WHAT, FASTBN_BACKEND="numba")
+    assert last.startswith("fastbn.errors.BackendError: environment variable FASTBN_BACKEND=numba")
+    assert why in last
+    told = output(stand_in + REFUSALS, FASTBN_BACKEND="numpy").splitlines()
+    assert [why in line for line in told] == [True] * 5
+
+
+REFUSALS = """
+import fastbn
+for choose in (fastbn.set_backend, fastbn.use_backend, fastbn.set_backend):
+    try:
+        with choose("numba"):
+            pass
+    except fastbn.BackendError as error:
+        print(error)
+try:
+    fastbn.set_backend("cuda")
+except ValueError as error:
+    print(error)
+print(fastbn.get_config()["unusable"])
+"""
+
+
+def test_something_else_in_numbas_place() -> None:
+    """A module of that name without a spec, as tools put it there that import nothing heavy."""
+    stand_in = "import sys, types; sys.modules['numba'] = types.ModuleType('numba')\n"
+    done = run(UNBUILT + stand_in + WHAT)
+    assert done.stdout.split()[:1] == ["numpy"], done.stderr
+
+
+IMPOSSIBLE = [
+    {"NUMBA_DISABLE_JIT": "1"},
+    {"NUMBA_NUM_THREADS": "0"},
+    {"NUMBA_THREADING_LAYER": "no such layer"},
+    {"NUMBA_THREADING_LAYER_PRIORITY": "omp"},
+    pytest.param(
+        {"NUMBA_THREADING_LAYER": "tbb"},
+        marks=pytest.mark.skipif(find_library("tbb") is not None, reason="TBB is installed"),
+    ),
+]
 
 
 @pytest.mark.skipif("numba" not in USABLE, reason="numba is not installed")
-def test_numba_without_its_compiler_is_unavailable() -> None:
-    last = error(WHAT, FASTBN_BACKEND="numba", NUMBA_DISABLE_JIT="1")
-    assert last.startswith("fastbn.errors.BackendError: ")
-    assert "NUMBA_DISABLE_JIT is set" in last
+@pytest.mark.parametrize("variables", IMPOSSIBLE, ids=str)
+def test_numba_that_cannot_compile_or_have_threads(variables: dict[str, str]) -> None:
+    """It is told where Numba is chosen, not in a call; auto passes over it."""
+    value = next(iter(variables.values()))
+    done = run(UNBUILT + WHAT, **variables)
+    assert done.stdout.split()[:1] == ["numpy"], done.stderr
+    last = error(WHAT, FASTBN_BACKEND="numba", **variables)
+    assert last.startswith("fastbn.errors.BackendError: environment variable FASTBN_BACKEND=numba")
+    chosen = "import fastbn\nwith fastbn.use_backend('numba'): pass"
+    last = error(chosen, FASTBN_BACKEND="numpy", **variables)
+    assert last.startswith("fastbn.errors.BackendError: backend 'numba' cannot run here: ")
+    assert value in last or "DISABLE_JIT" in last or "must be > 0" in last
 
 
 @pytest.mark.parametrize(
@@ -160,34 +228,50 @@ def test_unknown_backend_variable() -> None:
         ({"FASTBN_NUM_THREADS": "3"}, "3 FASTBN_NUM_THREADS"),
         ({"OMP_NUM_THREADS": "5"}, "5 OMP_NUM_THREADS"),
         ({"OMP_NUM_THREADS": "4,2"}, "4 OMP_NUM_THREADS"),
+        ({"OMP_NUM_THREADS": "\t+04 ,2\n"}, "4 OMP_NUM_THREADS"),
+        ({"OMP_NUM_THREADS": "5000"}, "1024 OMP_NUM_THREADS"),
+        ({"OMP_NUM_THREADS": "2147483647"}, "1024 OMP_NUM_THREADS"),
         ({"FASTBN_NUM_THREADS": "3", "OMP_NUM_THREADS": "5"}, "3 FASTBN_NUM_THREADS"),
         ({"FASTBN_NUM_THREADS": "", "OMP_NUM_THREADS": "5"}, "5 OMP_NUM_THREADS"),
     ],
     ids=str,
 )
 def test_thread_variables(environment: dict[str, str], told: str) -> None:
-    """FASTBN_NUM_THREADS is the default, else OMP_NUM_THREADS, of a list its first."""
-    code = TELL + "c['threads'], c['threads_source'])"
-    assert output(code, FASTBN_BACKEND="numpy", **environment) == told
+    """FASTBN_NUM_THREADS is the default, else OMP_NUM_THREADS, of a list its first; the same where
+    there is no OpenMP to ask."""
+    for prelude in ("", UNBUILT):
+        assert output(prelude + TELL_THREADS, FASTBN_BACKEND="numpy", **environment) == told
 
 
-@pytest.mark.parametrize("openmp", [None, "", "many", "0"])
+NO_NUMBERS = ["", "many", "0", "-3", "2.5", "3abc", "0x3", "4,many", "4,0", "4,", ",4", "9" * 20]
+
+
+@pytest.mark.parametrize("openmp", [None, *NO_NUMBERS, "9" * 5000], ids=lambda v: str(v)[:20])
 def test_threads_without_a_usable_variable(openmp: str | None) -> None:
-    """Otherwise the processors allowed here; OMP_NUM_THREADS is not ours to refuse."""
+    """Otherwise the processors allowed here; OMP_NUM_THREADS is not ours to refuse, and what GNU
+    OpenMP ignores is ignored."""
     environment = {} if openmp is None else {"OMP_NUM_THREADS": openmp}
-    code = TELL + "c['threads'], c['threads_source'])"
-    threads, source = output(code, FASTBN_BACKEND="numpy", **environment).split(" ", 1)
-    assert 1 <= int(threads) <= len(os.sched_getaffinity(0))
-    assert source == "processors allowed here"
+    for prelude in ("", UNBUILT):
+        told = output(prelude + TELL_THREADS, FASTBN_BACKEND="numpy", **environment)
+        threads, source = told.split(" ", 1)
+        assert 1 <= int(threads) <= len(os.sched_getaffinity(0))
+        assert source == "processors allowed here"
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "1025", "2.5", "two", "2,1", " "])
+@pytest.mark.parametrize("value", ["0", "-1", "1025", "5000", "2.5", "two", "2,1", " ", "9" * 5000])
 def test_bad_thread_variable(value: str) -> None:
     """A FASTBN_NUM_THREADS that is no number of threads raises at import and says what is."""
     last = error("import fastbn", FASTBN_BACKEND="numpy", FASTBN_NUM_THREADS=value)
     assert last.startswith("ValueError: environment variable FASTBN_NUM_THREADS is ")
-    for piece in (value, "from 1 to 1024"):
+    for piece in (value[:20], "from 1 to 1024", "set one of them, or unset it"):
         assert piece in last
+
+
+@pytest.mark.parametrize(("n", "remedy"), [(0, "pass 1 for serial work"), (5000, "pass 1024 at")])
+def test_bad_number_of_threads(n: int, remedy: str) -> None:
+    """The remedy is for what was given."""
+    with pytest.raises(ValueError, match=rf"^n is {n}, .* from 1 to 1024; {remedy}"):
+        fastbn.set_num_threads(n)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -306,6 +390,61 @@ def test_use_is_unseen_by_other_tasks() -> None:
     assert asyncio.run(together()) == [1, 2, 3, 4, 5]
 
 
+async def _values(backend: str) -> AsyncIterator[int]:
+    with fastbn.use_backend(backend), fastbn.use_num_threads(7):
+        yield 1
+        yield 2
+
+
+def _in_force() -> tuple[str, int]:
+    return fastbn.get_backend(), fastbn.get_num_threads()
+
+
+def test_an_async_generator_that_is_left_early() -> None:
+    """The event loop ends it in a context of its own: no error, and the block has ended in the
+    context that it began in, too, and in no other block."""
+    before = _in_force()
+    complaints: list[dict[str, Any]] = []
+
+    async def consume() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, told: complaints.append(told))
+        for _ in range(2):
+            async for _ in _values("numpy"):
+                assert _in_force() == ("numpy", 7)
+                break
+            await asyncio.sleep(0.01)
+            assert _in_force() == before
+        with fastbn.use_num_threads(5):
+            async for _ in _values("numpy"):
+                break
+            await asyncio.sleep(0.01)
+            assert _in_force() == (before[0], 5)
+        assert _in_force() == before
+        here = config._threads_here.get()
+        assert here is None or here.outer is None, "ended blocks do not pile up"
+
+    asyncio.run(consume())
+    assert complaints == []
+
+
+def test_a_generator_that_is_passed_on() -> None:
+    """Begun in one context and ended in another, in whatever order."""
+
+    def values(n: int) -> Generator[int]:
+        with fastbn.use_num_threads(n):
+            yield n
+
+    before = _in_force()
+    contexts = [contextvars.copy_context() for _ in range(2)]
+    generators = [values(n) for n in (3, 4)]
+    for generator in generators:
+        assert contexts[0].run(next, generator) == contexts[0].run(fastbn.get_num_threads)
+    contexts[1].run(generators[0].close)
+    assert contexts[0].run(fastbn.get_num_threads) == 4
+    contexts[1].run(generators[1].close)
+    assert contexts[0].run(_in_force) == contexts[1].run(_in_force) == _in_force() == before
+
+
 def in_a_thread(function: Callable[[], T]) -> T:
     """What `function` gives in a thread of its own."""
     results: list[T] = []
@@ -329,8 +468,42 @@ def test_get_config() -> None:
     assert told["isa"] in (ISAS or (None,))
     assert told["openmp"] in ((True, False) if ISAS else (None,))
     assert told["version"].count(".") == 2
+    assert [line.partition(": ")[0] for line in told["unusable"]] == [
+        name for name in backends.BACKENDS if name not in USABLE
+    ]
     told["backend"] = "changed"
     assert fastbn.get_config()["backend"] == fastbn.get_backend()
+
+
+@pytest.mark.parametrize("name", [name for name in USABLE if name != "cython"])
+def test_other_backends_have_no_instruction_set(name: str) -> None:
+    """What the kernels could do is not told as what runs."""
+    with fastbn.use_backend(name):
+        told = fastbn.get_config()
+    assert (told["isa"], told["openmp"], told["isas"]) == (None, None, ISAS)
+    assert name in told["isa_source"] or not ISAS
+
+
+def test_unbuilt_kernels_are_told() -> None:
+    """isa_source says how to build them, and so does the list of what cannot run."""
+    told = output(
+        UNBUILT + TELL + "c['isa'], c['openmp'], c['isas'], c['isa_source'], c['unusable'])",
+        FASTBN_BACKEND="numpy",
+    )
+    assert told.startswith("None None () the compiled kernels were never built")
+    assert told.count("python -m pip install -e .") == 2
+
+
+@pytest.mark.parametrize("broken", ["raises", "gives nothing"])
+def test_without_metadata(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a frozen or vendored copy, or beside a broken installation."""
+
+    def version(name: str) -> None:
+        if broken == "raises":
+            raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert fastbn.__version__ == fastbn.get_config()["version"] == "unknown"
 
 
 def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,4 +513,4 @@ def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
     told = fastbn.get_config()
     assert [line.split()[0] for line in lines] == list(told)
     for line, value in zip(lines, told.values(), strict=True):
-        assert (", ".join(value) if isinstance(value, tuple) else str(value)) in line
+        assert (", ".join(value) or "none" if isinstance(value, tuple) else str(value)) in line

@@ -16,7 +16,7 @@ import pytest
 from processes import TIMEOUT, finds_tests, output, python
 from variants import RUNNERS
 
-from fastbn import get_config
+from fastbn import backends
 
 THREADS = 3
 WORKERS = 3
@@ -84,7 +84,7 @@ def environment(runner: str) -> dict[str, str]:
 def started_in_child(runner: str) -> int:
     """The threads that a child's first call starts: Numba can have none of GNU OpenMP there, and
     on its own layer has all of them beside the caller."""
-    openmp = THREADS - 1 if get_config()["openmp"] else 0
+    openmp = THREADS - 1 if backends.openmp() else 0
     return {"cython": openmp, "numba on workqueue": THREADS}.get(runner, 0)
 
 

@@ -36,6 +36,35 @@ def test_info_prints_the_configuration() -> None:
     assert told["version"] == fastbn.get_config()["version"]
 
 
+@pytest.mark.parametrize("backend", fastbn.get_config()["backends"])
+def test_info_tells_what_is_used(backend: str) -> None:
+    """An instruction set and OpenMP only of the kernels that use them."""
+    told = dict(
+        line.split(maxsplit=1)
+        for line in command("info", FASTBN_BACKEND=backend).stdout.splitlines()
+    )
+    assert told["backend"] == backend
+    assert (told["isa"] == "None", told["openmp"] == "None") == (backend != "cython",) * 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("FASTBN_BACKEND", "cuda"),
+        ("FASTBN_ISA", "quantum"),
+        ("FASTBN_NUM_THREADS", "5000"),
+        ("FASTBN_NUM_THREADS", "many"),
+    ],
+)
+def test_a_bad_variable_is_one_line(variable: str, value: str) -> None:
+    for arguments in (("info",), ("demo", "--quick")):
+        done = command(*arguments, **{variable: value})
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("python -m fastbn: error: environment variable " + variable)
+        assert value in line
+
+
 def test_demo_shows_its_work_and_writes_a_plot(tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
     done = command("demo", "--quick", "--output", str(plot), COLUMNS="100", NO_COLOR="1")

@@ -12,7 +12,7 @@ import pytest
 from processes import finds_tests, output
 from variants import RUNNERS
 
-from fastbn import _ext, backends, get_config
+from fastbn import _ext, backends
 
 EXTENSIONS = [module.name for module in pkgutil.iter_modules(_ext.__path__)]
 
@@ -75,7 +75,7 @@ def environment(runner: str, threads: int) -> dict[str, str]:
 
 
 needs_openmp = pytest.mark.skipif(
-    not get_config()["openmp"], reason="the kernels are not built with OpenMP: no call has threads"
+    backends.openmp() is None, reason="the kernels are not built with OpenMP: no call has threads"
 )
 
 

@@ -61,8 +61,7 @@ def activate(name: str) -> Iterator[Variant]:
 
             compiled: Any = native.variant(isa)
             assert compiled.isa == isa
-            token = config._backend_here.set(compiled)
-            stack.callback(config._backend_here.reset, token)
+            stack.enter_context(config._override(config._backend_here, compiled))
             yield Variant(name, compiled, compiled.calls)
         else:
             stack.enter_context(fastbn.use_backend(backend_name))

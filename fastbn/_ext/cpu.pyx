@@ -1,7 +1,9 @@
-"""The instruction sets that this processor and its operating system can run.
+"""What the processor and its operating system can run, and what OpenMP says of threads.
 
 Built without any instruction-set flag, and imported before any variant that was built with one.
 """
+
+cimport cython
 
 cdef extern from *:
     """
@@ -22,15 +24,26 @@ cdef extern from *:
     #define runs_avx512() 0
     #endif
     #ifdef _OPENMP
+    #include <omp.h>
     #define HAS_OPENMP 1
     #else
     #define HAS_OPENMP 0
+    #define omp_get_max_threads() 1
+    #define omp_get_num_procs() 1
+    #define omp_get_num_places() 0
+    #define omp_get_place_num_procs(place) 0
+    #define omp_get_place_proc_ids(place, ids) ((void)(ids))
     #endif
     """
     bint runs_sse2()
     bint runs_avx2()
     bint runs_avx512()
     bint HAS_OPENMP
+    int omp_get_max_threads()
+    int omp_get_num_procs()
+    int omp_get_num_places()
+    int omp_get_place_num_procs(int place)
+    void omp_get_place_proc_ids(int place, int* ids)
 
 
 def instruction_sets():
@@ -42,3 +55,21 @@ def instruction_sets():
 def has_openmp():
     """Whether the kernels were built with OpenMP."""
     return HAS_OPENMP
+
+
+@cython.binding(False)  # called in every call of a verb
+def at_most(int threads):
+    """A number of threads, or OpenMP's for the calling thread where that is less."""
+    cdef int most = omp_get_max_threads()
+    return most if 0 < most < threads else threads
+
+
+def processors():
+    """How many processors OpenMP's threads may run on. Unlike the affinity mask it does not change
+    when OpenMP, as it is loaded, binds the thread that loads it."""
+    bound = set()
+    for place in range(omp_get_num_places()):
+        ids = bytearray(sizeof(int) * omp_get_place_num_procs(place))
+        omp_get_place_proc_ids(place, <int*> <char*> ids)
+        bound.update(memoryview(ids).cast("i"))
+    return min(omp_get_num_procs(), len(bound) or omp_get_num_procs())
