@@ -510,6 +510,7 @@ def judge_samples(results: Results, a: dict[str, Any]) -> None:
     values = oracle.by_sample(x, layout)
     told = {"eps": a["eps"], "layout": layout, "activation": a.get("activation")}
     beside = a.get("dy", a.get("residual"))
+    found: Any
     if "y" in results:
         mean, var = oracle.sample_moments(values, groups)
         found = fastbn.BatchNormResult(*(results[n] for n in ("y", "mean", "var")))
@@ -520,12 +521,12 @@ def judge_samples(results: Results, a: dict[str, Any]) -> None:
         mean, var = (a[n].astype(np.longdouble).reshape(-1, groups) for n in ("mean", "var"))
         zeros = np.zeros(c, expected_type(x, a.get("gamma")))
         dgamma, dbeta = (zeros if results[n] is None else results[n] for n in ("dgamma", "dbeta"))
-        gradients: Any = fastbn.Gradients(results["dx"], dgamma, dbeta)
+        found = fastbn.Gradients(results["dx"], dgamma, dbeta)
         if results.get("dresidual") is not None:
-            gradients = fastbn.ResidualGradients(*gradients, results["dresidual"])
+            found = fastbn.ResidualGradients(results["dx"], dgamma, dbeta, results["dresidual"])
         y = a["y"] if a.get("activation") is not None else None
         judged = samples.judge_backward(
-            gradients, groups, a["dy"], x, a["mean"], a["var"], a.get("gamma"), y=y, **told
+            found, groups, a["dy"], x, a["mean"], a["var"], a.get("gamma"), y=y, **told
         )
     rows = values.reshape(len(x) * groups, -1)
     inside = domain(rows, mean.reshape(-1), var.reshape(-1), a["eps"], x.dtype.itemsize)

@@ -228,7 +228,8 @@ def _judge_running(
     """The running statistics after the call."""
     options, batches = a["options"], a["num_batches_tracked"]
     means, variances = (
-        results[n].reshape(len(counts), -1).astype(np.longdouble) for n in ("mean", "var")
+        results[n].reshape(len(counts), len(own["running_mean"])).astype(np.longdouble)
+        for n in ("mean", "var")
     )
     expected = {}
     if updates:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -122,3 +124,30 @@ WRITEABLE: dict[str, Callable[[Array], Array]] = {
 
 FORMS = WRITEABLE | {"byte-swapped": byte_swapped, "read-only": read_only}
 """The forms that an input may have."""
+
+
+_PAGE = mmap.PAGESIZE
+_libc = ctypes.CDLL(None)
+
+
+class Guarded:
+    """Memory between two pages that nobody may touch."""
+
+    def __init__(self, size: int) -> None:
+        self.size = max(-(-size // _PAGE), 1) * _PAGE
+        self._pages = np.frombuffer(mmap.mmap(-1, self.size + 2 * _PAGE), np.uint8)
+        for start in (0, _PAGE + self.size):
+            page = ctypes.c_void_p(self._pages.ctypes.data + start)
+            assert _libc.mprotect(page, ctypes.c_size_t(_PAGE), 0) == 0
+
+    def place(self, a: Array, *, behind: bool = True) -> Array:
+        """A copy that lies against the page behind it, or against the one before."""
+        first = _PAGE + (self.size - a.nbytes if behind else 0)
+        view: Array = np.ndarray(a.shape, a.dtype, self._pages.data, first)
+        view[...] = a
+        return view
+
+
+def against_a_page(a: Array) -> Array:
+    """A copy, behind whose last byte there is a page that nobody may touch."""
+    return Guarded(a.nbytes).place(a)

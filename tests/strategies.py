@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import numpy as np
+from drawn import UNIT_STRIDES
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from memory import FORMS
+from numpy.lib.stride_tricks import as_strided
 from numpy.random import Generator
 from numpy.typing import NDArray
 
@@ -137,6 +140,28 @@ def dense_problems(draw: st.DrawFn) -> Problem:
 
 
 layouts = st.sampled_from(LAYOUTS)
+
+
+@st.composite
+def unit_strides(draw: st.DrawFn) -> Callable[[Array], Array]:
+    """A way to place arrays: dense copies, but that an axis of length 1 has any stride."""
+    strides = cycle(draw(st.lists(st.sampled_from(UNIT_STRIDES), min_size=1, max_size=9)))
+
+    def place(a: Array) -> Array:
+        dense = np.array(a, order="C")
+        odd = [next(strides) if n == 1 else s for n, s in zip(a.shape, dense.strides, strict=True)]
+        return as_strided(dense, a.shape, odd)
+
+    return place
+
+
+@st.composite
+def shapes_of_ones(draw: st.DrawFn) -> tuple[int, ...]:
+    """Rank 2 to 5, of which most axes have length 1."""
+    lengths = st.sampled_from([1, 1, 1, 2, 3, 5, 17, 33])
+    return tuple(draw(st.lists(lengths, min_size=2, max_size=5)))
+
+
 problems = st.one_of(recipes(), dense_problems())
 
 

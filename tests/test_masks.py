@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import mmap
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,6 +12,7 @@ from bits import assert_same_bits
 from checks import assert_within, judge_backward, judge_forward
 from grid import TYPES
 from machines import ALWAYS_STREAM, pretend
+from memory import against_a_page
 from variants import Variant
 
 import fastbn
@@ -241,8 +240,8 @@ def test_nothing_is_read_past_the_end(variant: Variant, shape: tuple[int, ...]) 
     rng = np.random.default_rng(0)
     x, dy = rng.normal(size=(2, *shape))
     runs, samples, channels, size = shape
-    mask = last_of_memory(rng.random((runs, samples, size)) < 0.7)
-    weights = last_of_memory(rng.uniform(0.5, 1.5, (runs, samples)))
+    mask = against_a_page(rng.random((runs, samples, size)) < 0.7)
+    weights = against_a_page(rng.uniform(0.5, 1.5, (runs, samples)))
     weights[..., -1], mask[..., -1] = 1.0, True
     one, out = np.ones((runs, channels)), np.empty_like(x)
     for run in range(runs):
@@ -257,18 +256,6 @@ def test_nothing_is_read_past_the_end(variant: Variant, shape: tuple[int, ...]) 
     given = dy, x, mean, var, one, 1e-5
     _, dbeta = variant.backend.backward(*given, False, out, 1, selection=selection)
     assert np.allclose(dbeta, (dy * mask[:, :, None]).sum((1, 3)))
-
-
-def last_of_memory(a: Array) -> Array:
-    """The array; after its last byte comes a page that nobody may read."""
-    size = -(-a.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    pages = np.frombuffer(mmap.mmap(-1, size + mmap.PAGESIZE), np.uint8)
-    libc = ctypes.CDLL(None)
-    end = ctypes.c_void_p(pages.ctypes.data + size)
-    assert libc.mprotect(end, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
-    view = pages[size - a.nbytes : size].view(a.dtype).reshape(a.shape)
-    view[...] = a
-    return view
 
 
 @pytest.mark.parametrize("weights", [False, True])
