@@ -92,7 +92,9 @@ def bad(s: Source) -> Case:
     names = [n for n, v in case.arguments.items() if n in CORRUPTIONS and v is not None]
     name = s.choice(names)
     given = case.arguments[name]
-    wrong = s.choice(CORRUPTIONS[name])(given, s)
+    # Where there is no x, dy has a shape of its own.
+    alone = name == "dy" and case.arguments["x"] is None
+    wrong = s.choice(CORRUPTIONS["x" if alone else name])(given, s)
     if wrong is None and name not in ("layout", "eps", "params", "dresidual"):
         return bad(s)
     case.arguments[name] = wrong

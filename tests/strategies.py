@@ -157,9 +157,11 @@ def unit_strides(draw: st.DrawFn) -> Callable[[Array], Array]:
 
 @st.composite
 def shapes_of_ones(draw: st.DrawFn) -> tuple[int, ...]:
-    """Rank 2 to 5, of which most axes have length 1."""
-    lengths = st.sampled_from([1, 1, 1, 2, 3, 5, 17, 33])
-    return tuple(draw(st.lists(lengths, min_size=2, max_size=5)))
+    """Rank 2 to 5, of which at most two axes are longer than 1."""
+    shape = [1] * draw(st.integers(2, 5))
+    for axis in draw(st.lists(st.integers(0, len(shape) - 1), max_size=2)):
+        shape[axis] = draw(st.sampled_from([2, 3, 5, 17, 33]))
+    return tuple(shape)
 
 
 problems = st.one_of(recipes(), dense_problems())
