@@ -180,14 +180,15 @@ def _judge_group(results: Results, a: dict[str, Any], selected: Selected) -> Non
         ],
         inside,
     )
-    unknown = np.isnan(counted).any(1)
-    assert np.isnan(mean_found[unknown]).all(), "mean is a number where x has NaN"
+    lost = ~np.isfinite(counted).all(1)
+    assert not np.isfinite(mean_found[lost]).any(), "mean is finite where x is not"
+    assert np.isnan(var_found[lost]).all(), "var is a number where x has NaN or infinity"
     if "y" not in results:
         return
     gamma, beta = (vector(a.get(n), i, c) for n, i in (("gamma", 1), ("beta", 0)))
     judge_y_by(results["y"], a, selected, mean, var, gamma, beta, inside)
     y = selected.of(results["y"]).astype(np.float64)
-    assert np.isnan(y[:, unknown]).all(), "y is a number in a channel with NaN"
+    assert np.isnan(y[:, lost]).all(), "y is a number in a channel with NaN or infinity"
 
 
 def judge_y_by(
