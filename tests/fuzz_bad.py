@@ -80,9 +80,14 @@ CORRUPTIONS: dict[str, tuple[Corruption, ...]] = {
     "activation": (_of_values("gelu", ("leaky_relu", 2.0), ("leaky_relu",), 5, ("relu",)),),
     "virtual_batch": (_of_values(0, -1, 2.5, True, "2"),),
     "params": (_of_values(1, None, "yes"),),
-    "sums": (_of_values(5, (np.ones(1), np.ones(1)), "sums"), lambda a, s: (*a[:2], -1.0)),
+    **dict.fromkeys(("dgamma_of_sums", "dbeta_of_sums"), VECTOR),
+    "count_of_sums": (_of_values(-1.0, np.nan, np.inf, True, "9", None),),
     "dresidual": (_of_values("yes", 1, None),),
 }
+
+
+MAY_BE_NONE = ("layout", "eps", "params", "dresidual", "count_of_sums")
+"""Options for which None is illegal."""
 
 
 def bad(s: Source) -> Case:
@@ -95,7 +100,7 @@ def bad(s: Source) -> Case:
     # Where there is no x, dy has a shape of its own.
     alone = name == "dy" and case.arguments["x"] is None
     wrong = s.choice(CORRUPTIONS["x" if alone else name])(given, s)
-    if wrong is None and name not in ("layout", "eps", "params", "dresidual"):
+    if wrong is None and name not in MAY_BE_NONE:
         return bad(s)
     case.arguments[name] = wrong
     came = f"{wrong.dtype} {wrong.shape}" if isinstance(wrong, np.ndarray) else f"{wrong!r:.60}"

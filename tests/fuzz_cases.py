@@ -305,10 +305,19 @@ def batch_norm_backward(s: Source) -> Case:
     _apart(d, "dy", "x")
     return Case(
         "batch_norm_backward",
-        lambda **a: named(fastbn.batch_norm_backward(**a)),
+        lambda **a: named(fastbn.batch_norm_backward(**_with_sums(a))),
         d.arguments,
-        judge_gradients,
+        lambda results, a: judge_gradients(results, _with_sums(a)),
     )
+
+
+def _with_sums(a: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, those of sums as one."""
+    if "count_of_sums" not in a:
+        return a
+    a = dict(a)
+    names = ("dgamma_of_sums", "dbeta_of_sums", "count_of_sums")
+    return a | {"sums": tuple(a.pop(name) for name in names)}
 
 
 def _sums(d: Drawn) -> None:
@@ -322,7 +331,9 @@ def _sums(d: Drawn) -> None:
         return
     factor = d.s.choice((1, 2, 10))
     dgamma, dbeta = d.s.values.normal(0, max(own, 1e-30) * factor, (2, d.channels))
-    d.arguments["sums"] = (dgamma, dbeta, own * factor + (own * factor == 0) + own * 1e-9)
+    d.put("dgamma_of_sums", dgamma)
+    d.put("dbeta_of_sums", dbeta)
+    d.arguments["count_of_sums"] = own * factor + (own == 0) + own * 1e-9
 
 
 def _apart(d: Drawn, *in_place: str) -> None:
