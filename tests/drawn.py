@@ -34,6 +34,7 @@ MOST = 1500
 HALF, BRAIN = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 SINGLE, DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
 EITHER: tuple[np.dtype[Any], ...] = SINGLE, DOUBLE
+PARAMETERS: tuple[np.dtype[Any], ...] = (*EITHER * 4, HALF, BRAIN)
 LARGEST_RATIO = {HALF: 1e2, BRAIN: 30.0, SINGLE: 4e5, DOUBLE: 4e11}
 """Of a mean to the deviation, so that the bounds hold for nearly all that is drawn."""
 LARGEST_EXPONENT = {HALF: 2.0, BRAIN: 30.0, SINGLE: 30.0, DOUBLE: 140.0}
@@ -184,12 +185,12 @@ class Source:
         return y.astype(dtype)
 
     def vector(self, channels: int) -> Array:
-        """gamma or its like, of either type."""
+        """gamma or its like."""
         size = self.choice((1.0, 1.0, 1.0, 1e-3, 1e3))
         values = self.values.normal(size=channels) * size
         if self.chance(0.2):
             values[self.values.random(channels) < 0.3] = 0
-        return np.asarray(values, self.choice(EITHER))
+        return values.astype(self.choice(PARAMETERS))
 
     def mask(self, shape: tuple[int, ...], layout: str) -> Array:
         """Which places count, in any shape that broadcasts."""

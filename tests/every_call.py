@@ -219,8 +219,9 @@ def _batch_norm(g: Given, mode: str, **options: Any) -> Arguments:
 def _frozen(g: Given) -> Arguments:
     told: Any = {"layout": g.layout, "activation": "relu", **g.statistics()}
     norm: Any = fastbn.FrozenBatchNorm(gamma=g.gamma, beta=g.beta, **told)
-    found = norm.backward(g.dy, g.x, y=g.y, dresidual=g.dresidual, out=g.out)
-    return {"plain": norm(g.x), "y": norm(g.x, residual=g.residual, out=g.out), **found._asdict()}
+    found = norm.backward(g.dy, g.x, y=g.y, dresidual=g.dresidual, where=g.where, out=g.out)
+    fused = norm(g.x, residual=g.residual, where=g.where, out=g.out)
+    return {"plain": norm(g.x), "y": fused, **found._asdict()}
 
 
 def _reestimated(g: Given) -> Arguments:

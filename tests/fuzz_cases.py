@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import samples
 from bits import assert_same_bits
-from drawn import Array, Placed, Source
+from drawn import DOUBLE, PARAMETERS, Array, Placed, Source
 from fuzz_right import (
     Results,
     Selected,
@@ -80,7 +80,7 @@ class Case:
             self._is_refused(given)
             self._memory_is_as_it_was(placed, before, written=())
             return
-        plain = {n: dense(a) if isinstance(a, np.ndarray) else a for n, a in given.items()}
+        plain = {n: _plain(n, a) for n, a in given.items()}
         twins = {
             n: dense_in_its_order(a) if isinstance(a, np.ndarray) and n not in PLACES else a
             for n, a in given.items()
@@ -131,6 +131,18 @@ class Case:
                 _same_place(view, now, memory)[...] = _same_place(view, before[name], memory)
             where = np.flatnonzero(now != before[name])
             assert not where.size, f"bytes {where[:9]} of {name}'s memory were written"
+
+
+VECTORS = ("gamma", "beta", "mean", "var", "ddgamma", "ddbeta")
+"""Of half types they are widened."""
+
+
+def _plain(name: str, value: Any) -> Any:
+    """An argument as what is right is told of."""
+    if not isinstance(value, np.ndarray):
+        return value
+    widens = name in VECTORS and value.dtype.itemsize == 2
+    return value.astype(np.float32) if widens else dense(value)
 
 
 def _same_place(view: Array, memory: Array, own: Array) -> Array:
@@ -234,8 +246,10 @@ class Drawn:
         if "virtual_batch" not in mine:
             mean, var = mean[0], var[0]
         for name, value in (("mean", mean), ("var", var)):
-            single = not exact and s.chance(0.4) and (abs(value) < 1e30).all()
-            self.put(name, value.astype(np.float32) if single else value)
+            dtype = s.choice(PARAMETERS)
+            if exact or dtype.itemsize == 8 or not (abs(value) < 1e4).all():
+                dtype = DOUBLE
+            self.put(name, value.astype(dtype))
 
     def gate(self) -> None:
         """The forward's y where there is an activation, and where the residual's gradient goes."""

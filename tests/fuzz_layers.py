@@ -347,7 +347,7 @@ def sample_norm_layer(s: Source) -> Case:
 
 def frozen_batch_norm(s: Source) -> Case:
     d = Drawn(s)
-    x = d.x(masked=False)
+    x = d.x()
     d.statistics(x, exact=False)
     d.vectors("gamma", "beta")
     d.options("eps", "activation")
@@ -359,10 +359,12 @@ def frozen_batch_norm(s: Source) -> Case:
     def call(**a: Any) -> Results:
         vectors: dict[str, Any] = {n: a.get(n) for n in ("mean", "var", "gamma", "beta")}
         told: dict[str, Any] = {n: a[n] for n in ("eps", "layout", "activation")}
-        frozen, residual = fastbn.FrozenBatchNorm(**vectors, **told), a.get("residual")
-        alone = fastbn.normalize(a["x"], **vectors, **told, residual=residual)
-        y = frozen(a["x"], residual=residual, out=a.get("out"))
-        kept = {"y": None if a["activation"] is None else y, "dresidual": a["dresidual"]}
+        frozen: Any = fastbn.FrozenBatchNorm(**vectors, **told)
+        given: dict[str, Any] = {n: a.get(n) for n in ("residual", "where")}
+        alone = fastbn.normalize(a["x"], **vectors, **told, **given)
+        y = frozen(a["x"], **given, out=a.get("out"))
+        kept = {"y": None if a["activation"] is None else y, "where": a.get("where")}
+        kept["dresidual"] = a["dresidual"]
         gradients = frozen.backward(a["dy"], a["x"], params=a["params"], out=a.get("into"), **kept)
         return {"y": y, "normalize": alone, **named(gradients)}
 
