@@ -29,7 +29,7 @@ from fuzz_right import (
 
 import fastbn
 from benchmarks import oracle
-from benchmarks.oracle import Wide, vector, wide
+from benchmarks.oracle import Wide, channel_axis, vector, wide
 
 PARAMETERS = {"weight": "gamma", "bias": "beta"}
 STATE = (*PARAMETERS, "running_mean", "running_var", "num_batches_tracked")
@@ -81,7 +81,7 @@ def _own(a: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def _as_verb(a: dict[str, Any], own: dict[str, Any], dtype: str, channels: int) -> dict[str, Any]:
     """The arguments of the verbs that a layer's backward is of."""
-    wanted = [f"d{n}" for n in PARAMETERS.values() if n in own]
+    wanted = [f"d{n}" for n in PARAMETERS.values() if n in own and not a.get("frozen_affine")]
     gamma = own.get("gamma", np.ones(channels, dtype))
     return a | {"gamma": gamma, "wanted": wanted, "params": bool(wanted)}
 
@@ -96,6 +96,7 @@ def _batch_norm_options(s: Source) -> dict[str, Any]:
         "nonfinite": s.choice(("update", "update", "skip")),
         "dtype": s.choice(("float32", "float64")),
     }
+    options["track_running_stats"] = tracks = s.chance(0.85)
     kind = s.random.random()
     if kind < 0.3:
         options["momentum"] = None
@@ -103,7 +104,7 @@ def _batch_norm_options(s: Source) -> dict[str, Any]:
         options["decay"] = s.choice((0.0, 0.5, 0.99, 1.0))
     if s.chance(0.15):
         options["virtual_batch"] = s.choice((1, 2, 3, 16, 100))
-    elif s.chance(0.2):
+    elif tracks and s.chance(0.2):
         limits: dict[str, Any] = {
             "start": s.choice((0, 2)),
             "r_end": s.choice((2, 10)),
@@ -111,7 +112,7 @@ def _batch_norm_options(s: Source) -> dict[str, Any]:
         }
         limits |= {"r_max": s.choice((1.0, 1.5, 100.0)), "d_max": s.choice((0.0, 0.3, 100.0))}
         options["renormalization"] = fastbn.Renormalization(**limits)
-    elif s.chance(0.2):
+    elif tracks and s.chance(0.2):
         options["one_value"] = "running"
     return options
 
@@ -140,11 +141,12 @@ def _values(a: dict[str, Any], shape: tuple[int, ...], k: int | None) -> Array:
 
 
 def batch_norm_layer(s: Source) -> Case:
-    """Training, evaluation, or frozen statistics."""
-    d, mode = Drawn(s), s.choice(("training", "training", "evaluation", "frozen"))
+    """Training, evaluation, or frozen statistics; by the batch's own, where none are running."""
+    d, options = Drawn(s), _batch_norm_options(s)
+    tracks = options["track_running_stats"]
+    mode = s.choice(("training", "training", "evaluation", "frozen")[: 4 if tracks else 3])
     if not d.channels:
         return batch_norm_layer(s)
-    options = _batch_norm_options(s)
     if "virtual_batch" not in options:
         d.x()
         d.weights()
@@ -152,9 +154,11 @@ def batch_norm_layer(s: Source) -> Case:
         d.x(masked=False)
     d.options("eps", "activation")
     _put_parameters(d, options)
-    d.put("running_mean", s.values.normal(size=d.channels))
-    d.put("running_var", s.values.exponential(size=d.channels))
-    d.arguments["num_batches_tracked"] = s.choice((0, 1, 5, 100))
+    if tracks:
+        d.put("running_mean", s.values.normal(size=d.channels))
+        d.put("running_var", s.values.exponential(size=d.channels))
+        d.arguments["num_batches_tracked"] = s.choice((0, 1, 5, 100))
+    d.arguments["frozen_affine"] = s.chance(0.1)
     d.residual()
     _put_out(d)
     _put_backward(d)
@@ -165,38 +169,38 @@ def batch_norm_layer(s: Source) -> Case:
     if ((counts > 1) & (counts < 1.001)).any():
         return batch_norm_layer(s)
     case = Case("BatchNorm", _batch_norm_call, d.arguments, _judge_batch_norm)
-    bad = counts.any() and (counts <= 1).any() and mode == "training"
+    bad = counts.any() and (counts <= 1).any() and (mode == "training" or not tracks)
     if bad and options["one_value"] == "raise":
         case.errors, case.wrong = (ValueError,), "one value a channel"
     return case
 
 
 def _batch_norm_call(**a: Any) -> Results:
-    channels = len(a["running_mean"])
+    channels = a["x"].shape[channel_axis(a["x"].ndim, a["layout"])]
     told = {n: a[n] for n in ("eps", "layout", "activation")}
     bn = fastbn.BatchNorm(channels, **a["options"], **told)
     bn.load_state_dict({name: a[name] for name in STATE if name in a})
     bn.train(a["mode"] != "evaluation")
-    bn.frozen_statistics = a["mode"] == "frozen"
+    bn.frozen_statistics, bn.frozen_affine = a["mode"] == "frozen", a["frozen_affine"]
     k = a["options"].get("virtual_batch") if a["mode"] == "training" else None
     selected = {n: a[n] for n in ("where", "weights") if n in a}
     mean, var = fastbn.moments(a["x"], layout=a["layout"], virtual_batch=k, **selected)
     found = _ran(bn, a, *selected) | {"mean": mean, "var": var}
-    return found | {name: bn.state_dict()[name] for name in STATE[2:]}
+    return found | {name: a for name, a in bn.state_dict().items() if name in STATE[2:]}
 
 
 def _judge_batch_norm(results: Results, a: dict[str, Any]) -> None:
     options = a["options"]
-    trains, dtype, channels = a["mode"] == "training", options["dtype"], len(a["running_mean"])
+    trains, dtype, channels = a["mode"] == "training", options["dtype"], results["mean"].shape[-1]
+    tracks = options["track_running_stats"]
     k = options.get("virtual_batch") if trains else None
     own, a = _own(a, dtype), a | {"virtual_batch": k}
     counts = _values(a, a["x"].shape, k)
-    runs = not trains or (
-        len(counts) == 1 and 0 < counts[0] <= 1 and options["one_value"] == "running"
-    )
+    one = len(counts) == 1 and 0 < counts[0] <= 1
+    runs = tracks and (not trains or (one and options["one_value"] == "running"))
     verb = _as_verb(a, own, dtype, channels)
     of_y = a | {n: own[n] for n in PARAMETERS.values() if n in own}
-    updates = not runs and bool((counts > 1).any())
+    updates = tracks and not runs and bool((counts > 1).any())
     if runs:
         fixed = {"mean": own["running_mean"], "var": own["running_var"]}
         judge_fixed(results, of_y | fixed)
@@ -212,7 +216,8 @@ def _judge_batch_norm(results: Results, a: dict[str, Any]) -> None:
         judge_normalized(results, of_y)
         statistics = {n: results[n] for n in ("mean", "var")}
         judge_gradients(results, verb | statistics | _y(results, a))
-    _judge_running(results, a, own, counts, updates)
+    if tracks:
+        _judge_running(results, a, own, counts, updates)
 
 
 def _y(results: Results, a: dict[str, Any]) -> dict[str, Any]:
@@ -300,6 +305,7 @@ def _judge_renormalized(results: Results, a: dict[str, Any], own: dict[str, Any]
         "dbeta": of_beta._replace(actual=results["dbeta"]),
     }
     for name, judged in wanted.items():
+        assert (results[name] is not None) == (name in a["wanted"]), f"{name} is {results[name]}"
         if results[name] is not None:
             verify([judged._replace(bound=judged.bound + unit * np.abs(judged.expected))], fits)
 
