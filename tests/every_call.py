@@ -273,7 +273,7 @@ def _put_folds() -> None:
     def linear(g: Given, before: bool) -> Arguments:
         shape = (3, g.channels) if before else (g.channels, 3)
         weight = np.random.default_rng(3).normal(size=shape)
-        return {"weight": g.place(weight), "bias": g.place(weight[:, 0].copy()), "before": before}
+        return {"weight": g.place(weight), "bias": g.place(np.ones(shape[0])), "before": before}
 
     for flag in (False, True):
         for rest in ((3, 1, 3), (1, 1, 1), (0, 3)):
