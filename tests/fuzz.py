@@ -17,6 +17,7 @@ import struct
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,7 +77,8 @@ class Progress:
 
 def work(variant: str, seeds: range, until: float, progress: Progress) -> None:
     """All cases, until the time is up; the child's part."""
-    with activate(variant) as active:
+    with activate(variant) as active, warnings.catch_warnings():
+        warnings.simplefilter("error")
         for seed in seeds:
             _, failures = progress.get()
             if time.monotonic() > until or failures >= MOST_FAILURES:

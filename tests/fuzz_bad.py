@@ -67,7 +67,7 @@ CORRUPTIONS: dict[str, tuple[Corruption, ...]] = {
     "x": (_flat, _no_numbers, _no_array),
     **dict.fromkeys(("dy", "residual", "y", "ddx"), LIKE_X),
     **dict.fromkeys(("gamma", "beta", "mean", "ddgamma", "ddbeta"), VECTOR),
-    "var": (*VECTOR, _one_bad(-1.0, -1e-30)),
+    "var": (*VECTOR, _one_bad(-1.0, -1e-5)),
     "out": (*LIKE_X, _read_only),
     "where": (
         lambda a, s: np.ones(a.view.shape, np.int8),
