@@ -219,7 +219,7 @@ class Source:
         if self.chance(0.3):
             w[self.values.random(samples) < 0.3] = 0
         if self.chance(0.05):
-            return w * self.choice((1e300, 1e-300))
+            return np.asarray(w / w.max(initial=1) * self.choice((1e300, 1e-300)))
         return np.asarray(w, self.choice(EITHER))
 
     # --- memory -----------------------------------------------------------------------------------
