@@ -329,6 +329,11 @@ def unit(dtype: Any) -> float:
     return 2.0**-52 if np.dtype(dtype).itemsize == 8 else 2.0**-23
 
 
+def smallest(dtype: Any) -> Any:
+    """The least number of the type in which a type is computed."""
+    return np.longdouble(float(limits(np.promote_types(dtype, np.float32)).smallest_subnormal))
+
+
 def stored(dtype: Any, exact: Wide, bound: Wide) -> Wide:
     """The bound of a value that is stored as `dtype`: a half type rounds it once more."""
     if np.dtype(dtype).itemsize > 2:
@@ -402,9 +407,8 @@ def bound_dx(
     if frozen:
         return each * np.abs(dy)
     xhat = np.abs(exact.xhat)
-    smallest = np.longdouble(float(limits(np.promote_types(dtype, np.float32)).smallest_subnormal))
     size = np.abs(dy) + exact.mean_dy[:, None] + xhat * exact.mean_dy_xhat[:, None]
-    bound: Wide = each * size + smallest * (1 + xhat / 2)
+    bound: Wide = each * size + smallest(dtype) * (1 + xhat / 2)
     return bound
 
 
@@ -490,11 +494,18 @@ def terms_of_second(p: SecondProblem) -> WideSecond:
 
 
 def bound_second(dtype: Any, of_gamma: Any, p: SecondProblem) -> WideSecond:
-    """How far second derivatives may be off, stored as `dtype` and dgamma as `of_gamma`."""
+    """How far second derivatives may be off, stored as `dtype` and dgamma as `of_gamma`.
+
+    Each of the two passes of dx rounds terms below the normal numbers as that of `bound_dx` does;
+    `units` has one of these roundings.
+    """
     exact, terms, ratio = second(p), terms_of_second(p), np.abs(p.mean) * p.rstd[:, 0]
     k = 2 * factor(dtype, p.mean, p.rstd[:, 0])[:, None]
     of_sum = np.longdouble(1e-12) + (0 if p.frozen else 4 * 2.0**-52) * ratio
-    ddy, dx = _stored_second(dtype, p, exact, k * terms.ddy, k * terms.dx)
+    of_dx = k * terms.dx
+    if not p.frozen:
+        of_dx = of_dx + smallest(dtype) * (3 + np.abs(p.xhat))
+    ddy, dx = _stored_second(dtype, p, exact, k * terms.ddy, of_dx)
     return WideSecond(ddy, dx, unit(of_gamma) * np.abs(exact.dgamma) + of_sum * terms.dgamma)
 
 

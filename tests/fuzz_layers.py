@@ -250,8 +250,9 @@ def _judge_running(
             rounding = oracle.unit(options["dtype"]) / 2 + 2.0**-49 * (1 + loss.max())
             expected[name] = Judged(results[f"running_{name}"], value, rounding * size, name)
         limit = float(np.finfo(options["dtype"]).max)
-        numbers = [biased, *(e.expected for e in expected.values())]
-        bad = not all((np.abs(v) <= limit).all() for v in numbers)
+        numbers = [biased, share * means[kept]]
+        bad = not all(np.isfinite(v).all() for v in numbers)
+        bad |= not all((np.abs(e.expected) <= limit).all() for e in expected.values())
         if bad and options["nonfinite"] == "skip":
             expected = {}
     tracked = results["num_batches_tracked"]

@@ -354,8 +354,7 @@ def _dx_by_shares(
     dx = (gamma * rstd)[:, None] * (d - of_sums)
     k = oracle.factor(dtype, mean, rstd)
     bound = (2 * k * np.abs(gamma) * rstd)[:, None] * (np.abs(d) + of_sizes)
-    subnormal = float(oracle.limits(np.promote_types(dtype, np.float32)).smallest_subnormal)
-    bound += np.longdouble(subnormal) * (1 + np.abs(exact.xhat) / 2)
+    bound += oracle.smallest(dtype) * (1 + np.abs(exact.xhat) / 2)
     if a.get("activation") is not None:
         bound = oracle.bound_gated(dtype, d * (gamma * rstd)[:, None], bound)
     return Judged(judged.actual, dx, oracle.stored(dtype, dx, bound), "dx")
