@@ -242,6 +242,19 @@ def test_one_sample_of_many_channels(kind: str | int, layout: str) -> None:
 
 
 @pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients_beyond_the_type_of_gamma_are_infinite(groups: int) -> None:
+    """Without a warning, as of batch norm."""
+    x = np.random.default_rng(0).normal(size=(3, 2, 5))
+    mean, var = np.zeros((3, groups)), np.ones((3, groups))
+    found = fastbn.group_norm_backward(
+        np.full_like(x, 1e39), x, mean, var, groups, np.ones(2, np.float32)
+    )
+    assert found.dbeta is not None
+    assert np.isposinf(found.dbeta).all()
+
+
+@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("form", WRITEABLE)
 def test_results_go_where_they_are_asked_for(form: str) -> None:
     """In place and elsewhere, in any memory, with the same bits; what lies beside is untouched."""

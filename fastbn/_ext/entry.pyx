@@ -1204,10 +1204,16 @@ cdef cnp.ndarray add_up(cnp.ndarray sums, int element):
     """The sums of all runs, (G, C) and dense: of each column one after the other, into the first."""
     cdef Py_ssize_t G = cnp.PyArray_DIM(sums, 0), C = cnp.PyArray_DIM(sums, 1), g, c
     cdef double* total = <double*> cnp.PyArray_DATA(sums)
+    cdef cnp.ndarray result = new_vector(C, element)
     for g in range(1, G):
         for c in range(C):
             total[c] += total[g * C + c]
-    return cnp.PyArray_Cast(sums[0], element)
+    for c in range(C):
+        if element == cnp.NPY_FLOAT64:
+            (<double*> cnp.PyArray_DATA(result))[c] = total[c]
+        else:
+            (<float*> cnp.PyArray_DATA(result))[c] = <float> total[c]
+    return result
 
 
 cdef int arithmetic_type(Task* t) noexcept:
