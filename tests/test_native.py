@@ -96,8 +96,7 @@ def test_plain_calls_on_samples_have_the_bits_of_others(
 
             monkeypatch.setattr(active.backend, entry_name, counted)
         found = [sample_calls(dtype, layout, fused) for fused in (False, True)]
-        # But for instance norm of two shapes (N, C): statistics of single values.
-        assert plain.count(False) == 2 * 2 * 2 * len(ACTIVATIONS)
+        assert all(plain)
         for entry_name in ("plain_samples", "plain_samples_backward"):
             monkeypatch.setattr(active.backend, entry_name, lambda *arguments: None)
         for fused, results in enumerate(found):

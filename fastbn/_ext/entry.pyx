@@ -393,7 +393,7 @@ cdef void set_samples(Task* t) noexcept nogil:
         t.numbers[c] = <unsigned char> (c // t.channels)
 
 
-# ---- Runs of one sample, as channels ----
+# ---- What follows in memory, as one: no bit depends on it ----
 
 cdef enum:
     OPERANDS = 6
@@ -412,6 +412,20 @@ cdef void list_tables(Task* t, Table** tables) noexcept nogil:
     memcpy(tables, every, sizeof(every))
 
 
+cdef void join_planes(Task* t) noexcept nogil:
+    """A map alone of one channel takes planes that follow each other as one."""
+    cdef Operand* operands[OPERANDS]
+    cdef Py_ssize_t i
+    cdef bint joins = t.reduce == NO_REDUCE and not t.inside and t.channels == 1 and t.G == 1
+    if not joins or t.mask != NULL:
+        return
+    list_operands(t, operands)
+    for i in range(OPERANDS):
+        joins = joins and (operands[i].data == NULL or operands[i].n == t.S)
+    if joins:
+        set_shape(t, 1, 1, 1, t.N * t.S, False)
+
+
 cdef bint is_joined(const Operand* a, Py_ssize_t channels) noexcept nogil:
     """Whether the channels of a run follow those of the one before."""
     return a.data == NULL or a.g == channels * a.c
@@ -428,7 +442,7 @@ cdef bint join_table(Table* table, Py_ssize_t channels) noexcept nogil:
 
 cdef void join_runs(Task* t) noexcept nogil:
     """Runs of one sample, whose memory is that of one run with the channels of all: the small step
-    takes sixteen channels at a time, and runs have fewer. No bit changes."""
+    takes sixteen channels at a time, and runs have fewer."""
     cdef Task joined
     cdef Operand* operands[OPERANDS]
     cdef Table* tables[TABLES]
@@ -880,6 +894,7 @@ cdef class Engine:
         cdef int element = element_of(x), calls
         with nogil:
             set_element(t, element)
+            join_planes(t)
             join_runs(t)
             set_chunks(t)
             set_groups(t)
