@@ -243,14 +243,18 @@ def _judge_running(
         new = 1 - np.longdouble(options["decay"]) if "decay" in options else np.longdouble(0.1)
         if options.get("momentum", 0.1) is None:
             new = 1 / np.longdouble(batches + 1)
-        for name, statistic in (("mean", (share * means[kept]).sum(0)), ("var", runs)):
+        of_groups = share * means[kept]
+        for name, statistic, terms in (
+            ("mean", of_groups.sum(0), np.abs(of_groups).sum(0)),
+            ("var", runs, runs),
+        ):
             running = own[f"running_{name}"].astype(np.longdouble)
             value = (1 - new) * running + new * statistic
-            size = (1 - new) * np.abs(running) + new * np.abs(statistic)
+            size = (1 - new) * np.abs(running) + new * terms  # groups' means may cancel
             rounding = oracle.unit(options["dtype"]) / 2 + 2.0**-49 * (1 + loss.max())
             expected[name] = Judged(results[f"running_{name}"], value, rounding * size, name)
         limit = float(np.finfo(options["dtype"]).max)
-        numbers = [biased, share * means[kept]]
+        numbers = [biased, of_groups]
         bad = not all(np.isfinite(v).all() for v in numbers)
         bad |= not all((np.abs(e.expected) <= limit).all() for e in expected.values())
         if bad and options["nonfinite"] == "skip":
