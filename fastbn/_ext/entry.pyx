@@ -64,7 +64,15 @@ cdef extern from *:
     #else
     static int guard_forks(void) { return 0; }
     #endif
+
+    /* Whether the caller's floating-point mode may take small numbers for 0. */
+    #ifdef __SSE__
+    static int flushes(void) { return (__builtin_ia32_stmxcsr() & 0x8040) != 0; }
+    #else
+    static int flushes(void) { return 1; }
+    #endif
     """
+    bint flushes() nogil
     int is_serial
     int enter_call() nogil
     void leave_call() nogil
@@ -463,6 +471,33 @@ cdef void join_runs(Task* t) noexcept nogil:
         t[0] = joined
 
 
+cdef bint is_single(const Task* t) noexcept nogil:
+    """Whether a channel of a run is a single value."""
+    return t.N * t.S == 1 and t.fold == 1
+
+
+cdef bint take_values(Task* t, int element) noexcept nogil:
+    """One value a channel is its mean, and its variance is the 0 that fresh tables hold, unless it is
+    not finite. Whether that is all: only y is left to do then."""
+    cdef Py_ssize_t c
+    cdef bint fits = t.G == 1 and t.inside and is_single(t) and t.pool == 1 and t.mask == NULL
+    cdef int finite = 1
+    cdef double* mean = <double*> t.first.data
+    if t.reduce != MOMENTS or not fits or (element != F32 and element != F64) or flushes():
+        return False
+    if element == F32:
+        for c in range(t.C):
+            mean[c] = (<const float*> t.x.data)[c]
+            finite &= mean[c] - mean[c] == 0
+    else:
+        for c in range(t.C):
+            mean[c] = (<const double*> t.x.data)[c]
+            finite &= mean[c] - mean[c] == 0
+    if finite:
+        t.reduce, t.mean, t.var = NO_REDUCE, t.first, t.second
+    return finite
+
+
 # ---- In parts: the tables of a wide array with few values a channel would outgrow it ----
 
 cdef Py_ssize_t table_bytes(Task* t) noexcept nogil:
@@ -624,14 +659,18 @@ cdef Table table(cnp.ndarray a) noexcept:
     return result
 
 
-cdef cnp.ndarray new_vector(Py_ssize_t C, int element):
+cdef cnp.ndarray new_vector(Py_ssize_t C, int element, bint zero=False):
     cdef cnp.npy_intp length = C
+    if zero:
+        return cnp.PyArray_ZEROS(1, &length, element, 0)
     return cnp.PyArray_EMPTY(1, &length, element, 0)
 
 
-cdef cnp.ndarray new_table(Task* t, Py_ssize_t pool):
+cdef cnp.ndarray new_table(Task* t, Py_ssize_t pool, bint zero=False):
     cdef cnp.npy_intp[2] shape
     shape[0], shape[1] = t.G, t.channels // pool
+    if zero:
+        return cnp.PyArray_ZEROS(2, shape, cnp.NPY_FLOAT64, 0)
     return cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
 
 
@@ -896,6 +935,8 @@ cdef class Engine:
             set_element(t, element)
             join_planes(t)
             join_runs(t)
+            if take_values(t, element) and t.map == NO_MAP:
+                return 0
             set_chunks(t)
             set_groups(t)
             calls = enter_call()
@@ -907,7 +948,8 @@ cdef class Engine:
 
     cdef tuple with_tables(self, Task* t, cnp.ndarray x, int threads, Py_ssize_t pool=1):
         """Run with fresh (G, C / pool) tables for the results, and return them."""
-        cdef cnp.ndarray first = new_table(t, pool), second = new_table(t, pool)
+        cdef cnp.ndarray first = new_table(t, pool)
+        cdef cnp.ndarray second = new_table(t, pool, is_single(t))
         t.first, t.second = table(first), table(second)
         t.first.pool = t.second.pool = pool
         self.go(t, x, threads)
@@ -1018,7 +1060,7 @@ cdef class Engine:
         t.reduce, t.map = MOMENTS, NO_MAP
         t.x = dense(&t, x)
         mean = new_vector(t.channels, cnp.NPY_FLOAT64)
-        var = new_vector(t.channels, cnp.NPY_FLOAT64)
+        var = new_vector(t.channels, cnp.NPY_FLOAT64, is_single(&t))
         t.first, t.second = table(mean), table(var)
         self.go(&t, x, threads)
         return mean, var
@@ -1034,7 +1076,7 @@ cdef class Engine:
         if out is None:
             return None
         mean = new_vector(t.channels, cnp.NPY_FLOAT64)
-        var = new_vector(t.channels, cnp.NPY_FLOAT64)
+        var = new_vector(t.channels, cnp.NPY_FLOAT64, is_single(&t))
         t.first, t.second = table(mean), table(var)
         self.go(&t, x, threads)
         return out, mean, var
