@@ -65,10 +65,10 @@ class Arrangement:
         at = axes.index(channel)
         n = prod(x.shape[axis] for axis in axes[:at])
         s = prod(x.shape[axis] for axis in axes[at + 1 :])
-        if x.shape[channel] == 1 and s == 1 and not by_sample:
-            # A single column: its samples are the contiguous values of one channel.
-            n, s = 1, n
         groups = runs or 1
+        if x.shape[channel] == 1 and s == 1 and (runs is not None or not by_sample):
+            # A single column: a run's samples are the contiguous values of one channel.
+            n, s = groups, n // groups
         if n == groups and s == 1 and are_rows(x.shape[channel] // pool, pool):
             return Arrangement(axes, (1, 1, n * x.shape[channel] // pool, pool), by_row=True)
         return Arrangement(axes, (groups, n // groups, x.shape[channel], s))

@@ -722,7 +722,7 @@ cdef object set_plain_samples(Task* t, object x, object layout, object sharing):
         set_shape(t, 1, 1, N * groups, pool, False)
         t.period = groups
         return shape
-    if S == 1 or layout == "NHWC":
+    if S == 1 or layout == "NHWC" and C > 1:
         set_shape(t, N, S, C, 1, is_inside(S, 1, pool))
     else:
         set_shape(t, N, 1, C, S, False)
