@@ -476,15 +476,16 @@ cdef bint is_single(const Task* t) noexcept nogil:
     return t.N * t.S == 1 and t.fold == 1
 
 
-cdef bint take_values(Task* t, int element) noexcept nogil:
-    """One value a channel is its mean, and its variance is the 0 that fresh tables hold, unless it is
-    not finite. Whether that is all: only y is left to do then."""
+cdef void take_values(Task* t, int element) noexcept nogil:
+    """A forward of one value a channel: that is its mean, and its variance the 0 that fresh tables
+    hold, if all are finite; what is left is a map."""
     cdef Py_ssize_t c
     cdef bint fits = t.G == 1 and t.inside and is_single(t) and t.pool == 1 and t.mask == NULL
     cdef int finite = 1
     cdef double* mean = <double*> t.first.data
-    if t.reduce != MOMENTS or not fits or (element != F32 and element != F64) or flushes():
-        return False
+    fits = fits and t.reduce == MOMENTS and t.map == AFFINE and (element == F32 or element == F64)
+    if not fits or flushes():
+        return
     if element == F32:
         for c in range(t.C):
             mean[c] = (<const float*> t.x.data)[c]
@@ -495,7 +496,6 @@ cdef bint take_values(Task* t, int element) noexcept nogil:
             finite &= mean[c] - mean[c] == 0
     if finite:
         t.reduce, t.mean, t.var = NO_REDUCE, t.first, t.second
-    return finite
 
 
 # ---- In parts: the tables of a wide array with few values a channel would outgrow it ----
@@ -935,8 +935,7 @@ cdef class Engine:
             set_element(t, element)
             join_planes(t)
             join_runs(t)
-            if take_values(t, element) and t.map == NO_MAP:
-                return 0
+            take_values(t, element)
             set_chunks(t)
             set_groups(t)
             calls = enter_call()
