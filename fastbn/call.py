@@ -189,7 +189,8 @@ class Call:
             runs = max((n - start) // k, 1)
             samples = slice(start, min(start + runs * k, n))
             some = self.array[samples]
-            of_runs = Arrangement.of(some, self.layout, runs=runs, pool=self.pool)
+            order: dict[str, Any] = {"whole": self.array, "runs": runs, "pool": self.pool}
+            of_runs = Arrangement.of(some, self.layout, **order)
             yield Span(samples, slice(run, run + runs), of_runs, None)
             start, run = samples.stop, run + runs
 

@@ -49,17 +49,20 @@ class Arrangement:
         layout: str,
         *,
         by_sample: bool = False,
+        whole: NDArray[Any] | None = None,
         runs: int | None = None,
         pool: int = 1,
     ) -> Arrangement:
-        """Arrange by the memory order of `x`, which is not empty.
+        """Arrange by the memory order of `x`, which is not empty, or of the `whole` array of which
+        it is some samples.
 
         `by_sample` wants the samples outermost, each some whole rows of N: other memory is copied.
         So do `runs`, of as many samples each, of which `pool` consecutive channels may share
         statistics.
         """
         channel = channel_axis(layout, x.ndim)
-        axes, by_sample = _memory_order(x, channel), by_sample or runs is not None
+        axes = _memory_order(x if whole is None else whole, channel)
+        by_sample = by_sample or runs is not None
         if by_sample and axes[0] != 0:
             axes = tuple(range(x.ndim))
         at = axes.index(channel)
