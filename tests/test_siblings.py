@@ -242,6 +242,18 @@ def test_one_sample_of_many_channels(kind: str | int, layout: str) -> None:
 
 
 @pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("form", ["dense", "strided"])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((3, 1002), 501), ((2, 802, 1, 1), 401), ((70, 6, 2), 3), ((70, 6, 1), 6)]
+)
+def test_many_groups_of_few_values(shape: tuple[int, ...], groups: int, form: str) -> None:
+    """Groups that are no rows, and runs of one sample that are worked on as channels of one."""
+    for layout in LAYOUTS:
+        x, dy, _, gamma, beta = made(shape, layout, np.float32)
+        check(Norm(groups), FORMS[form](x), FORMS[form](dy), gamma, beta, layout=layout)
+
+
+@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("groups", [1, 2])
 def test_gradients_beyond_the_type_of_gamma_are_infinite(groups: int) -> None:
     """Without a warning, as of batch norm."""

@@ -282,3 +282,21 @@ def test_an_infinite_given_variance_leaves_beta(variant: Variant, dtype: Any) ->
     np.testing.assert_array_equal(oracle.rows(y, "NCHW"), np.repeat(beta[:, None], 60, 1))
     dx = fastbn.normalize_backward(x, None, np.zeros(CHANNELS), var, params=False).dx
     assert not dx.any()
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_single_values_that_are_not_finite(dtype: Any) -> None:
+    """It is the mean, and y is beta; one that is not finite stays in its channel."""
+    x = np.arange(-20, 20, dtype=dtype)[None] * np.finfo(dtype).smallest_subnormal
+    beta = np.linspace(-2, 2, 40).astype(dtype)
+    y, mean, var = fastbn.batch_norm(x, None, beta)
+    np.testing.assert_array_equal(mean, x[0].astype(np.float64))
+    np.testing.assert_array_equal(var, np.zeros(40))
+    np.testing.assert_array_equal(y[0], beta)
+    x[0, [3, 30]] = np.inf, np.nan
+    found = fastbn.batch_norm(x, None, beta)
+    for actual, usual in zip(found, (y, mean, var), strict=True):
+        bad = np.isnan(actual).reshape(-1)
+        assert list(np.flatnonzero(bad)) == [3, 30]
+        np.testing.assert_array_equal(actual.reshape(-1)[~bad], usual.reshape(-1)[~bad])
