@@ -106,16 +106,28 @@ class Span:
 
 
 class Sharing(NamedTuple):
-    """What shares statistics within a sample: groups of `pool` consecutive channels; the shape of
-    a table of them as the caller sees it."""
+    """What shares statistics: groups of `pool` consecutive channels, of so many samples; the shape
+    of a table of them as the caller sees it."""
 
     groups: int
     pool: int
     shape: tuple[int, ...]
+    samples: int = 1
 
 
 SharingOf = Callable[[int, int], Sharing]
 """From the numbers of samples and channels."""
+
+
+def by_virtual_batch(size: Any) -> Callable[[int, int], Sharing | None]:
+    """Whole virtual batches; None where what is left of the samples is another one."""
+
+    def sharing(samples: int, channels: int) -> Sharing | None:
+        if type(size) is not int or size < 1 or samples % size:
+            return None
+        return Sharing(channels, 1, (samples // size, channels), size)
+
+    return sharing
 
 
 class Call:

@@ -29,7 +29,7 @@ from fastbn.backends.base import (
     normal_scale,
     quiet,
 )
-from fastbn.call import Call, Span, returned
+from fastbn.call import Call, Span, by_virtual_batch, returned
 from fastbn.config import current
 from fastbn.results import (
     BatchNormResult,
@@ -118,10 +118,16 @@ def batch_norm(
     (True, dtype('float32'), dtype('float64'))
     """
     backend, threads = current()
-    if where is None and weights is None and virtual_batch is None:
-        plain = backend.plain_batch_norm(
-            x, gamma, beta, eps, layout, activation, residual, out, threads
-        )
+    if where is None and weights is None:
+        if virtual_batch is None:
+            plain = backend.plain_batch_norm(
+                x, gamma, beta, eps, layout, activation, residual, out, threads
+            )
+        else:
+            sharing = by_virtual_batch(virtual_batch)
+            plain = backend.plain_samples(
+                x, sharing, gamma, beta, eps, layout, activation, residual, out, threads
+            )
         if plain is not None:
             return BatchNormResult(*plain)
     selected = layout, where, weights
@@ -589,8 +595,14 @@ def _gradients(
 ) -> Gradients | ResidualGradients:
     """Both backward functions; `frozen` is what tells them apart."""
     backend, threads = current()
-    if where is None and weights is None and sums is None and virtual_batch is None:
-        plain = backend.plain_backward(*arguments, frozen, out, threads)
+    if where is None and weights is None and sums is None:
+        if virtual_batch is None:
+            plain = backend.plain_backward(*arguments, frozen, out, threads)
+        else:
+            sharing = by_virtual_batch(virtual_batch)
+            plain = backend.plain_samples_backward(
+                *arguments[:2], sharing, *arguments[2:], out, threads
+            )
         if plain is not None:
             return named(*plain)
     dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual = arguments

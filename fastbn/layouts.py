@@ -28,6 +28,9 @@ from numpy.typing import NDArray
 LAYOUTS = {"NCHW": 1, "NHWC": -1}
 """The layouts' names, and the axis that holds the channels."""
 
+SHORT = 16
+"""Values: shorter planes of a single channel are taken as one, for they fill no vector."""
+
 
 def channel_axis(layout: str, ndim: int) -> int:
     """Axis of the channels in an array of rank `ndim`, counted from the front."""
@@ -69,9 +72,9 @@ class Arrangement:
         n = prod(x.shape[axis] for axis in axes[:at])
         s = prod(x.shape[axis] for axis in axes[at + 1 :])
         groups = runs or 1
-        if x.shape[channel] == 1 and s == 1 and (runs is not None or not by_sample):
-            # A single column: a run's samples are the contiguous values of one channel.
-            n, s = groups, n // groups
+        if x.shape[channel] == 1 and s < SHORT and (runs is not None or not by_sample):
+            # All values of a run are those of one channel.
+            n, s = groups, n * s // groups
         if n == groups and s == 1 and are_rows(x.shape[channel] // pool, pool):
             return Arrangement(axes, (1, 1, n * x.shape[channel] // pool, pool), by_row=True)
         return Arrangement(axes, (groups, n // groups, x.shape[channel], s))

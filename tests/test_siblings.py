@@ -359,6 +359,19 @@ def test_constant_groups(eps: float) -> None:
 
 
 @pytest.mark.usefixtures("variant")
+def test_gradients_of_zero_have_no_sign() -> None:
+    """A negative sum times a scale of 0 is -0, and 0 once it is added to others: everywhere."""
+    x, mean, var = np.zeros((1, 3)), np.ones((1, 3)), np.zeros((1, 3))
+    gamma = np.ones(6)
+    expected = {name: np.zeros(3) for name in ("dgamma", "dbeta")}
+    for vector in (gamma[:3], gamma[::2]):
+        found = fastbn.instance_norm_backward(x, x + 2, mean, var, vector, eps=0.0)._asdict()
+        assert_same_bits({name: found[name] for name in expected}, expected)
+        found = fastbn.instance_norm_backward(x - 1, x + 2, mean, var, vector, eps=0.0)._asdict()
+        assert_same_bits({"dgamma": found["dgamma"]}, {"dgamma": np.zeros(3)})
+
+
+@pytest.mark.usefixtures("variant")
 def test_nothing_warns() -> None:
     """Half types round what is too large to infinity, and parts of a batch add up, quietly."""
     with np.errstate(all="raise", under="ignore"):

@@ -19,7 +19,7 @@ from fastbn._caches import (
 )
 from fastbn.backends.base import ROW_BYTES, SUM_BYTES, depth
 from fastbn.elements import is_bfloat16
-from fastbn.layouts import are_rows
+from fastbn.layouts import SHORT, are_rows
 
 cimport numpy as cnp
 from cython cimport floating
@@ -30,7 +30,7 @@ from libc.string cimport memcpy, memset
 
 from fastbn._ext.task cimport (
     AFFINE, AHEAD, GRADIENT_MOMENTS, INPUT_GRADIENT, MOMENTS, NO_MAP, NO_REDUCE, PACKED, ROWS_PICKED,
-    WIDE, Map, Operand, Reduce, Run, Table, Task,
+    WIDE, Map, Operand, Reduce, Run, Table, Task, sums_pitch,
 )
 
 cnp.import_array()
@@ -90,6 +90,7 @@ cdef enum:
     CHUNK = 16384           # values of a channel in a chunk: the lanes' sums stay short
     FEWEST_ROWS = 64        # samples in a chunk, channels inside
     MOST_ROWS = 1024        # twice that of half types: sums take up 0.4 % of what is summed
+    MANY_CHANNELS = 1024    # of a run, which is worked on as fast as several joined
     OVERFLOWING = 65536     # bytes of coefficients that L1 does not keep from row to row
 
 
@@ -117,7 +118,7 @@ tuning.scratch = SCRATCH
 
 cdef Py_ssize_t most_folded = MOST_FOLDED, scratch = SCRATCH, scratch_part = SCRATCH_PART
 cdef Py_ssize_t row_bytes = ROW_BYTES, sum_bytes = SUM_BYTES
-cdef Py_ssize_t call_bytes = CHANNEL_BYTES
+cdef Py_ssize_t call_bytes = CHANNEL_BYTES, short_plane = SHORT
 cdef double calls_share = CALLS_SHARE
 
 
@@ -304,7 +305,6 @@ cdef void set_rows(Task* t) noexcept nogil:
         t.together = max(t.together, 4)
     if t.mask != NULL:
         t.few = min(t.few, ROWS_PICKED)
-        # Row by row they are but one stream.
         t.together = ROWS_PICKED if t.C >= WIDE else min(t.together, ROWS_PICKED)
 
 
@@ -348,7 +348,7 @@ cdef Py_ssize_t owners_of(Task* t) noexcept nogil:
 cdef int set_scratch(Task* t, char** memory) except -1 nogil:
     """The tables between the passes."""
     cdef Py_ssize_t owners = owners_of(t)
-    cdef Py_ssize_t table = owners * t.pitch * sizeof(double)
+    cdef Py_ssize_t table = owners * sums_pitch(t) * sizeof(double)
     cdef Py_ssize_t packed = owners * t.pitch * PACKED * t.real_bytes
     cdef Py_ssize_t reducing = 0 if t.reduce == NO_REDUCE else 1
     cdef Py_ssize_t samples = columns_of_samples(t)
@@ -357,17 +357,22 @@ cdef int set_scratch(Task* t, char** memory) except -1 nogil:
         t.packed = t.prepared
         return 0
     memory[0] = <char*> PyMem_RawMalloc(rows_of_sums(t) * table + packed + 3 * samples
-                                        + reducing * t.G * sizeof(Py_ssize_t) + 11 * LINE)
+                                        + reducing * t.G * sizeof(Py_ssize_t) + owners + 12 * LINE)
     if memory[0] == NULL:
         raise MemoryError("fastbn: no memory for the tables of sums")
     free = memory[0] + (-<size_t> memory[0] & (LINE - 1))
     t.shift = <double*> take(&free, reducing * table)
     t.unit = <double*> take(&free, reducing * table)
     t.total = <double*> take(&free, reducing * 2 * table)
-    t.each = <double*> take(&free, reducing * (2 * table if t.pool > 1 else 0))
+    t.each = <double*> take(&free, reducing * (2 * table if t.pool > 1 and not t.grouped else 0))
     t.lost = <double*> take(&free, reducing * (2 * table if t.kept < most_chunks(t) else 0))
     t.partial = <double*> take(&free, reducing * 2 * t.kept * table)
+    if most_chunks(t) == 1 and t.fold == 1:
+        t.total = t.partial     # the sums of one chunk are those of all
     t.packed = take(&free, packed)
+    if t.prepared == NULL:
+        t.extreme = <unsigned char*> take(&free, owners)
+        memset(t.extreme, 0, owners)
     t.starts = <Py_ssize_t*> take(&free, reducing * t.G * sizeof(Py_ssize_t))
     t.samples = <unsigned short*> take(&free, samples * sizeof(short))
     t.numbers = <unsigned char*> take(&free, samples)
@@ -457,6 +462,8 @@ cdef void join_runs(Task* t) noexcept nogil:
     cdef Py_ssize_t i
     cdef bint joins = True
     if t.G == 1 or t.N > 1 or t.fold > 1 or t.mask != NULL:
+        return
+    if t.reduce == GRADIENT_MOMENTS and t.channels >= MANY_CHANNELS:
         return
     joined = t[0]
     list_operands(&joined, operands)
@@ -700,32 +707,38 @@ cdef bint set_plain_shape(Task* t, object x, object layout):
             outer *= cnp.PyArray_DIM(x, i)
     else:
         return False
-    if C == 1 and inner == 1:
-        outer, inner = 1, outer
+    if C == 1 and inner < short_plane:
+        outer, inner = 1, outer * inner
     set_shape(t, 1, outer, C, inner, inner == 1)
     return True
 
 
 cdef object set_plain_samples(Task* t, object x, object layout, object sharing):
-    """A plain shape with each sample as a run or as rows: the shape of a table of what shares
+    """A plain shape with some samples as a run, or as rows: the shape of a table of what shares
     statistics. None where tables of all rows would not be small."""
-    cdef Py_ssize_t N, C, S, groups, pool
+    cdef Py_ssize_t N, C, S, G, groups, pool, samples
     if not set_plain_shape(t, x, layout):
         return None
     set_element(t, element_of(x))
     N, C = cnp.PyArray_DIM(x, 0), t.channels
     S = cnp.PyArray_SIZE(x) // (N * C)
-    groups, pool, shape = sharing(N, C)
-    if S == 1 and are_rows(groups, pool):
+    shared = sharing(N, C)
+    if shared is None:
+        return None
+    groups, pool, shape, samples = shared
+    G = N // samples
+    if samples * S == 1 and are_rows(groups, pool):
         if N * groups * row_bytes > calls_limit(t):
             return None
         set_shape(t, 1, 1, N * groups, pool, False)
         t.period = groups
         return shape
-    if S == 1 or layout == "NHWC" and C > 1:
-        set_shape(t, N, S, C, 1, is_inside(S, 1, pool))
+    if C == 1 and (layout == "NHWC" or S < short_plane):
+        set_shape(t, G, 1, 1, samples * S, samples * S == 1)
+    elif S == 1 or layout == "NHWC":
+        set_shape(t, G, samples * S, C, 1, is_inside(samples * S, 1, pool))
     else:
-        set_shape(t, N, 1, C, S, False)
+        set_shape(t, G, samples, C, S, False)
     t.pool = pool
     return shape
 
@@ -970,6 +983,27 @@ cdef class Engine:
         sums = sums[: 2 * t.period * t.places].reshape(2, t.period, t.places)
         return sums[:, :, : t.S]
 
+    cdef tuple sum_runs(self, Task* t, cnp.ndarray x, int threads):
+        """Run, some runs and channels at a time, whose tables of sums are small, and add up the sums
+        of all runs, one after the other."""
+        cdef Py_ssize_t limit = calls_limit(t) // sum_bytes, C, G, g, c = 0
+        cdef cnp.ndarray first = new_vector(t.channels, cnp.NPY_FLOAT64, True)
+        cdef cnp.ndarray second = new_vector(t.channels, cnp.NPY_FLOAT64, True)
+        cdef cnp.ndarray firsts, seconds
+        cdef Task part
+        C = t.C if t.fold > 1 or t.pool > 1 else min(max(limit // LANES, 1) * LANES, t.C)
+        G = max(limit // C, 1)
+        while c < t.C:
+            g = 0
+            while g < t.G:
+                part = part_of(t, g, min(G, t.G - g), c, min(C, t.C - c))
+                firsts, seconds = self.with_tables(&part, x, threads)
+                add_runs(first, firsts, c)
+                add_runs(second, seconds, c)
+                g += G
+            c += C
+        return first, second
+
     # The functions of a backend
 
     def moments(self, cnp.ndarray x, int threads, selection):
@@ -1135,9 +1169,9 @@ cdef class Engine:
         set_pitch(&t)
         # The packed coefficients are what a call without samples leaves in its scratch.
         if t.C > 0:
-            t.packed, run = made.single, self.runs[<int> F32]
+            t.packed, t.extreme, run = made.single, made.extreme, self.runs[<int> F32]
             run(&t)
-            t.packed, run = made.double, self.runs[<int> F64]
+            t.packed, t.extreme, run = made.double, made.extreme + 1, self.runs[<int> F64]
             run(&t)
         return made.normalize
 
@@ -1175,26 +1209,34 @@ cdef class Engine:
         cdef int element
         memset(&t, 0, sizeof(Task))
         shape = set_plain_samples(&t, x, layout, sharing)
-        if shape is None or not is_like(dy, x):
+        if shape is None or not is_like(dy, x) or not (params is True or params is False):
             return None
         if not are_statistics(mean, shape) or not are_statistics(var, shape):
             return None
-        if t.G * t.channels * sum_bytes > calls_limit(&t):
+        if t.period == 0 and not may_cut_sums(&t):
             return None
         t.mean, t.var = sample_table(&t, mean), sample_table(&t, var)
         results = set_plain_backward(&t, dy, x, mean, var, gamma, eps, activation, y, dresidual,
                                      False, False, out)
         if results is None:
             return None
-        if t.period == 0:
-            sums = self.with_tables(&t, x, threads)
-        else:
-            sums = self.go_back_by_column(&t, x, gamma, threads).reshape(2, 1, -1)
         out, dresidual = results
+        element = gradient_type(dy if gamma is None else gamma)
+        if t.period > 0:
+            sums = self.go_back_by_column(&t, x, gamma, threads).reshape(2, -1)
+            dgamma, dbeta = sums.astype(cnp.PyArray_DescrFromType(element))
+        elif t.G == 1:
+            dgamma, dbeta = new_vector(t.channels, element), new_vector(t.channels, element)
+            t.first, t.second = table(dgamma), table(dbeta)
+            self.go(&t, x, threads)
+            without_sign(dgamma)
+            without_sign(dbeta)
+        else:
+            dgamma, dbeta = self.sum_runs(&t, x, threads)
+            dgamma, dbeta = cnp.PyArray_Cast(dgamma, element), cnp.PyArray_Cast(dbeta, element)
         if not params:
             return out, None, None, dresidual
-        element = gradient_type(dy if gamma is None else gamma)
-        return out, add_up(sums[0], element), add_up(sums[1], element), dresidual
+        return out, dgamma, dbeta, dresidual
 
 
 cdef object set_plain_forward(Task* t, object x, object gamma, object beta, object eps,
@@ -1256,20 +1298,30 @@ cdef tuple set_plain_backward(Task* t, object dy, object x, object mean, object 
     return out, dresidual
 
 
-cdef cnp.ndarray add_up(cnp.ndarray sums, int element):
-    """The sums of all runs, (G, C) and dense: of each column one after the other, into the first."""
+cdef bint may_cut_sums(Task* t) noexcept:
+    """Whether the sums of a run may be taken some channels at a time, or need not."""
+    return t.fold == 1 and t.pool == 1 or t.channels * sum_bytes <= calls_limit(t)
+
+
+cdef void add_runs(cnp.ndarray totals, cnp.ndarray sums, Py_ssize_t first):
+    """Add the sums of some runs, (G, C) and dense, to those of channels from the first on."""
     cdef Py_ssize_t G = cnp.PyArray_DIM(sums, 0), C = cnp.PyArray_DIM(sums, 1), g, c
-    cdef double* total = <double*> cnp.PyArray_DATA(sums)
-    cdef cnp.ndarray result = new_vector(C, element)
-    for g in range(1, G):
+    cdef double* total = <double*> cnp.PyArray_DATA(totals) + first
+    cdef const double* sum = <double*> cnp.PyArray_DATA(sums)
+    for g in range(G):
         for c in range(C):
-            total[c] += total[g * C + c]
-    for c in range(C):
-        if element == cnp.NPY_FLOAT64:
-            (<double*> cnp.PyArray_DATA(result))[c] = total[c]
-        else:
-            (<float*> cnp.PyArray_DATA(result))[c] = <float> total[c]
-    return result
+            total[c] += sum[g * C + c]
+
+
+cdef void without_sign(cnp.ndarray a):
+    """-0 as 0, as of sums that began with 0."""
+    cdef Py_ssize_t i, n = cnp.PyArray_DIM(a, 0)
+    if cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32:
+        for i in range(n):
+            (<float*> cnp.PyArray_DATA(a))[i] += 0
+    else:
+        for i in range(n):
+            (<double*> cnp.PyArray_DATA(a))[i] += 0
 
 
 cdef int arithmetic_type(Task* t) noexcept:
@@ -1378,6 +1430,7 @@ cdef class Frozen:
     cdef object memory
     cdef char* single
     cdef char* double
+    cdef unsigned char[2] extreme   # of these two
 
     def __init__(self, Engine engine, Py_ssize_t channels, str layout, activation):
         cdef Py_ssize_t bytes_of_reals = 4 * pitch_of(channels) * sizeof(double)
@@ -1391,6 +1444,7 @@ cdef class Frozen:
 
     def normalize(self, x, residual, out, int threads):
         cdef Task t
+        cdef bint wide
         memset(&t, 0, sizeof(Task))
         if not set_plain_shape(&t, x, self.layout) or t.channels != self.channels:
             return None
@@ -1404,6 +1458,8 @@ cdef class Frozen:
         t.slope, t.top = self.slope, self.top
         t.reduce, t.map = NO_REDUCE, AFFINE
         t.x, t.out = dense(&t, x), dense(&t, out)
-        t.prepared = self.double if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64 else self.single
+        wide = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64
+        t.prepared = self.double if wide else self.single
+        t.extreme = self.extreme + wide
         self.engine.go(&t, x, threads)
         return out

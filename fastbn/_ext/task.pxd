@@ -33,7 +33,8 @@ cdef enum:
     KEEPS = 16          # that product is stored, as the residual's gradient
     SELECTED = 32       # places are masked and, in moments and their gradient, samples weighed
     BY_COLUMN = 64      # gamma and beta are of places in a plane, not of planes
-    KINDS = 128         # above all sums of these
+    GENERAL = 128       # extreme scales, and so all of these: see elementwise.pxi
+    KINDS = 256         # above all sums of these
 
 cdef struct Task:
     Reduce reduce
@@ -93,14 +94,15 @@ cdef struct Task:
     Py_ssize_t stretch, few, together
     int threads
     long next_block
-    # Scratch, `pitch` (C rounded up to whole vectors) apart: (G, ...) tables.
+    # Scratch, `pitch` (C rounded up to whole vectors) apart: (G, ...) tables. Those of sums are
+    # `sums_pitch` apart.
     Py_ssize_t pitch
     double* shift       # (G, pitch): what is subtracted from x before summing
     double* unit        # (G, pitch): a power of two that keeps float64 squares in range
     # (G, kept, 2, pitch): each chunk's two sums; who sums all chunks adds them up one by one.
     double* partial
     Py_ssize_t kept
-    double* total       # (G, 2, pitch): the merged sums
+    double* total       # (G, 2, pitch): the merged sums; `partial` itself where one chunk is all
     double* lost        # (G, 2, pitch): what roundings have taken from them, where one is kept
     double* each        # (G, 2, pitch): mean and var of channels that are pooled
     Py_ssize_t* starts  # (G): the first place that weighs anything
@@ -108,13 +110,20 @@ cdef struct Task:
     unsigned short* samples
     unsigned char* numbers
     char* packed        # (G, PACKED, pitch) reals: the coefficients of the map
+    unsigned char* extreme  # (G): whether they take powers of two, which are 1 elsewhere
     # Coefficients that were packed before, for unfolded rows: then there is no small step.
     char* prepared
+
+
+cdef inline Py_ssize_t sums_pitch(const Task* t) noexcept nogil:
+    """Of the float64 tables, from one run to the next: those of what is grouped are groups'."""
+    return t.group_pitch if t.grouped else t.pitch
+
 
 ctypedef void (*Run)(Task*) noexcept nogil
 
 cdef enum:
     PACKED = 8          # the most coefficients that a map has
+    WIDE = 48           # columns; rows at least as wide are masked one by one
     ROWS_PICKED = 16    # the most rows that are worked on together where a mask picks places
-    WIDE = 48           # columns; rows at least as wide are picked one by one
     AHEAD = 4096        # bytes from a value to the one fetched meanwhile; rows are mapped with twice that

@@ -90,7 +90,7 @@ from fastbn.backends.base import (
 )
 from fastbn.elements import SINGLE, arithmetic, is_bfloat16
 from fastbn.errors import BackendError
-from fastbn.layouts import reshaped
+from fastbn.layouts import SHORT, reshaped
 
 LANES = 16
 """Values in one `Lanes`: a cache line of float32."""
@@ -2575,7 +2575,7 @@ def _plain_view(a: Any, layout: Any) -> Array | None:
         return None
     if c > LANES and c * _channel_bytes(n, s) > scratch(a.nbytes, 1.0):
         return None
-    return reshaped(a, (1, 1, 1, n)) if c == s == 1 else reshaped(a, (1, n, c, s))
+    return reshaped(a, (1, 1, 1, n * s) if c == 1 and s < SHORT else (1, n, c, s))
 
 
 def _plain_vectors(channels: int, *vectors: Any) -> bool:

@@ -1,0 +1,360 @@
+# Drive: which loops a call takes, and in which order blocks and chunks are worked on.
+#
+# 1. Over planes both passes run on one block of channels, the second walk in reverse, so that it
+#    starts on what the cache still holds. Rows are walked in the order of memory, by all threads
+#    together, which meet between the passes and then turn back; so are planes where single blocks
+#    would leave threads idle (few channels). A map alone goes forward: it has seen nothing.
+# 2. Rows by column, back: the sums of columns are taken in the same walk as the row's, one row after
+#    the other: theirs stay in memory, the row's in registers. They are kept for as many rows as
+#    depend on shape alone.
+
+# ---- Elementwise work, by kind ----
+
+# Each is a function of its own: compilers take twice as long over one that holds them all.
+cdef void map_y(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(0, t, p)
+cdef void map_activated(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(ACTIVE | (t.kind & RESIDUAL), t, p)
+cdef void map_dx(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(WITH_X, t, p)
+cdef void map_gated_dx(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(WITH_X | GATED | (t.kind & KEEPS), t, p)
+cdef void map_gated(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(GATED | (t.kind & KEEPS), t, p)
+cdef void map_y_by_column(const Task* t, const Piece* p) noexcept nogil:
+    map_planes_of(BY_COLUMN, t, p)
+cdef void map_activated_by_column(const Task* t, const Piece* p) noexcept nogil:
+    map_planes_of(BY_COLUMN | ACTIVE | (t.kind & RESIDUAL), t, p)
+cdef void map_dx_by_column(const Task* t, const Piece* p) noexcept nogil:
+    map_planes_of(BY_COLUMN | WITH_X, t, p)
+cdef void map_gated_dx_by_column(const Task* t, const Piece* p) noexcept nogil:
+    map_planes_of(BY_COLUMN | WITH_X | GATED | (t.kind & KEEPS), t, p)
+cdef void map_masked(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(SELECTED, t, p)
+cdef void map_masked_y(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(t.kind & (RESIDUAL | ACTIVE | GATED | KEEPS) | SELECTED, t, p)
+cdef void map_masked_dx(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(t.kind & (GATED | KEEPS) | WITH_X | SELECTED, t, p)
+cdef void map_general_y(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of((t.kind & ~WITH_X) | GENERAL, t, p)
+cdef void map_general_dx(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(t.kind | WITH_X | GENERAL, t, p)
+
+ctypedef void (*MapChunk)(const Task*, const Piece*) noexcept nogil
+
+cdef MapChunk[KINDS] maps
+maps[0], maps[ACTIVE], maps[GATED] = map_y, map_activated, map_gated
+maps[WITH_X], maps[WITH_X | GATED] = map_dx, map_gated_dx
+maps[BY_COLUMN], maps[BY_COLUMN | ACTIVE] = map_y_by_column, map_activated_by_column
+maps[BY_COLUMN | WITH_X] = map_dx_by_column
+maps[BY_COLUMN | WITH_X | GATED] = map_gated_dx_by_column
+
+
+cdef inline void map_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t j,
+                           Py_ssize_t ahead) noexcept nogil:
+    cdef Piece p
+    p.g, p.c0, p.c1, p.j, p.ahead = g, c0, c1, j, ahead
+    cdef bint dx = t.kind & WITH_X
+    if t.extreme[g]:
+        (map_general_dx if dx else map_general_y)(t, &p)
+    elif t.kind == SELECTED:
+        map_masked(t, &p)
+    elif t.mask != NULL:
+        (map_masked_dx if dx else map_masked_y)(t, &p)
+    else:
+        maps[t.kind & ~(RESIDUAL | KEEPS)](t, &p)
+
+
+# ---- Order of work ----
+
+cdef struct Block:
+    Py_ssize_t g, c0, c1    # channels [c0, c1) of run g
+
+
+cdef inline Block block(const Task* t, Py_ssize_t b, Py_ssize_t size) noexcept nogil:
+    cdef Py_ssize_t per_run = (t.C + size - 1) // size
+    cdef Block k
+    k.g = b // per_run
+    k.c0 = b % per_run * size
+    k.c1 = min(k.c0 + size, t.C)
+    return k
+
+
+cdef inline Py_ssize_t count_blocks(const Task* t, Py_ssize_t size) noexcept nogil:
+    return t.G * ((t.C + size - 1) // size)
+
+
+cdef inline Py_ssize_t next_block(Task* t, Py_ssize_t b, Py_ssize_t end) noexcept nogil:
+    """The block after b, whose next owner is free to be anyone or is known; `end` if none."""
+    return min(fetch_add(&t.next_block, 1) if t.shared else b + 1, end)
+
+
+cdef inline void enter(Operand* a, const Operand* whole, const Block* k) noexcept nogil:
+    if whole.data != NULL:
+        a.data = whole.data + (k.g * a.g + k.c0 * a.c) * <Py_ssize_t> sizeof(element)
+
+
+cdef inline void enter_table(Table* table, const Table* whole, const Block* k) noexcept nogil:
+    if whole.period > 0:
+        table.phase = whole.phase + k.c0
+    elif whole.data != NULL:
+        table.data = whole.data + k.g * table.g + k.c0 // max(table.pool, 1) * table.c
+
+
+cdef Task thread_of(const Task* t, Py_ssize_t thread) noexcept nogil:
+    """The task with a thread's tables, for blocks of its own."""
+    cdef Task own = t[0]
+    cdef Py_ssize_t pitch = sums_pitch(t)
+    own.shift += thread * pitch
+    own.unit += thread * pitch
+    own.total += thread * 2 * pitch
+    own.lost += thread * 2 * pitch
+    own.each += thread * 2 * pitch
+    own.partial += thread * t.kept * 2 * pitch
+    own.packed += thread * PACKED * t.pitch * <Py_ssize_t> sizeof(real)
+    own.extreme += thread
+    return own
+
+
+cdef void enter_block(Task* own, const Task* t, const Block* k) noexcept nogil:
+    """A thread's task on a block, as on a task of its own. (There may be a block for every few
+    values, and a Task is long: only what differs is written.)"""
+    enter(&own.x, &t.x, k)
+    enter(&own.source, &t.source, k)
+    enter(&own.other, &t.other, k)
+    enter(&own.out, &t.out, k)
+    enter(&own.dresidual, &t.dresidual, k)
+    enter_table(&own.mean, &t.mean, k)
+    enter_table(&own.var, &t.var, k)
+    enter_table(&own.gamma, &t.gamma, k)
+    enter_table(&own.beta, &t.beta, k)
+    enter_table(&own.first, &t.first, k)
+    enter_table(&own.second, &t.second, k)
+    own.phase = k.c0
+    own.starts = t.starts + k.g
+    if t.mask != NULL:
+        own.mask = t.mask + k.g * t.mask_g
+        own.G = t.G - k.g   # weights end where they did
+    if t.weights != NULL:
+        own.weights = t.weights + k.g * t.weights_g
+    if not t.inside:
+        own.C = own.channels = k.c1 - k.c0
+
+
+cdef Task groups_of(const Task* t) noexcept nogil:
+    """The task, or a block, on planes of whole groups, as they are summed."""
+    cdef Task groups = t[0]
+    groups.C = groups.channels = t.channels // t.pool
+    groups.N, groups.S, groups.x.c = 1 if t.inside else t.N, t.group_size, t.group_size
+    groups.inside, groups.fold, groups.tail, groups.stretch = False, 1, 0, groups.C
+    groups.count = t.count * t.pool
+    groups.chunks, groups.rows = t.group_chunks, t.group_rows
+    groups.pieces, groups.piece = t.group_pieces, t.group_piece
+    groups.pitch, groups.planes_ahead = t.group_pitch, 0
+    groups.pool = groups.first.pool = groups.second.pool = 1
+    return groups
+
+
+cdef void enter_groups(Task* groups, const Task* own) noexcept nogil:
+    """Those of another block."""
+    groups.x.data, groups.starts = own.x.data, own.starts
+    groups.first.data, groups.second.data = own.first.data, own.second.data
+    groups.C = groups.channels = groups.stretch = own.channels // own.pool
+
+
+cdef inline void reduce_columns(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
+                                Py_ssize_t j) noexcept nogil:
+    """Chunk j of a block, so many columns at a time as have their tables in L1."""
+    while c0 < c1:
+        reduce_chunk(t, g, c0, min(c0 + t.stretch, c1), j)
+        c0 += t.stretch
+
+
+cdef void reduce_block(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    cdef Py_ssize_t j
+    set_shift(t, g, c0, c1)
+    for j in range(t.chunks):
+        reduce_columns(t, g, c0, c1, j)
+        if t.kept < t.chunks:
+            add_chunk(t, g, c0, c1, j)
+
+
+cdef void run_blocks(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
+    """Each thread takes a block of channels at a time through the whole trip; the second walk may
+    fetch the block that comes after it."""
+    cdef Block k
+    cdef Py_ssize_t blocks = count_blocks(t, t.block), later, ahead, j
+    cdef Py_ssize_t end = blocks if t.shared else blocks * (thread + 1) // team
+    cdef Py_ssize_t b = next_block(t, blocks * thread // team - 1, end)
+    cdef Task own = thread_of(t, thread), groups
+    cdef const Task* summed = &own
+    if t.grouped:
+        groups = groups_of(&own)
+        summed = &groups
+    while b < end:
+        k = block(t, b, t.block)
+        enter_block(&own, t, &k)
+        if t.grouped:
+            enter_groups(&groups, &own)
+        reduce_block(summed, 0, 0, summed.C)
+        own.extreme[0] = False
+        finalize(&own, summed, 0, 0, own.C)
+        later = next_block(t, b, end)
+        ahead = (later - b) * t.block if t.lookahead and later < end else 0
+        if t.map != NO_MAP:
+            for j in range(t.chunks - 1, -1, -1):
+                map_chunk(&own, 0, 0, own.C, j, ahead)
+        b = later
+
+
+cdef void run_split(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
+    """All threads share the chunks of all channels: unit u is chunk u // blocks of block u % blocks.
+    Each sums its own in the order in which memory has them and, from where it came to, writes back."""
+    cdef Task groups = groups_of(t) if t.grouped else t[0]
+    cdef Py_ssize_t blocks = count_blocks(&groups, t.block), units = blocks * groups.chunks, u, b
+    cdef Py_ssize_t b0 = blocks * thread // team, b1 = blocks * (thread + 1) // team, u0, u1, i
+    cdef Block k
+    if t.reduce != NO_REDUCE:
+        for b in range(b0, b1):
+            k = block(&groups, b, t.block)
+            set_shift(&groups, k.g, k.c0, k.c1)
+        team_barrier()
+        for u in range(units * thread // team, units * (thread + 1) // team):
+            k = block(&groups, u % blocks, t.block)
+            reduce_chunk(&groups, k.g, k.c0, k.c1, u // blocks)
+        team_barrier()
+    if t.pool > 1:
+        for b in range(t.G * thread // team, t.G * (thread + 1) // team):
+            finalize(t, &groups, b, 0, t.C)
+    else:
+        for b in range(b0, b1):
+            k = block(t, b, t.block)
+            finalize(t, t, k.g, k.c0, k.c1)
+    if t.map == NO_MAP:
+        return
+    team_barrier()
+    blocks = count_blocks(t, t.map_block)
+    units = blocks * t.chunks
+    u0, u1 = units * thread // team, units * (thread + 1) // team
+    for i in range(u1 - u0):
+        u = u0 + i if t.reduce == NO_REDUCE else u1 - 1 - i
+        k = block(t, u % blocks, t.map_block)
+        map_chunk(t, k.g, k.c0, k.c1, u // blocks, 0)
+
+
+# ---- Rows, back: both ways at once ----
+
+cdef inline void sum_row(int kind, const Task* t, Py_ssize_t c, Py_ssize_t j, double mean,
+                         double rstd, double* column) noexcept nogil:
+    """The sums of row c over chunk j, and of its columns."""
+    cdef Chunk k = chunk(t, j)
+    cdef Py_ssize_t s, size = k.s1 - k.s0, whole = size // 16 * 16
+    cdef Py_ssize_t place = row_of_gamma(t, c) * t.places + k.s0
+    cdef const double* gamma = t.gamma_wide + place
+    cdef double* dy_xhat = column + place
+    cdef double* dy = dy_xhat + t.period * t.places
+    cdef double* sum = sums(t, 0, j) + c
+    cdef wide first = wsplat(0), second = wsplat(0)
+    cdef Summed p = summed_at(t, 0, 0, c, k.s0)
+    p.x_ahead = p.dy_ahead = p.y_ahead = ahead_values()
+    for s in range(0, whole, 16):
+        fetch_summed(kind, &p, s)
+        add_both_ways(p.dy + s, p.x + s, p.y + s, 16, mean, rstd, gamma + s,
+                      &p.activation if kind & GATED else NULL, &first, &second, dy_xhat + s, dy + s)
+    if whole < size:
+        add_both_ways(p.dy + whole, p.x + whole, p.y + whole, size - whole, mean, rstd,
+                      gamma + whole, &p.activation if kind & GATED else NULL, &first, &second,
+                      dy_xhat + whole, dy + whole)
+    sum[0], sum[t.pitch] = wsum(first), wsum(second)
+
+
+cdef inline void sum_rows_of(int kind, const Task* t, double* column) noexcept nogil:
+    """The sums of a block's rows, one after the other, and of its columns."""
+    cdef Py_ssize_t c, j
+    cdef double mean, var, rstd
+    for c in range(t.C):
+        mean, var = entry(&t.mean, 0, c, 0), entry(&t.var, 0, c, 1)
+        rstd = 1 / sqrt(var + t.eps) if var + t.eps != 0 else 0
+        for j in range(t.chunks):
+            sum_row(kind, t, c, j, mean, rstd, column)
+
+
+cdef void sum_both_ways(const Task* t, double* column) noexcept nogil:
+    if t.kind & GATED:
+        sum_rows_of(WITH_X | GATED, t, column)
+    else:
+        sum_rows_of(WITH_X, t, column)
+
+
+cdef void add_up_columns(const Task* t, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """The pieces' sums, from one place to another, into those of the first piece."""
+    cdef Py_ssize_t i, piece, size = 2 * t.period * t.places
+    for piece in range(1, (t.C + t.deep - 1) // t.deep):
+        for i in range(first, end):
+            t.column_sums[i] += t.column_sums[piece * size + i]
+
+
+cdef void run_rows(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
+    """The backward trip by column: each thread takes pieces of rows, and of these a block at a time
+    through both passes."""
+    cdef Py_ssize_t pieces = (t.C + t.deep - 1) // t.deep, size = 2 * t.period * t.places
+    cdef Py_ssize_t piece, c, end, j
+    cdef Task own = thread_of(t, thread)
+    cdef Block k
+    cdef double* sum
+    for piece in range(pieces * thread // team, pieces * (thread + 1) // team):
+        c, end = piece * t.deep, min((piece + 1) * t.deep, t.C)
+        sum = t.column_sums + piece * size
+        memset(sum, 0, size * sizeof(double))
+        while c < end:
+            k.g, k.c0, k.c1 = 0, c, min(c + t.block, end)
+            enter_block(&own, t, &k)
+            sum_both_ways(&own, sum)
+            own.extreme[0] = False
+            finalize(&own, &own, 0, 0, own.C)
+            for j in range(t.chunks - 1, -1, -1):
+                map_chunk(&own, 0, 0, own.C, j, 0)
+            c = k.c1
+    team_barrier()
+    add_up_columns(t, size * thread // team, size * (thread + 1) // team)
+
+
+cdef void work(Task* t, int thread, int team) noexcept nogil:
+    cdef fp_mode mode = usual_mode()
+    if t.column_sums != NULL:
+        run_rows(t, thread, team)
+    elif t.split:
+        run_split(t, thread, team)
+    else:
+        run_blocks(t, thread, team)
+    if t.stream:
+        stream_fence()
+    restore_mode(mode)
+
+
+cdef int kind_of(const Task* t) noexcept nogil:
+    """What a map does beside (or, with x, instead of) an affine map of its source."""
+    cdef int kind = WITH_X if t.map == INPUT_GRADIENT else 0
+    if t.mask != NULL:
+        kind |= SELECTED
+    if t.period > 0:
+        kind |= BY_COLUMN
+    if t.y.data != NULL:
+        return kind | GATED | (KEEPS if t.dresidual.data != NULL else 0)
+    if t.residual.data != NULL:
+        return kind | ACTIVE | RESIDUAL
+    return kind | (ACTIVE if t.slope != 1 else 0)
+
+
+cdef inline Operand either(const Operand* a, const Operand* b) noexcept nogil:
+    return b[0] if a.data == NULL else a[0]
+
+
+cdef void settle(Task* t) noexcept nogil:
+    """What the loops go by. An operand that is not there, and not read, is where another is."""
+    t.kind = kind_of(t)
+    t.source = either(&t.dy, &t.x)
+    t.x = either(&t.x, &t.dy)
+    t.other = either(&t.y, &t.residual)
+    t.other = either(&t.other, &t.source)
+    t.dresidual = either(&t.dresidual, &t.out)
