@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from memory import FORMS, strided
-from variants import VARIANTS, Variant, activate
+from variants import CYTHON, VARIANTS, Variant, activate
 
 import fastbn
 from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of, to_layout
 
-COMPILED = [name for name in VARIANTS if name in ("numba", "cython-portable")]
+COMPILED = [name for name in VARIANTS if name == "numba"] + [*CYTHON[-1:]]
 SHAPES = [
     (2, 50_000),
     (300, 5000),
