@@ -195,9 +195,10 @@ def get_config() -> dict[str, Any]:
     dict
         version ("unknown" where fastbn was not installed), python, numpy, platform; backend,
         backend_source, backends (usable here: each is imported to see), unusable (the others, and
-        why); isa, isa_source, isas (usable here); openmp (whether the kernels were built with it);
-        threads, threads_source. isa and openmp are None where no compiled kernels run: then
-        isa_source says why.
+        instruction sets that were built for other processors, and why); isa, isa_source, isas
+        (built, and usable here); openmp (whether the kernels were built with it); threads,
+        threads_source. isa and openmp are None where no compiled kernels run: then isa_source says
+        why.
     """
     import platform  # costs milliseconds that no import of fastbn should pay
 
@@ -206,7 +207,7 @@ def get_config() -> dict[str, Any]:
     try:
         native = backends.native_facts()
     except BackendError as error:
-        native = backends.NativeFacts(None, str(error), (), None)
+        native = backends.NativeFacts(None, str(error), (), (), None)
     backend, threads = current()
     if backend.name != "cython" and native.isas:
         unused = f"the {backend.name} backend runs, which has none"
@@ -220,7 +221,7 @@ def get_config() -> dict[str, Any]:
         "backend": backend.name,
         "backend_source": "use_backend" if here else _default.backend_source,
         "backends": backends.usable(),
-        "unusable": backends.unusable(),
+        "unusable": (*backends.unusable(), *native.foreign),
         "isa": native.isa,
         "isa_source": native.isa_source,
         "isas": native.isas,
@@ -261,11 +262,10 @@ def _initial_backend() -> tuple[Backend, str]:
     asked = os.environ.get("FASTBN_BACKEND", "")
     if not asked or asked == "auto":
         backend = backends.get("auto")
-        if not backends.is_built("cython"):
+        if backend.name != "cython":
             warnings.warn(
-                f"fastbn's compiled kernels were never built, so the slower {backend.name} backend "
-                "runs; build them with: python -m pip install -e . (in a checkout, with a C "
-                "compiler)",
+                f"the slower {backend.name} backend of fastbn runs, for "
+                f"{backends.why_not('cython')} (with a C compiler)",
                 RuntimeWarning,
                 stacklevel=5,  # whoever imports fastbn
             )

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from fastbn import backends
+
 SETUP = Path(__file__).parents[1] / "setup.py"
 if not SETUP.exists():
     pytest.skip("setup.py is in a checkout alone", allow_module_level=True)
@@ -92,6 +94,17 @@ def test_native_is_the_best_that_runs(
     """By all that the compiler may use, and alone."""
     monkeypatch.setattr(Path, "read_text", lambda path, *_: f"flags\t\t: {flags}\nbugs\t\t:\n")
     assert kernels("native", monkeypatch) == [PROCESSORS[flags]]
+
+
+@pytest.mark.skipif(not backends.is_built("cython"), reason="the compiled kernels are not built")
+def test_native_is_what_the_kernels_would_choose(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The build and the import agree on what this machine runs."""
+    from fastbn._ext import cpu
+
+    best = next(isa for isa, runs in cpu.instruction_sets().items() if runs)
+    assert kernels("native", monkeypatch, platform.machine()) == [best]
 
 
 BAD = [

@@ -8,6 +8,7 @@ cimport cython
 cdef extern from *:
     """
     #ifdef __x86_64__
+    #define IS_X86_64 1
     #include <cpuid.h>
     static int has_f16c(void) {
         unsigned a, b, c = 0, d;
@@ -19,6 +20,7 @@ cdef extern from *:
     #define runs_avx512() (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") \
         && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && has_f16c())
     #else
+    #define IS_X86_64 0
     #define runs_sse2() 0
     #define runs_avx2() 0
     #define runs_avx512() 0
@@ -35,6 +37,7 @@ cdef extern from *:
     #define omp_get_place_proc_ids(place, ids) ((void)(ids))
     #endif
     """
+    bint IS_X86_64
     bint runs_sse2()
     bint runs_avx2()
     bint runs_avx512()
@@ -47,9 +50,12 @@ cdef extern from *:
 
 
 def instruction_sets():
-    """Their names, the best first; the flags they stand for are in setup.py."""
-    sets = {"avx512": runs_avx512(), "avx2": runs_avx2(), "sse2": runs_sse2(), "portable": True}
-    return tuple(name for name, runs in sets.items() if runs)
+    """Those of this architecture by name, the best first, and whether the processor runs each; the
+    flags they stand for are in setup.py."""
+    sets = {"portable": True}
+    if IS_X86_64:
+        sets = {"avx512": runs_avx512(), "avx2": runs_avx2(), "sse2": runs_sse2()} | sets
+    return sets
 
 
 def has_openmp():

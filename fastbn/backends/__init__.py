@@ -46,11 +46,12 @@ an import is left behind, and a second one would only hide the reason."""
 
 
 class NativeFacts(NamedTuple):
-    """What `get_config` tells about the compiled kernels; None where they are not built."""
+    """What `get_config` tells about the compiled kernels; None where none can run."""
 
     isa: str | None
     isa_source: str
     isas: tuple[str, ...]
+    foreign: tuple[str, ...]
     openmp: bool | None
 
 
@@ -107,21 +108,22 @@ def get(name: Any) -> Backend:
         raise kind(f"backend is {shown(name)}, expected one of {known}; usable here: {_listed()}")
     if asked != "auto":
         return _load(asked)
-    # Kernels that are there and broken are an error; numba is passed over.
-    return _load("cython" if is_built("cython") else usable()[0])
+    # Kernels that are there and broken are an error; those of other processors are passed over, as
+    # numba is.
+    passed = why_not("cython") is not None and ("cython", "load") not in _failed
+    return _load(usable()[0] if passed else "cython")
 
 
 def native_facts() -> NativeFacts:
     """The compiled kernels' instruction sets and OpenMP, whichever backend is in force."""
-    remedy = BACKENDS["cython"].remedy
-    if not is_built("cython"):
-        if ASKED_ISA not in ("", "auto"):
-            raise BackendError(
-                f"environment variable FASTBN_ISA is {shown(ASKED_ISA)}, expected it unset or "
-                f"'auto': there is no instruction set to choose, for {remedy}"
-            )
-        return NativeFacts(None, remedy, (), None)
-    facts: NativeFacts = _call("cython", "facts")
+    facts = NativeFacts(None, BACKENDS["cython"].remedy, (), (), None)
+    if is_built("cython"):
+        facts = _call("cython", "facts")
+    if not facts.isas and ASKED_ISA not in ("", "auto"):
+        raise BackendError(
+            f"environment variable FASTBN_ISA is {shown(ASKED_ISA)}, expected it unset or 'auto': "
+            f"there is no instruction set to choose, for {facts.isa_source}"
+        )
     return facts
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastbn._ext import cpu, entry
 from fastbn.activations import Activation
-from fastbn.backends import ASKED_ISA, NativeFacts
+from fastbn.backends import ASKED_ISA, NativeFacts, isas
 from fastbn.backends.base import (
     Affine,
     Array,
@@ -20,7 +20,7 @@ from fastbn.backends.base import (
     Table,
     Tail,
 )
-from fastbn.errors import BackendError, shown
+from fastbn.errors import BackendError
 
 
 class NativeBackend(Backend):
@@ -172,32 +172,33 @@ _variants: dict[str, NativeBackend] = {}
 def variant(isa: str) -> NativeBackend:
     """The backend on the instruction set `isa`, one of `facts().isas`."""
     if isa not in _variants:
+        isas.check("isa", isa)
         _variants[isa] = NativeBackend(isa)
     return _variants[isa]
 
 
 def _picked() -> tuple[str, str]:
     """The instruction set that FASTBN_ISA asks for, or the best, and who decided."""
-    usable = cpu.instruction_sets()
     asked = ASKED_ISA
     if not asked or asked == "auto":
-        return usable[0], "FASTBN_ISA" if asked else "best that runs here"
-    if asked not in usable:
-        raise BackendError(
-            f"environment variable FASTBN_ISA is {shown(asked)}, expected one of the instruction "
-            f"sets that can run here: auto, {', '.join(usable)}; set one of them, or unset it"
-        )
+        return isas.usable()[0], "FASTBN_ISA" if asked else "best that runs here"
+    isas.check("environment variable FASTBN_ISA", asked)
     return asked, "FASTBN_ISA"
 
 
 def load() -> Backend:
     """The backend on the instruction set that the environment asks for."""
+    if not isas.usable():
+        raise BackendError(isas.why_none())
     return variant(_picked()[0])
 
 
 def facts() -> NativeFacts:
     """What `fastbn.get_config` tells of the compiled kernels."""
-    return NativeFacts(*_picked(), cpu.instruction_sets(), cpu.has_openmp())
+    usable = isas.usable()
+    if not usable:
+        return NativeFacts(None, isas.why_none(), (), (), None)
+    return NativeFacts(*_picked(), usable, isas.foreign(), cpu.has_openmp())
 
 
 def _walkable(a: Array, pool: int = 1) -> Array:
