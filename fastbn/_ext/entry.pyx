@@ -1213,7 +1213,7 @@ cdef class Engine:
             return None
         if not are_statistics(mean, shape) or not are_statistics(var, shape):
             return None
-        if t.period == 0 and not may_cut_sums(&t):
+        if t.period == 0 and t.G > 1 and not may_cut_sums(&t):
             return None
         t.mean, t.var = sample_table(&t, mean), sample_table(&t, var)
         results = set_plain_backward(&t, dy, x, mean, var, gamma, eps, activation, y, dresidual,

@@ -499,14 +499,19 @@ cdef void sum_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t co
 cdef void pool_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c0) noexcept nogil:
     """dgamma and dbeta of a group's channels -> the means of gamma*dy*xhat and gamma*dy, instead."""
     cdef double* total = t.total + g * 2 * t.pitch
-    cdef double dy_xhat = 0, dy = 0, gamma
-    cdef Py_ssize_t c
-    for c in range(c0, c0 + t.pool):
-        gamma = entry(&t.gamma, g, c, 1)
-        dy_xhat += gamma * total[c]
-        dy += gamma * total[t.pitch + c]
-    for c in range(c0, c0 + t.pool):
-        total[c], total[t.pitch + c] = dy_xhat / (t.count * t.pool), dy / (t.count * t.pool)
+    cdef double[STEP] gammas
+    cdef const double* gamma
+    cdef double dy_xhat = 0, dy = 0
+    cdef Py_ssize_t c, i, count, end = c0 + t.pool
+    for c from c0 <= c < end by STEP:
+        count = min(STEP, end - c)
+        gamma = gather(&t.gamma, g, c, count, ones, gammas)
+        for i in range(count):
+            dy_xhat += gamma[i] * total[c + i]
+            dy += gamma[i] * total[t.pitch + c + i]
+    dy_xhat, dy = dy_xhat / (t.count * t.pool), dy / (t.count * t.pool)
+    for c in range(c0, end):
+        total[c], total[t.pitch + c] = dy_xhat, dy
 
 
 cdef inline int rows_of(const Task* t) noexcept nogil:
