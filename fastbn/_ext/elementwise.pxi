@@ -43,7 +43,7 @@ cdef void end_run(Line* line, element* end) noexcept nogil:
         vstore_part(end - own, vload(line.values + line.foreign), own)
 
 
-cdef void fill_line(Line* line, element* out, vec y, Py_ssize_t n) noexcept nogil:
+cdef inline void fill_line(Line* line, element* out, vec y, Py_ssize_t n) noexcept nogil:
     """The next n values of the run, no more than the line takes; they belong at `out`."""
     vstore(line.values + line.waiting, y)
     line.waiting += n
