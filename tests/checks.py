@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,16 @@ from benchmarks.oracle import (
 )
 
 COMPLEX_STEP = 1e-200
+
+
+@contextmanager
+def case(*words: object) -> Iterator[None]:
+    """One of many cases of a test: what fails in the block says which."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"in the case {', '.join(map(str, words))}")
+        raise
 
 
 def assert_within(actual: Array, expected: Any, bound: Any, what: str) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from bits import assert_same_bits
 from memory import FORMS, WRITEABLE, dense
-from variants import VARIANTS, Variant, activate
+from pairs import pairs
+from variants import VARIANTS, Variant, activate, each_backend
 
 import fastbn
 from benchmarks.oracle import ACTIVATIONS, DTYPES, HALVES, LAYOUTS, Array, channels_of
@@ -34,9 +35,7 @@ def made(x: Array, layout: str, **options: Any) -> tuple[fastbn.FrozenBatchNorm,
 
 
 @pytest.mark.usefixtures("variant")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [*DTYPES, *HALVES])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "layout"), pairs(SHAPES, [*DTYPES, *HALVES], LAYOUTS))
 def test_it_has_the_bits_of_normalize(shape: tuple[int, ...], dtype: Any, layout: str) -> None:
     """With any activation, with a residual and a mask and without, fresh or into `out`."""
     rng = np.random.default_rng(0)
@@ -55,7 +54,7 @@ def test_it_has_the_bits_of_normalize(shape: tuple[int, ...], dtype: Any, layout
             )
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_arrays_in_any_form(form: str, layout: str) -> None:
@@ -71,7 +70,7 @@ def test_arrays_in_any_form(form: str, layout: str) -> None:
             assert_same_bits({"y": dense(mine[name])}, expected)
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 def test_backward_is_normalize_backward() -> None:
     """With the activation that was given, and every option."""
     x, dy = np.random.default_rng(0).normal(size=(2, 4, 3, 5))
@@ -90,7 +89,7 @@ def test_backward_is_normalize_backward() -> None:
     assert_same_bits({"dx": lone.dx}, {"dx": expected.dx})
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 def test_scale_and_shift_are_parameters_of_their_own() -> None:
     """normalize by mean 0, var 1, eps 0 with them as gamma and beta is the same function, whose
     backward gives their gradients."""
@@ -200,6 +199,7 @@ def test_the_backend_is_looked_up_at_each_call() -> None:
             assert_same_bits({"y": y}, {"y": fastbn.normalize(x, *given)})
 
 
+@each_backend
 def test_threads_may_share_it(variant: Variant) -> None:
     """Sixteen threads, the first calls at once."""
     x = np.random.default_rng(0).normal(size=(4, 64, 9, 9)).astype(np.float32)
@@ -211,6 +211,7 @@ def test_threads_may_share_it(variant: Variant) -> None:
             assert_same_bits({"y": future.result(timeout=60)}, {"y": expected})
 
 
+@each_backend
 def test_parameters_may_be_missing(variant: Variant) -> None:
     """gamma is 1 and beta 0 where not given; an empty batch stays empty."""
     x = np.random.default_rng(0).normal(size=(4, 3, 5))
@@ -252,6 +253,7 @@ def test_bad_arguments(message: str) -> None:
         fastbn.FrozenBatchNorm(**({"mean": np.zeros(3), "var": np.ones(3)} | changed))
 
 
+@each_backend
 def test_bad_arrays(variant: Variant) -> None:
     """Arrays that do not fit are refused, and nothing runs or is written."""
     frozen = fastbn.FrozenBatchNorm(np.zeros(3), np.ones(3))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory import FORMS, WRITEABLE, dense
 from strategies import Problem, recipes
-from variants import Variant
+from variants import Variant, each_backend
 
 import fastbn
 from benchmarks.oracle import ACTIVATIONS, DTYPES, HALVES, LAYOUTS, Array
@@ -136,6 +136,7 @@ def test_in_place(dtype: Any, layout: str) -> None:
         assert_same_bits(got._asdict(), expected._asdict())
 
 
+@each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_operands_in_any_form(form: str, layout: str) -> None:
@@ -155,6 +156,7 @@ def test_operands_in_any_form(form: str, layout: str) -> None:
         assert_same_bits({name: a}, {name: b})
 
 
+@each_backend
 def test_without_an_activation_dresidual_is_dy() -> None:
     """The residual's gradient is a copy of dy, and dx what it is without."""
     x, dy = np.random.default_rng(5).normal(size=(2, 4, 3, 5))
@@ -177,6 +179,7 @@ Y_HERE: dict[str, Callable[[Array, Array], Any]] = {
 }
 
 
+@each_backend
 @pytest.mark.parametrize("y", Y_HERE)
 def test_without_an_activation_y_is_not_looked_at(y: str) -> None:
     """So that callers can pass it always, whatever it is: results are those without."""
@@ -207,6 +210,7 @@ def test_without_an_activation_y_is_not_looked_at(y: str) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+@each_backend
 @pytest.mark.no_kernel
 def test_an_empty_batch() -> None:
     """It stays empty, fused or not, and its gradients are zeros."""
@@ -217,6 +221,7 @@ def test_an_empty_batch() -> None:
     np.testing.assert_array_equal(got.dgamma, np.zeros(3))
 
 
+@each_backend
 @pytest.mark.no_kernel
 def test_other_overlaps_are_refused() -> None:
     """out or dresidual that overlaps another operand is refused, and nothing is written."""

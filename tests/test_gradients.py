@@ -7,19 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 from checks import assert_within, derivative
-from variants import Variant
+from pairs import pairs
+from variants import Variant, each_backend
 
 import fastbn
 from benchmarks import oracle
 from benchmarks.oracle import DTYPES, LAYOUTS, Array, vector, wide
 
 
-@pytest.mark.parametrize("params", [True, False])
-@pytest.mark.parametrize("with_beta", [True, False])
-@pytest.mark.parametrize("with_gamma", [True, False])
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "layout", "frozen", "with_gamma", "with_beta", "params"),
+    pairs(DTYPES, LAYOUTS, *[[True, False]] * 4),
+)
 def test_gradients_are_the_derivatives(
     variant: Variant,
     dtype: Any,
@@ -75,6 +74,7 @@ def test_gradients_are_the_derivatives(
     assert_within(got.dbeta, dbeta, oracle.bound_dbeta(dtype, exact, m, v, eps), "dbeta")
 
 
+@each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_params_false_gives_the_same_dx(variant: Variant, dtype: Any, layout: str) -> None:
@@ -92,6 +92,7 @@ def test_params_false_gives_the_same_dx(variant: Variant, dtype: Any, layout: st
         assert alone[1:] == (None, None)
 
 
+@each_backend
 @pytest.mark.parametrize("gamma_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_parameters_have_gammas_dtype(

@@ -12,7 +12,7 @@ from checks import check_everything
 from hypothesis import given
 from processes import output
 from strategies import Problem, recipes
-from variants import Variant
+from variants import Variant, each_backend
 
 import fastbn
 from benchmarks.oracle import HALVES, LAYOUTS, Array
@@ -70,7 +70,7 @@ def test_results_are_rounded_to_nearest_even(dtype: type, layout: str) -> None:
     np.testing.assert_array_equal(y.astype(float)[fits], expected.astype(float)[fits])
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("dtype", HALVES)
 def test_parameters_and_their_gradients(dtype: type) -> None:
     """Parameters are float32 or float64 and so are their gradients; float32 without any."""
@@ -85,7 +85,7 @@ def test_parameters_and_their_gradients(dtype: type) -> None:
         assert got.dgamma.dtype == np.dtype(expected)
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 def test_byte_swapped_float16() -> None:
     """Either byte order comes, the native one goes."""
     x = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float16)
@@ -121,7 +121,7 @@ def with_parameters(x: Array, dy: Array, vectors: dict[str, Any]) -> dict[str, A
     return {str(i): a for i, a in enumerate(found)}
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("dtype", [*HALVES, ">f2"])
 @pytest.mark.parametrize("of_x", ["f4", ml_dtypes.bfloat16])
 def test_parameters_of_half_types_are_widened(of_x: Any, dtype: Any) -> None:
@@ -137,8 +137,8 @@ def test_parameters_of_half_types_are_widened(of_x: Any, dtype: Any) -> None:
     assert {a.dtype for a in found.values()} <= {np.dtype(t) for t in (of_x, "f4", "f8")}
 
 
+@each_backend
 @pytest.mark.no_kernel
-@pytest.mark.usefixtures("variant")
 def test_what_half_types_are_too_short_for() -> None:
     """Statistics that the gradient goes through, and weights; operands have the type of x."""
     x, half = np.ones((3, 4), np.float16), np.ones(4, np.float16)
@@ -168,6 +168,7 @@ def test_which_types_are_elements() -> None:
         assert not is_element(np.dtype(other)), other
 
 
+@each_backend
 @pytest.mark.no_kernel
 def test_byte_swapped_bfloat16_is_refused(variant: Variant) -> None:
     """As x and as out, though its dtype claims to equal the native one."""

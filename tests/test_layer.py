@@ -13,6 +13,7 @@ from bits import Results, assert_same_bits
 from checks import assert_within
 from layers import CHANNELS, batch, made
 from running import averaged, equal, exponential
+from variants import each_backend
 
 import fastbn
 from benchmarks.oracle import ACTIVATIONS, DTYPES, HALVES, LAYOUTS, Array
@@ -45,7 +46,7 @@ def of_layer(bn: Any, x: Array, dy: Array, residual: Array | None) -> dict[str, 
     return found | {name: getattr(bn, name) for name in ("dgamma", "dbeta", "dresidual")}
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [*DTYPES, *HALVES])
@@ -67,7 +68,7 @@ def test_calls_have_the_bits_of_the_verbs(dtype: Any, layout: str, mode: str) ->
                     assert_same_bits(bn.state_dict(), before)
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("mode", MODES)
 def test_results_go_where_they_are_asked_for(mode: str) -> None:
     """out and dresidual are what is returned and left, with the same bits; the residual's gradient
@@ -96,7 +97,7 @@ RULES: dict[str, tuple[dict[str, Any], Any]] = {
 """How a layer is made, and the weights of its initial value and of each batch so far."""
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -336,7 +337,7 @@ def test_a_state_of_the_layers_own_arrays() -> None:
     assert_same_bits(bn.state_dict(), before | {"weight": before["bias"], "bias": before["weight"]})
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_to_frozen(layout: str) -> None:
     """The bits of evaluation, of copies, whatever the mode; the layer stays as it was."""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from bits import assert_same_bits
 from layers import CHANNELS, batch, fails, made, refused
+from variants import each_backend
 
 import fastbn
 
@@ -206,8 +207,8 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
+@each_backend
 @pytest.mark.no_kernel
-@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("mode", ["training", "evaluation"])
 @pytest.mark.parametrize("name", CALLS)
 def test_bad_call(name: str, mode: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 from bits import assert_same_bits
 from checks import assert_within
 from running import averaged
+from variants import each_backend
 
 import fastbn
 from benchmarks.oracle import DTYPES, Array, Wide, bound_y, normalize, rstd_of, to_layout, unit
@@ -55,7 +56,7 @@ WRITTEN: dict[str, tuple[dict[str, Any], Update]] = {
 """What their documentation says of the defaults, and their update of a running statistic."""
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("library", WRITTEN)
 def test_each_librarys_formula(library: str) -> None:
     """After several batches the running statistics are what its formula gives."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from bits import Results, assert_same_bits, of_channels
 from layers import CHANNELS, batch, made, refused
+from variants import each_backend
 
 import fastbn
 from benchmarks.oracle import Array, to_layout
@@ -16,9 +17,9 @@ ONE = [((1, CHANNELS), "NCHW"), ((1, CHANNELS, 1, 1), "NCHW"), ((1, CHANNELS, 1,
 one_value = pytest.mark.parametrize(("shape", "layout"), ONE)
 
 
+@each_backend
 @one_value
 @pytest.mark.no_kernel
-@pytest.mark.usefixtures("variant")
 def test_one_value_is_refused(shape: tuple[int, ...], layout: str) -> None:
     """In training, and in evaluation where there are no running statistics."""
     x, _, _ = batch(shape, layout)
@@ -32,8 +33,8 @@ def test_one_value_is_refused(shape: tuple[int, ...], layout: str) -> None:
                 bn(x, out=into)
 
 
+@each_backend
 @one_value
-@pytest.mark.usefixtures("variant")
 def test_one_value_by_running_statistics(shape: tuple[int, ...], layout: str) -> None:
     """With "running" forward and backward are those of given statistics, and there is no update;
     with any policy they are so in evaluation."""
@@ -52,8 +53,8 @@ def test_one_value_by_running_statistics(shape: tuple[int, ...], layout: str) ->
         assert_same_bits(bn.state_dict(), before)
 
 
+@each_backend
 @one_value
-@pytest.mark.usefixtures("variant")
 def test_one_value_is_skipped(shape: tuple[int, ...], layout: str) -> None:
     """With "skip" y = beta, dx = 0, and there is no update."""
     x, dy, _ = batch(shape, layout)
@@ -83,8 +84,8 @@ def assert_same_elsewhere(results: Results, expected: Results, layout: str) -> N
     assert_same_bits(*(of_channels(r, others, layout) for r in (results, expected)))
 
 
+@each_backend
 @nonfinite
-@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_nonfinite_statistics_enter(value: float, layout: str) -> None:
     """With "update" the channel's are lost, and evaluation says so; all others have the bits that
@@ -105,8 +106,8 @@ def test_nonfinite_statistics_enter(value: float, layout: str) -> None:
         bn(clean)
 
 
+@each_backend
 @nonfinite
-@pytest.mark.usefixtures("variant")
 def test_nonfinite_statistics_are_skipped(value: float) -> None:
     """With "skip" y and the gradient are the verbs', and running statistics what they would be
     without that batch."""
@@ -123,8 +124,8 @@ def test_nonfinite_statistics_are_skipped(value: float) -> None:
     assert_same_bits(bn.state_dict(), clean.state_dict())
 
 
+@each_backend
 @nonfinite
-@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("tracks", [True, False])
 def test_nonfinite_statistics_are_refused(value: float, tracks: bool) -> None:
     """With "raise" nothing is written: not out, fresh or x, and the saved forward stays in use.
@@ -148,7 +149,7 @@ BEYOND: dict[str, tuple[float, Any, str]] = {
 """Values whose statistics are finite in float64, and the layer's would not be in float32."""
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("name", BEYOND)
 def test_statistics_beyond_the_layers_type(name: str) -> None:
     """The policy is heeded where the running statistics alone would be infinite; a layer of float64
@@ -203,8 +204,8 @@ def test_one_value_is_not_skipped_where_it_is_nonfinite() -> None:
             bn(x, out=into)
 
 
+@each_backend
 @pytest.mark.no_kernel
-@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("mode", ["training", "evaluation", "frozen statistics"])
 @pytest.mark.parametrize("shape", [(0, CHANNELS), (0, CHANNELS, 4, 4), (2, CHANNELS, 0)], ids=str)
 def test_an_empty_batch_passes_through(shape: tuple[int, ...], mode: str) -> None:
@@ -221,8 +222,8 @@ def test_an_empty_batch_passes_through(shape: tuple[int, ...], mode: str) -> Non
         assert_same_bits(bn.state_dict(), before)
 
 
+@each_backend
 @pytest.mark.no_kernel
-@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize(("policy", "samples"), [("nonfinite", 4), ("one_value", 1)])
 def test_a_policy_set_later_is_checked(policy: str, samples: int) -> None:
     """A word that is none is not taken for another."""

@@ -9,7 +9,8 @@ import pytest
 from bits import assert_same_bits, run_all
 from checks import check_everything
 from memory import FORMS, channels_last
-from variants import Variant
+from pairs import pairs
+from variants import Variant, each_backend
 
 import fastbn
 from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of, to_layout
@@ -47,9 +48,7 @@ def problem(shape: tuple[int, ...], dtype: Any, layout: str) -> tuple[Array, Arr
     return x, dy, gamma, beta
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "layout"), pairs(SHAPES, DTYPES, LAYOUTS))
 def test_shapes(variant: Variant, shape: tuple[int, ...], dtype: Any, layout: str) -> None:
     """Rank 2 to 6, size-1 axes, both sides of every lane boundary: right within the bounds."""
     x, dy, gamma, beta = problem(shape, dtype, layout)
@@ -84,6 +83,7 @@ def test_every_length_of_a_plane(variant: Variant, places: int) -> None:
         check_everything(x, dy, gamma, beta)
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 5, 7), (2, 16, 5, 3), (2, 9, 2, 3, 4)], ids=str)
 def test_channels_last_memory_handed_over_as_nchw(
@@ -102,6 +102,7 @@ def test_channels_last_memory_handed_over_as_nchw(
     assert_same_bits(named_nchw, run_all(last_x, last_dy, gamma, beta, layout="NHWC"))
 
 
+@each_backend
 @pytest.mark.no_kernel
 @pytest.mark.parametrize("with_out", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -132,6 +133,7 @@ def test_empty_batches(
                 assert verb(x, x, mean, var, layout=layout, params=False)[1:] == (None, None)
 
 
+@each_backend
 @pytest.mark.no_kernel
 def test_an_empty_batch_is_still_checked(variant: Variant) -> None:
     """Emptiness excuses no bad argument."""

@@ -13,7 +13,8 @@ from checks import assert_within, judge_backward, judge_forward
 from grid import TYPES
 from machines import ALWAYS_STREAM, pretend
 from memory import against_a_page
-from variants import Variant
+from pairs import pairs
+from variants import Variant, each_backend
 
 import fastbn
 from benchmarks.oracle import (
@@ -99,8 +100,10 @@ def problems(*shapes: tuple[int, ...]) -> Callable[[Test], Test]:
     return pytest.mark.parametrize(("shape", "layout", "dtype"), listed)
 
 
-@pytest.mark.parametrize("activation", [None, "relu6"])
-@problems(*SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "layout", "dtype", "activation"),
+    pairs(SHAPES, ("NCHW", "NHWC"), list(TYPES), [None, "relu6"]),
+)
 def test_masked_forward_and_backward(
     variant: Variant, shape: tuple[int, ...], layout: str, dtype: str, activation: Any
 ) -> None:
@@ -272,6 +275,7 @@ def test_masks_that_select_everything(
     assert_within(found.var, var, bound_var(var), "var")
 
 
+@each_backend
 @pytest.mark.no_kernel
 @pytest.mark.parametrize("how", ["where", "weights"])
 def test_nothing_counts(variant: Variant, how: str) -> None:
@@ -317,6 +321,7 @@ BAD: tuple[tuple[str, Any, type[Exception], tuple[str, ...]], ...] = (
 )
 
 
+@each_backend
 @pytest.mark.no_kernel
 @pytest.mark.parametrize(("name", "value", "error", "words"), BAD)
 def test_bad_masks_and_weights(
@@ -344,6 +349,7 @@ def test_bad_masks_and_weights(
     assert (out == 7).all()
 
 
+@each_backend
 @pytest.mark.no_kernel
 def test_out_may_not_overlap_a_mask(variant: Variant) -> None:
     """Nor weights."""
@@ -359,6 +365,7 @@ SCALES = (2.0**1000, 2.0**-1060)
 """Weights that many times the usual ones overflow as squares and in float32, and are subnormal."""
 
 
+@each_backend
 @problems((4, 3, 5, 5), (33, 24), (2, 17, 33))
 def test_weights_of_any_scale(
     variant: Variant, shape: tuple[int, ...], layout: str, dtype: str
@@ -376,6 +383,7 @@ def test_weights_of_any_scale(
         assert_same_bits(found, expected)
 
 
+@each_backend
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_weights_of_any_scale_and_roundings(variant: Variant, layout: str) -> None:
     """Results are as near the usual ones as roundings of the weights allow."""
@@ -388,6 +396,7 @@ def test_weights_of_any_scale_and_roundings(variant: Variant, layout: str) -> No
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-5)
 
 
+@each_backend
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("shape", [(40, 3), (20, 3, 5, 5)])
 def test_the_weight_of_a_masked_sample(
@@ -413,6 +422,7 @@ def test_nan_in_a_sample_that_hardly_weighs(variant: Variant) -> None:
         assert np.array_equal(np.isnan(mean), [False, True, False])
 
 
+@each_backend
 @pytest.mark.no_kernel
 def test_weights_that_float64_cannot_add_up(variant: Variant) -> None:
     """They are refused, and nothing has been written; what the message says to do works."""
@@ -446,6 +456,7 @@ def test_weights_divided_by_the_largest() -> None:
     np.testing.assert_allclose(masked, expected, rtol=1e-12)
 
 
+@each_backend
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("weighs", [False, True])
 def test_the_layer(variant: Variant, weighs: bool, unbiased: bool) -> None:
@@ -467,6 +478,7 @@ def test_the_layer(variant: Variant, weighs: bool, unbiased: bool) -> None:
     assert np.allclose(bn.running_var, var * (n / (n - 1) if unbiased else 1), rtol=1e-15)
 
 
+@each_backend
 def test_the_layer_in_evaluation(variant: Variant) -> None:
     """Masked places are 0 on both ways, and the gradients are those of what counts."""
     p = Masked((6, 3, 4, 5), "NCHW", np.float32)
@@ -483,6 +495,7 @@ def test_the_layer_in_evaluation(variant: Variant) -> None:
     assert_same_bits(got._asdict(), fastbn.Gradients(dx, bn.dgamma, bn.dbeta)._asdict())
 
 
+@each_backend
 def test_weights_of_a_softmax(variant: Variant) -> None:
     """They are several values, whose unbiased variance is as numpy.cov has it, at any scale."""
     for seed in range(40):
@@ -496,6 +509,7 @@ def test_weights_of_a_softmax(variant: Variant) -> None:
             np.testing.assert_allclose(np.asarray(bn.running_var), expected, rtol=1e-9)
 
 
+@each_backend
 def test_equal_weights(variant: Variant) -> None:
     """Whatever they are, running statistics are those without weights."""
     p = Masked((6, 3, 4, 5), "NCHW", np.float32)
@@ -512,6 +526,7 @@ HARDLY = np.array([0, 1, 1e-14, 0, 1e-200])
 """Weights of three values whose effective number is 1, but for roundings."""
 
 
+@each_backend
 @pytest.mark.parametrize("policy", ["raise", "skip", "running"])
 def test_one_value_that_weighs(variant: Variant, policy: str) -> None:
     """It is one value, whatever it weighs; so are several that n / (n - 1) cannot be told from it
@@ -533,6 +548,7 @@ def test_one_value_that_weighs(variant: Variant, policy: str) -> None:
         assert int(np.asarray(bn.num_batches_tracked)) == 0
 
 
+@each_backend
 @pytest.mark.parametrize("policy", ["raise", "skip", "running"])
 def test_a_biased_variance_needs_no_factor(variant: Variant, policy: str) -> None:
     """Several values are several, however little all but one weigh."""
@@ -545,6 +561,7 @@ def test_a_biased_variance_needs_no_factor(variant: Variant, policy: str) -> Non
         assert int(np.asarray(bn.num_batches_tracked)) == 1
 
 
+@each_backend
 @pytest.mark.parametrize("scale", [1.0, *SCALES])
 def test_moments_of_what_counts(variant: Variant, scale: float) -> None:
     """Parts with masks and weights merge into the whole."""

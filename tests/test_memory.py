@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from bits import assert_same_bits, run_all
 from memory import FORMS, dense_in_its_order
-from variants import Variant
+from pairs import pairs
+from variants import Variant, each_backend
 
 import fastbn
 from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of
@@ -24,10 +25,10 @@ def problem(shape: tuple[int, ...], dtype: Any, layout: str) -> tuple[Array, Arr
     return x, dy, gamma, beta
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("form", FORMS)
+@each_backend
+@pytest.mark.parametrize(
+    ("form", "shape", "dtype", "layout"), pairs(list(FORMS), SHAPES, DTYPES, LAYOUTS)
+)
 def test_form_of_x(
     variant: Variant, form: str, shape: tuple[int, ...], dtype: Any, layout: str
 ) -> None:
@@ -42,9 +43,8 @@ def test_form_of_x(
         assert type(results[name]) is np.ndarray
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", FORMS)
+@each_backend
+@pytest.mark.parametrize(("form", "dtype", "layout"), pairs(list(FORMS), DTYPES, LAYOUTS))
 def test_form_of_dy_and_the_vectors(variant: Variant, form: str, dtype: Any, layout: str) -> None:
     """dy, gamma, beta, mean and var in any form have the bits of their dense copies."""
     x, dy, gamma, beta = problem((3, 6, 5, 4), dtype, layout)
@@ -64,6 +64,7 @@ def test_form_of_dy_and_the_vectors(variant: Variant, form: str, dtype: Any, lay
     assert_same_bits(results, expected)
 
 
+@each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("axes", [(0,), (1,), (3,), (2, 3), (0, 1, 2, 3)], ids=str)
 def test_broadcast_inputs(variant: Variant, axes: tuple[int, ...], layout: str) -> None:
@@ -78,6 +79,7 @@ def test_broadcast_inputs(variant: Variant, axes: tuple[int, ...], layout: str) 
     assert results["y"].flags.c_contiguous
 
 
+@each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_overlapping_windows(variant: Variant, layout: str) -> None:
     """An x that overlaps itself is read where it lies or copied, never wrong."""
@@ -94,6 +96,7 @@ def test_overlapping_windows(variant: Variant, layout: str) -> None:
     np.testing.assert_allclose(dx, plain, rtol=1e-5, atol=1e-6)
 
 
+@each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_inputs_are_never_modified_and_never_given_back(
@@ -115,6 +118,7 @@ def test_inputs_are_never_modified_and_never_given_back(
             assert not np.may_share_memory(a, b), f"{name} shares memory with {other}"
 
 
+@each_backend
 @pytest.mark.parametrize("wrap", [np.array, np.ascontiguousarray, lambda a: a[:]])
 def test_statistics_given_back_are_plain_vectors(
     variant: Variant, wrap: Callable[[Array], Array]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from bits import assert_same_bits
 from memory import WRITEABLE, dense
 from numpy.lib.stride_tricks import as_strided
-from variants import Variant
+from pairs import pairs
+from variants import Variant, each_backend
 
 import fastbn
 from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of
@@ -47,12 +49,11 @@ class Problem:
 FORWARD = ("batch_norm", "normalize")
 BACKWARD = ("batch_norm_backward", "normalize_backward")
 VERBS = FORWARD + BACKWARD
+PLACED = pairs(list(WRITEABLE), SHAPES, DTYPES, LAYOUTS)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("form", WRITEABLE)
+@each_backend
+@pytest.mark.parametrize(("form", "shape", "dtype", "layout"), PLACED)
 def test_out_in_any_form(
     variant: Variant, form: str, shape: tuple[int, ...], dtype: Any, layout: str
 ) -> None:
@@ -65,10 +66,8 @@ def test_out_in_any_form(
         assert_same_bits({verb: dense(out)}, {verb: dense(problem.call(verb))})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("form", WRITEABLE)
+@each_backend
+@pytest.mark.parametrize(("form", "shape", "dtype", "layout"), PLACED)
 def test_in_place(
     variant: Variant, form: str, shape: tuple[int, ...], dtype: Any, layout: str
 ) -> None:
@@ -88,6 +87,7 @@ def test_in_place(
         assert {key: a.tobytes() for key, a in both.items() if key != name} == others
 
 
+@each_backend
 def test_in_place_of_one_array_for_everything(variant: Variant) -> None:
     """dy, x and out may all be the same array, or views of the same place."""
     problem = Problem((3, 5, 8), np.float32, "NCHW")
@@ -97,6 +97,7 @@ def test_in_place_of_one_array_for_everything(variant: Variant) -> None:
     assert_same_bits({"dx": x}, {"dx": expected})
 
 
+@each_backend
 def test_dx_alone_in_place(variant: Variant) -> None:
     """normalize_backward without x works in place of dy."""
     problem = Problem((3, 5, 8), np.float32, "NCHW")
@@ -106,6 +107,7 @@ def test_dx_alone_in_place(variant: Variant) -> None:
     assert_same_bits({"dx": out}, {"dx": expected})
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_interleaved_memory_is_apart(variant: Variant, dtype: Any) -> None:
     """Views that take turns in one buffer share no value: they are accepted."""
@@ -118,6 +120,7 @@ def test_interleaved_memory_is_apart(variant: Variant, dtype: Any) -> None:
     assert_same_bits({"y": dense(out)}, {"y": problem.call("batch_norm")})
 
 
+@each_backend
 def test_a_matrix_is_an_array(variant: Variant) -> None:
     """Subclasses that are always of rank 2 are written like any other array."""
     x = np.random.default_rng(0).normal(size=(6, 40))
@@ -127,6 +130,7 @@ def test_a_matrix_is_an_array(variant: Variant) -> None:
     np.testing.assert_array_equal(memory, fastbn.batch_norm(x).y)
 
 
+@each_backend
 def test_only_out_is_written(variant: Variant) -> None:
     """What lies between and around the values of a strided `out` stays as it was."""
     problem = Problem((4, 3, 6), np.float32, "NCHW")
@@ -184,15 +188,14 @@ def assert_refused(buffer: Array, message: str, call: Callable[[], object]) -> N
     assert buffer.tobytes() == before
 
 
+@each_backend
 @pytest.mark.no_kernel
-@pytest.mark.parametrize("overlap", OVERLAPS)
 @pytest.mark.parametrize("verb", VERBS)
-def test_partial_overlap_with_an_array_is_refused(
-    variant: Variant, verb: str, overlap: Callable[[Array], tuple[Array, Array]]
-) -> None:
+def test_partial_overlap_with_an_array_is_refused(variant: Variant, verb: str) -> None:
     """out that overlaps x or dy without being it is refused, and nothing is written."""
     problem = Problem((4, 4, 4), np.float64, "NCHW")
-    for name in ("x", "dy") if verb in BACKWARD else ("x",):
+    names = ("x", "dy") if verb in BACKWARD else ("x",)
+    for name, overlap in product(names, OVERLAPS):
         buffer = np.random.default_rng(0).normal(size=130)
         given, out = overlap(buffer)
         message = f"^out overlaps {name} without being {name}: expected either {name} itself"
@@ -203,6 +206,7 @@ def test_partial_overlap_with_an_array_is_refused(
         )
 
 
+@each_backend
 @pytest.mark.no_kernel
 @pytest.mark.parametrize("verb", VERBS)
 def test_overlap_with_a_vector_is_refused(variant: Variant, verb: str) -> None:
@@ -225,19 +229,19 @@ def test_overlap_with_a_vector_is_refused(variant: Variant, verb: str) -> None:
             )
 
 
+@each_backend
 @pytest.mark.no_kernel
-@pytest.mark.parametrize("strides", [(0, 32, 8), (128, 32, 0), (64, 16, 8), (8, 8, 8), (24, 8, 8)])
 @pytest.mark.parametrize("verb", VERBS)
-def test_an_out_that_overlaps_itself_is_refused(
-    variant: Variant, verb: str, strides: tuple[int, ...]
-) -> None:
+def test_an_out_that_overlaps_itself_is_refused(variant: Variant, verb: str) -> None:
     """An `out` with two values in one place is refused, and nothing is written."""
     problem = Problem((4, 4, 4), np.float64, "NCHW")
     buffer = np.random.default_rng(0).normal(size=130)
-    out = as_strided(buffer, (4, 4, 4), strides)
-    assert_refused(buffer, "^out overlaps itself", lambda: problem.call(verb, out=out))
+    for strides in ((0, 32, 8), (128, 32, 0), (64, 16, 8), (8, 8, 8), (24, 8, 8)):
+        out = as_strided(buffer, (4, 4, 4), strides)
+        assert_refused(buffer, "^out overlaps itself", partial(problem.call, verb, out=out))
 
 
+@each_backend
 @pytest.mark.no_kernel
 def test_byte_swapped_x_cannot_be_out(variant: Variant) -> None:
     """An `out` over a byte-swapped x is another array in the same place: refused."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from bits import assert_same_bits
 from rich.progress import track
+from variants import each_backend
 
 import fastbn
 from benchmarks.oracle import DTYPES, Array
@@ -94,7 +95,7 @@ def assert_sequential(
     assert_populations(network, walked, batches, method, which)
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_one_layer_after_the_other(method: str, dtype: Any) -> None:
@@ -110,7 +111,7 @@ def test_one_layer_after_the_other(method: str, dtype: Any) -> None:
         assert_same_bits(parameters, {name: state[name] for name in parameters})  # type: ignore[arg-type]
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_all_layers_together(method: str, dtype: Any) -> None:

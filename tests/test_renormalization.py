@@ -12,6 +12,7 @@ from bits import assert_same_bits
 from checks import assert_within, judge_backward, judge_y
 from grid import TYPES
 from layers import CHANNELS, batch, fails, made, refused
+from variants import each_backend
 
 import fastbn
 from benchmarks.oracle import ACTIVATIONS, LAYOUTS, Array, bound_y, moments, normalize, rows, wide
@@ -31,7 +32,7 @@ def groups_of(x: Array) -> list[Array]:
 # --- virtual batches ----------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_training_is_by_groups(layout: str, activation: Any) -> None:
@@ -50,7 +51,7 @@ def test_training_is_by_groups(layout: str, activation: Any) -> None:
     assert_same_bits({"y": bn.eval()(x, residual=z)}, {"y": plain(x, residual=z)})
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_running_statistics_take_the_groups_mean(unbiased: bool) -> None:
     """By their counts, of mean and (unbiased) variance."""
@@ -68,7 +69,7 @@ def test_running_statistics_take_the_groups_mean(unbiased: bool) -> None:
     assert bn.num_batches_tracked == before["num_batches_tracked"] + 1
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 def test_a_group_of_one_value() -> None:
     """It is refused, or left out: y = beta there, and the others' statistics run."""
     x, dy, _ = batch((2 * K + 1, CHANNELS))
@@ -88,7 +89,7 @@ def test_a_group_of_one_value() -> None:
         assert_same_bits(bn.state_dict(), before)
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("policy", ["update", "raise", "skip"])
 def test_nan_in_a_group(policy: str) -> None:
     """The policy sees it, in whichever group it is, before anything is written."""
@@ -108,7 +109,7 @@ def test_nan_in_a_group(policy: str) -> None:
         assert_same_bits(bn.state_dict(), before)
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 def test_estimates_are_of_whole_batches() -> None:
     """Those of a layer with virtual batches are those of one without."""
     batches = [batch(SHAPE)[i] for i in range(3)]
@@ -153,7 +154,7 @@ LIMITS = ((1.0, 0.0), (1.2, 0.3), (100.0, 100.0))
 """Batch norm; some channels clipped; none."""
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -187,7 +188,7 @@ def test_training_is_renormalized(
     np.testing.assert_allclose(bn.dbeta, raw.dbeta, rtol=1e-12)
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 def test_masks_and_weights() -> None:
     """r and d are of what counts, and y is 0 elsewhere."""
     x, dy, _ = batch(SHAPE)
@@ -211,7 +212,7 @@ def test_masks_and_weights() -> None:
     assert not dx[~np.broadcast_to(where, dx.shape)].any()
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_types(dtype: str) -> None:
     """y of a half type is within its bound."""
@@ -225,7 +226,7 @@ def test_half_types(dtype: str) -> None:
     assert_within(*judge_y(bn(x), exact, bound, "NCHW", None, None))
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 def test_closed_limits_are_batch_norm() -> None:
     """Up to the start of the schedule, and where nothing runs; evaluation is so always."""
     x, dy, _ = batch(SHAPE)
@@ -243,7 +244,7 @@ def test_closed_limits_are_batch_norm() -> None:
     assert_same_bits({"y": again(x)}, {"y": bn(x)})
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 def test_one_value_and_nan() -> None:
     """One value a channel is for `one_value`, as ever; a NaN stays in its channel."""
     x, _, _ = batch(SHAPE)

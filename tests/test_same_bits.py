@@ -30,7 +30,7 @@ from grid import (
 from machines import MACHINES, pretend
 from memory import FORMS, WRITEABLE, dense
 from processes import output
-from variants import TRIPS, VARIANTS, Variant, activate, environment
+from variants import BACKENDS, TRIPS, VARIANTS, Variant, activate, environment
 
 from benchmarks.oracle import DTYPES
 from fastbn import backends
@@ -39,26 +39,25 @@ from fastbn.backends import base
 MANY = 13
 """More threads than most machines have processors; Numba has so many only if told at its start."""
 
-BEHIND = (
-    "reversed",
-    "strided",
-    "padded inside",
-    "padded channels",
-    "misaligned",
-    "unlucky",
-    "subclass",  # lies where it lay, and yet takes the way through all checks
-)
-"""The forms in C order."""
-OUTS = ("dense", "strided", "misaligned", "unlucky")
+LYING = {
+    "reversed": "dense",
+    "strided": "strided",
+    "padded inside": "misaligned",
+    "padded channels": "dense",
+    "misaligned": "unlucky",
+    "unlucky": "misaligned",
+    "subclass": "strided",  # lies where it lay, and yet takes the way through all checks
+}
+"""The forms in C order of x and dy, and those of `out` beside them."""
 
 
-def behind(form: str) -> Place:
-    """x and dy in a form."""
-    return lambda x, dy: (FORMS[form](x), FORMS[form](dy), None)
+def lying(form: str, out: str) -> Place:
+    """x and dy in a form, and `out` in another, full of what must not be left."""
+    return lambda x, dy: (FORMS[form](x), FORMS[form](dy), into(out)(x, dy)[2])
 
 
 def into(form: str) -> Place:
-    """`out` in a form, full of what must not be left."""
+    """`out` alone in a form."""
     return lambda x, dy: (x, dy, WRITEABLE[form](np.full_like(x, np.nan)))
 
 
@@ -87,27 +86,42 @@ def trips_as_passes(active: Variant, point: Point) -> Results:
         return way(threads=3)(active, point)
 
 
-WAYS: dict[str, Way] = {
+COMPUTED: dict[str, Way] = {
     "again": way(),
-    **{f"{threads} threads": way(threads=threads) for threads in (2, 3, 7)},
-    **{f"out {form}": way(place=into(form)) for form in OUTS},
-    "in place of x, 3 threads": way(threads=3, place=in_place_of_x),
-    "in place of dy": way(place=in_place_of_dy),
-    **{f"{form} x and dy": way(place=behind(form)) for form in BEHIND},
-    "padded channels, 3 threads": way(threads=3, place=behind("padded channels")),
+    **{f"{threads} threads": way(threads=threads) for threads in (2, 7)},
+    "out unlucky": way(place=into("unlucky")),
     "trips as passes": trips_as_passes,
 }
+PLACED: dict[str, Way] = {
+    "out dense": way(place=into("dense")),
+    "in place of x, 3 threads": way(threads=3, place=in_place_of_x),
+    "in place of dy": way(place=in_place_of_dy),
+    **{f"{a} x and dy, {b} out": way(threads=3, place=lying(a, b)) for a, b in LYING.items()},
+}
+"""Seen to by what all instruction sets share."""
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("how", COMPUTED)
 def test_way(how: str, name: str) -> None:
-    """A number of threads, a kind of memory, a path through the library."""
-    assert_baseline(how, name, digests(name, WAYS[how]))
+    """A number of threads, stores anywhere, a path through the library."""
+    assert_baseline(how, name, digests(name, COMPUTED[how]))
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "numpy"])
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("how", PLACED)
+def test_place(how: str, name: str) -> None:
+    """A kind of memory."""
+    assert_baseline(how, name, digests(name, PLACED[how]))
+
+
+COMPILED = [name for name in VARIANTS if name != "numpy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "threads"),
+    [*((name, 3) for name in COMPILED), *((name, 1) for name in COMPILED if name in BACKENDS)],
+)
 @pytest.mark.parametrize("machine", MACHINES)
 def test_pretended_machine(machine: str, name: str, threads: int) -> None:
     """Cache sizes, streaming stores and the size of the team."""
@@ -116,7 +130,7 @@ def test_pretended_machine(machine: str, name: str, threads: int) -> None:
     assert_baseline(f"{threads} threads, {machine}", name, found)
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "numpy"])
+@pytest.mark.parametrize("name", COMPILED)
 def test_streams_into_rows_that_lie_apart(name: str) -> None:
     """Stores past the caches, whose lines begin at another column in every row."""
     with pretend(serial_below=1, **MACHINES["usual caches, all streams"]):
@@ -124,7 +138,7 @@ def test_streams_into_rows_that_lie_apart(name: str) -> None:
     assert_baseline("streamed into padded rows", name, found)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_concurrent_calls(name: str) -> None:
     """Calls from several Python threads at once, each with threads of its own."""
     with activate(name) as active, ThreadPoolExecutor(4) as pool:
@@ -159,7 +173,7 @@ with os.fdopen(reading) as pipe:
 """
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_in_a_process_of_its_own(name: str) -> None:
     """The first calls of a process, and calls of a child forked after them."""
     code = PROCESS.format(tests=str(Path(__file__).parent), threads=MANY, name=name)

@@ -13,7 +13,9 @@ from checks import Judged, assert_within, derivative
 from hypothesis import given
 from hypothesis import strategies as st
 from memory import FORMS, dense_in_its_order
+from pairs import pairs
 from strategies import recipes
+from variants import each_backend
 
 import fastbn
 from benchmarks import oracle
@@ -119,10 +121,9 @@ def differentiated(case: Case, frozen: bool) -> oracle.WideSecond:
 
 
 @pytest.mark.usefixtures("variant")
-@pytest.mark.parametrize("chosen", CHOICES, ids=" ".join)
-@pytest.mark.parametrize("with_gamma", [True, False])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("chosen", "with_gamma", "layout", "dtype"), pairs(CHOICES, [True, False], LAYOUTS, DTYPES)
+)
 def test_they_are_the_derivatives(
     dtype: Any, layout: str, with_gamma: bool, chosen: tuple[str, ...]
 ) -> None:
@@ -150,9 +151,7 @@ SHAPES = [(6, 5), (2, 20_003), (4, 3, 5, 7), (9, 24, 30, 31), (3, 2, 2, 3, 5)]
 
 
 @pytest.mark.usefixtures("variant")
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "layout"), pairs(SHAPES, ALL, LAYOUTS))
 def test_larger_arrays(shape: tuple[int, ...], dtype: Any, layout: str) -> None:
     """They are within their bounds, and have the same bits by several threads."""
     x = to_layout(np.random.default_rng(0).normal(-100, 2, shape), layout).astype(dtype)
@@ -202,7 +201,7 @@ def test_where_nothing_varies(layout: str) -> None:
         assert not got.dgamma.any()
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("place", ["ddx", "dy", "x", "gamma", "ddgamma", "ddbeta", "mean", "var"])
 def test_what_is_not_finite_stays_in_its_channel(place: str, value: float) -> None:
@@ -221,7 +220,7 @@ def test_what_is_not_finite_stays_in_its_channel(place: str, value: float) -> No
         assert_same_bits(left, right)
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form: str, layout: str) -> None:
@@ -243,7 +242,7 @@ def test_forms(form: str, layout: str) -> None:
     assert {name: a.tobytes() for name, a in arrays.items()} == before
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("given_dtype", [None, *DTYPES])
 @pytest.mark.parametrize("dtype", ALL)
 def test_vectors_of_either_type(dtype: Any, given_dtype: Any) -> None:
@@ -255,8 +254,8 @@ def test_vectors_of_either_type(dtype: Any, given_dtype: Any) -> None:
     case.only(("ddgamma",)).check()
 
 
+@each_backend
 @pytest.mark.no_kernel
-@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("chosen", CHOICES, ids=" ".join)
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (2, 3, 0)], ids=str)
 def test_empty(shape: tuple[int, ...], chosen: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from layers import fails
 from samples import Norm
+from variants import each_backend
 
 import fastbn
 
@@ -29,8 +30,8 @@ GROUPS = [
 ]
 
 
+@each_backend
 @pytest.mark.no_kernel
-@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize(("groups", "error", "words"), GROUPS)
 def test_bad_groups(groups: Any, error: type[Exception], words: str) -> None:
     """In both verbs and the layer."""
@@ -67,8 +68,8 @@ FORWARD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
+@each_backend
 @pytest.mark.no_kernel
-@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("name", FORWARD)
 def test_bad_forward(name: str) -> None:
     """Nothing is written, and no kernel runs."""
@@ -81,8 +82,8 @@ def test_bad_forward(name: str) -> None:
         assert (out == 7).all()
 
 
+@each_backend
 @pytest.mark.no_kernel
-@pytest.mark.usefixtures("variant")
 def test_bad_results() -> None:
     """Memory of inputs that is not the same place, of parameters, and what cannot be written."""
     for norm in KINDS:
@@ -115,8 +116,8 @@ BACKWARD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
+@each_backend
 @pytest.mark.no_kernel
-@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("name", BACKWARD)
 def test_bad_backward(name: str) -> None:
     """Nothing is written, and no kernel runs."""
@@ -130,8 +131,8 @@ def test_bad_backward(name: str) -> None:
         assert (out == 7).all()
 
 
+@each_backend
 @pytest.mark.no_kernel
-@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("norm", KINDS, ids=lambda norm: str(norm.kind))
 def test_bad_statistics(norm: Norm) -> None:
     """Each sample's, in float64, and no negative variance."""

@@ -13,6 +13,7 @@ import pytest
 from bits import assert_same_bits
 from layers import fails, refused
 from samples import Norm
+from variants import each_backend
 
 import fastbn
 from benchmarks.oracle import ACTIVATIONS, DTYPES, HALVES, LAYOUTS, Array, to_layout, unit
@@ -60,7 +61,7 @@ def of_layer(layer: Any, x: Array, dy: Array, residual: Array | None) -> dict[st
     return found | {name: getattr(layer, name) for name in ("dgamma", "dbeta", "dresidual")}
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 @every_kind
 def test_calls_have_the_bits_of_the_verbs(kind: str, layout: str) -> None:
@@ -77,7 +78,7 @@ def test_calls_have_the_bits_of_the_verbs(kind: str, layout: str) -> None:
                         assert_same_bits(of_layer(mode(), x, dy, residual), expected)
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @every_kind
 def test_results_go_where_they_are_asked_for(kind: str) -> None:
     """out and dresidual are what is returned and left; after out=x there is no backward."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from memory import FORMS, WRITEABLE, dense_in_its_order
 from samples import Norm, check, judge_backward, judge_forward, made
 from strategies import recipes
-from variants import CYTHON, Variant, activate
+from variants import CYTHON, Variant, activate, each_backend
 
 import fastbn
 from benchmarks.oracle import (
@@ -209,7 +209,7 @@ def test_threads_and_instruction_sets(variant: Variant, number: int) -> None:
         assert_same_bits(bits_of(variant.name, number, threads), expected)
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_whatever_the_memory(layout: str, form: str) -> None:
@@ -253,7 +253,7 @@ def test_many_groups_of_few_values(shape: tuple[int, ...], groups: int, form: st
         check(Norm(groups), FORMS[form](x), FORMS[form](dy), gamma, beta, layout=layout)
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("groups", [1, 2])
 def test_gradients_beyond_the_type_of_gamma_are_infinite(groups: int) -> None:
     """Without a warning, as of batch norm."""
@@ -266,7 +266,7 @@ def test_gradients_beyond_the_type_of_gamma_are_infinite(groups: int) -> None:
     assert np.isposinf(found.dbeta).all()
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("form", WRITEABLE)
 def test_results_go_where_they_are_asked_for(form: str) -> None:
     """In place and elsewhere, in any memory, with the same bits; what lies beside is untouched."""
@@ -297,7 +297,7 @@ def test_results_go_where_they_are_asked_for(form: str) -> None:
             assert_same_bits(arrays, expected._asdict())
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 def test_vectors_of_either_type() -> None:
     """gamma decides the type of its gradient; swapped bytes and strides do not matter."""
     for shape, kind in (((6, 12, 5, 4), 3), ((30, 12), "layer")):
@@ -412,7 +412,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
 # ---- What they are to each other ----
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", TYPES)
 def test_one_is_another(dtype: str, layout: str) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from bits import Results, assert_same_bits, of_channels, run_all
 from checks import check_backward, check_everything, check_forward
-from variants import Variant
+from pairs import pairs
+from variants import Variant, each_backend
 
 import fastbn
 from benchmarks import oracle
@@ -37,10 +38,10 @@ def assert_same_elsewhere(results: Results, expected: Results, c: int, layout: s
     assert_same_bits(of_channels(results, others, layout), of_channels(expected, others, layout))
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["x", "dy", "gamma", "beta"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "poison", "layout", "dtype"),
+    pairs(["x", "dy", "gamma", "beta"], [np.nan, np.inf, -np.inf], LAYOUTS, DTYPES),
+)
 def test_nan_and_infinity_stay_in_their_channel(
     variant: Variant, dtype: Any, layout: str, name: str, poison: float
 ) -> None:
@@ -149,11 +150,14 @@ def test_no_variance_and_no_eps(variant: Variant, dtype: Any, layout: str) -> No
         assert not got.dgamma.any()
 
 
-@pytest.mark.parametrize("value", [0.1, -1 / 3, 1e6 + 0.1, 1e30, 3e38, 1e-30, 1e-40, 0.0])
 @pytest.mark.parametrize(
-    "shape", [(1, 1), (7, 3), (3, 2, 5, 7), (2, 17, 33), (40, 3, 50, 51)], ids=str
+    ("value", "shape", "dtype"),
+    pairs(
+        [0.1, -1 / 3, 1e6 + 0.1, 1e30, 3e38, 1e-30, 1e-40, 0.0],
+        [(1, 1), (7, 3), (3, 2, 5, 7), (2, 17, 33), (40, 3, 50, 51)],
+        DTYPES,
+    ),
 )
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_constant_channels_have_no_variance(
     variant: Variant, dtype: Any, shape: tuple[int, ...], value: float
 ) -> None:
@@ -211,9 +215,10 @@ def test_any_pair_of_scales(variant: Variant, dtype: Any, layout: str) -> None:
                 check_backward(dy, x, mean, var, eps=0.0, layout=layout)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e-15, 1e15, 1e20, 1e25, 1e36])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("scale", "dtype", "layout"),
+    pairs([1e-36, 1e-25, 1e-15, 1e15, 1e20, 1e25, 1e36], DTYPES, LAYOUTS),
+)
 def test_any_scale(variant: Variant, dtype: Any, scale: float, layout: str) -> None:
     """x and dy of any size: no coefficient under- or overflows where the results do not."""
     x = (batch(np.float64, layout) * scale).astype(dtype)
@@ -237,6 +242,7 @@ def test_an_outlier_among_a_million(variant: Variant, place: int, layout: str) -
     check_forward(values.reshape(1, 1, -1) if layout == "NCHW" else values[None], layout=layout)
 
 
+@each_backend
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_warning_comes_from_valid_data(variant: Variant, dtype: Any, swapped: bool) -> None:

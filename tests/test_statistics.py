@@ -22,6 +22,7 @@ from checks import assert_within
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from variants import each_backend
 
 import fastbn
 from benchmarks import oracle
@@ -138,7 +139,7 @@ def divided(draw: st.DrawFn) -> list[Array]:
     return given
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [*DTYPES, *HALVES])
 @pytest.mark.parametrize("shape", [(7, 3), (4, 5, 6, 7), (1, 3), (2, 3, 1)], ids=str)
@@ -151,8 +152,8 @@ def test_of_an_array(shape: tuple[int, ...], dtype: Any, layout: str) -> None:
     assert type(got.count) is int
 
 
+@each_backend
 @pytest.mark.no_kernel
-@pytest.mark.usefixtures("variant")
 @pytest.mark.parametrize("shape", [(0, 3), (4, 3, 0), (4, 0)], ids=str)
 def test_of_an_empty_array(shape: tuple[int, ...]) -> None:
     """There are no values, and zeros for all channels; such moments come and go as others do."""
@@ -162,7 +163,7 @@ def test_of_an_empty_array(shape: tuple[int, ...]) -> None:
         np.testing.assert_array_equal((m.mean, m.var), np.zeros((2, shape[1])), strict=True)
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @given(divided(), st.integers(0, 99))
 def test_merged_parts_are_the_whole(parts: list[Array], seed: int) -> None:
     """In any order and by any tree, within what their own bounds allow, and with the same bits
@@ -173,7 +174,7 @@ def test_merged_parts_are_the_whole(parts: list[Array], seed: int) -> None:
     assert bits(tree(map(Moments.of, parts), Moments.merge, seed)) == bits(got)
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @given(divided(), st.sampled_from(["nothing", "the whole's mean", "a part's mean", "float32"]))
 def test_summed_parts_are_the_whole(parts: list[Array], near: str) -> None:
     """Sums about any vector, added up, keep what the docstring of `to_sums` promises."""
@@ -630,7 +631,7 @@ def batches(draw: st.DrawFn) -> tuple[list[Array], str]:
     return [to_layout(rng.normal(9, 3, shape), layout).astype(dtype) for shape in shapes], layout
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @given(batches())
 def test_exact_population(given: tuple[list[Array], str]) -> None:
     """The statistics of all values together, unbiased, from a generator too."""
@@ -646,7 +647,7 @@ def test_exact_population(given: tuple[list[Array], str]) -> None:
     assert_within(got.var, exact, factor * allowed.var_off * (1 + U) + U * exact, "var")
 
 
-@pytest.mark.usefixtures("variant")
+@each_backend
 @given(batches())
 def test_average_population(given: tuple[list[Array], str]) -> None:
     """E[mean_B] and E[m / (m - 1) var_B], every batch with the same weight: Algorithm 2, step 10.

@@ -12,7 +12,9 @@ from bits import assert_same_bits
 from checks import assert_within, judge_backward
 from hypothesis import given
 from hypothesis import strategies as st
+from pairs import pairs
 from strategies import Problem, recipes
+from variants import each_backend
 
 import fastbn
 from benchmarks import oracle
@@ -125,9 +127,8 @@ def total_of(channels: int) -> Total:
     return dgamma, dbeta, 1_000_000
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_backend
+@pytest.mark.parametrize(("shape", "dtype", "layout"), pairs(SHAPES, ALL, LAYOUTS))
 def test_options_change_no_bit(shape: tuple[int, ...], dtype: Any, layout: str) -> None:
     """Fresh, into `out` or in place, with the residual's gradient and without, dx has the same
     bits; without the parameters' gradients too."""
@@ -150,9 +151,7 @@ def test_options_change_no_bit(shape: tuple[int, ...], dtype: Any, layout: str) 
     assert_same_bits(beside._asdict(), expected._asdict() | {"dresidual": dy})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "layout"), pairs(SHAPES, ALL, LAYOUTS))
 def test_sums_of_larger_arrays(shape: tuple[int, ...], dtype: Any, layout: str) -> None:
     """They, and the gradients by them, are within their bounds and have the same bits by several
     threads."""
@@ -169,6 +168,7 @@ def test_sums_of_larger_arrays(shape: tuple[int, ...], dtype: Any, layout: str) 
         assert_within(*judged._replace(bound=judged.bound * more(1)))
 
 
+@each_backend
 @pytest.mark.parametrize("gamma_dtype", [None, *DTYPES])
 @pytest.mark.parametrize("dtype", ALL)
 def test_gradients_of_parameters_are_the_sums_given(dtype: Any, gamma_dtype: Any) -> None:
@@ -187,6 +187,7 @@ def test_gradients_of_parameters_are_the_sums_given(dtype: Any, gamma_dtype: Any
         np.testing.assert_array_equal(ours, copied)
 
 
+@each_backend
 @pytest.mark.parametrize("place", ["dy", "x", "mean", "var"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_stays_in_its_channel(value: float, place: str) -> None:
@@ -203,6 +204,7 @@ def test_what_is_not_finite_stays_in_its_channel(value: float, place: str) -> No
     assert_same_bits(found[1], found[0])
 
 
+@each_backend
 def test_sums_as_reductions_leave_them() -> None:
     """A list, and a count that is an array of it alone, of whole numbers or others."""
     x, dy = np.random.default_rng(0).normal(size=(2, 6, 4, 5))
@@ -244,6 +246,7 @@ def by_parts(weights: Array, where: Array, layout: str) -> tuple[list[Array], Ar
     return dx, fastbn.batch_norm_backward(dy, x, *by, **of(slice(None))).dx
 
 
+@each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_parts_whose_samples_weigh(layout: str) -> None:
     """By sums of parts dx is that of the whole, at any scale of the weights the same bits; of parts
@@ -263,6 +266,7 @@ def test_parts_whose_samples_weigh(layout: str) -> None:
     np.testing.assert_allclose(np.concatenate(dx), whole, rtol=1e-5, atol=1e-6)
 
 
+@each_backend
 @pytest.mark.no_kernel
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (2, 3, 0)], ids=str)
 def test_an_empty_part(shape: tuple[int, ...]) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import finds_tests, run
 from strategies import layouts, shapes_of_ones, unit_strides
-from variants import Variant
+from variants import Variant, each_backend
 
 import fastbn
 from benchmarks.oracle import Array
@@ -27,6 +27,7 @@ NO_ARRAYS = {
 }
 
 
+@each_backend
 @settings(max_examples=25)
 @given(shapes_of_ones(), layouts, st.sampled_from(sorted(TYPES)), unit_strides())
 def test_strides_of_axes_of_length_1_mean_nothing(

@@ -9,7 +9,8 @@ import pytest
 from checks import Judged, assert_within, judge_backward, judge_forward
 from grid import TYPES
 from memory import FORMS
-from variants import Variant
+from pairs import pairs
+from variants import Variant, each_backend
 
 import fastbn
 from benchmarks.oracle import Array, to_layout
@@ -30,13 +31,9 @@ GROUPS = (2, 3, 4, 100)
 
 
 def problems() -> pytest.MarkDecorator:
-    """Every shape, with sizes of groups, types and layouts in turn."""
-    listed = [
-        (shape, GROUPS[(i + j) % 4], ("NCHW", "NHWC")[(i + j) % 2], dtype)
-        for i, shape in enumerate(SHAPES)
-        for j, dtype in enumerate(TYPES)
-    ]
-    return pytest.mark.parametrize(("shape", "k", "layout", "dtype"), listed)
+    """Shapes, sizes of groups, types, layouts and activations."""
+    listed = pairs(SHAPES, GROUPS, ("NCHW", "NHWC"), list(TYPES), [None, "relu6"])
+    return pytest.mark.parametrize(("shape", "k", "layout", "dtype", "activation"), listed)
 
 
 def made(shape: tuple[int, ...], layout: str, dtype: str) -> tuple[Array, ...]:
@@ -52,7 +49,6 @@ def groups_of(n: int, k: int) -> list[slice]:
     return [slice(start, min(start + k, n)) for start in range(0, n, k)]
 
 
-@pytest.mark.parametrize("activation", [None, "relu6"])
 @problems()
 def test_each_group_is_a_batch(
     variant: Variant, shape: tuple[int, ...], k: int, layout: str, dtype: str, activation: Any
@@ -110,6 +106,7 @@ def test_one_group_is_the_batch(variant: Variant, layout: str, k: int) -> None:
         assert np.array_equal(getattr(got, name), wanted), name
 
 
+@each_backend
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_whatever_the_memory(variant: Variant, layout: str, form: str) -> None:
@@ -139,6 +136,7 @@ def test_whatever_the_memory(variant: Variant, layout: str, form: str) -> None:
         assert_within(getattr(got, name), *total_of(listed), name)
 
 
+@each_backend
 @pytest.mark.no_kernel
 def test_empty_batches(variant: Variant) -> None:
     """No samples have no groups; groups of nothing have zeros."""
@@ -161,6 +159,7 @@ BAD: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
 )
 
 
+@each_backend
 @pytest.mark.no_kernel
 @pytest.mark.parametrize(("options", "error", "words"), BAD)
 def test_bad_groups(
@@ -176,6 +175,7 @@ def test_bad_groups(
     assert (out == 7).all()
 
 
+@each_backend
 @pytest.mark.no_kernel
 def test_bad_statistics_of_groups(variant: Variant) -> None:
     """A row each, float64, no negative variance; and no sums of others."""

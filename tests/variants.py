@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -40,6 +40,22 @@ def _names() -> tuple[str, ...]:
 
 VARIANTS = _names()
 CYTHON = tuple(name for name in VARIANTS if name.startswith("cython-"))
+BACKENDS = (*(name for name in VARIANTS if name not in CYTHON), *CYTHON[:1])
+"""A variant of each backend, of Cython the best: for what instruction sets share."""
+EACH_BACKEND = [
+    pytest.mark.usefixtures("variant"),
+    pytest.mark.parametrize("variant", BACKENDS, indirect=True),
+]
+"""Marks that run tests on these in place of all variants."""
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+def each_backend(test: Test) -> Test:
+    """The same for a test."""
+    for mark in EACH_BACKEND:
+        test = mark(test)
+    return test
+
 
 _RUNNERS = {
     "cython": {"FASTBN_BACKEND": "cython"},
