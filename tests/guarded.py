@@ -70,7 +70,7 @@ class Places:
 def every(name: str, path: str, few: bool) -> None:
     """Make all calls on a variant; of few types and sizes, where each type is compiled for."""
     log, places, random = Log(path), Places(), Random(0)
-    types = ["float32", "float16"] if few else list(TYPES)
+    types = ["float32"] if few else list(TYPES)
     shapes = [form(n) for n in AROUND_VECTORS[:: 5 if few else 1] for form in FORMS]
     with activate(name):
         for shape in (*shapes, *LARGE):

@@ -4,10 +4,12 @@ go wrong that are right by themselves, all combinations would say no more."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import combinations, product
 from typing import Any
 
-Row = list[int | None]
+Row = dict[int, int]
+"""The place of a value among those of each option."""
 
 
 def pairs(*options: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -21,18 +23,16 @@ def pairs(*options: Sequence[Any]) -> list[tuple[Any, ...]]:
     }
     rows: list[tuple[Any, ...]] = []
     while missing:
-        row: Row = [None] * len(options)
-        for option, value in min(missing):
-            row[option] = value
+        row = dict(min(missing))
         for option, values in enumerate(places):
-            if row[option] is None:
-                row[option] = max(values, key=lambda v, o=option: _brings(row, o, v, missing))
-        missing -= set(combinations(enumerate(row), 2))
-        rows.append(tuple(values[i] for values, i in zip(options, row, strict=True)))
+            if option not in row:
+                row[option] = max(values, key=partial(_brings, missing, row, option))
+        chosen = sorted(row.items())
+        missing -= set(combinations(chosen, 2))
+        rows.append(tuple(options[option][value] for option, value in chosen))
     return rows
 
 
-def _brings(row: Row, option: int, value: int, missing: set[Any]) -> int:
+def _brings(missing: set[Any], row: Row, option: int, value: int) -> int:
     """How many missing pairs a value makes with the row's others."""
-    others = [(i, v) for i, v in enumerate(row) if v is not None]
-    return sum(tuple(sorted([other, (option, value)])) in missing for other in others)
+    return sum(tuple(sorted([other, (option, value)])) in missing for other in row.items())

@@ -62,7 +62,7 @@ def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def build(tree: Path) -> None:
     """The kernels anew, and no others beside them."""
-    for library in (tree / KERNELS).glob("*.so"):
+    for library in (tree / KERNELS).glob("kernels_*.so"):
         library.unlink()
     done = run(tree, "setup.py", "build_ext", "--inplace")
     if done.returncode:

@@ -23,6 +23,8 @@ from benchmarks.oracle import rstd_of, to_layout
 from benchmarks.results import Judged, Measured, Outcome
 from fastbn import backends
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SHAPE = (6, 12, 5, 4)
 CELLS = accuracy.all_cells(SHAPE)

@@ -50,6 +50,8 @@ from benchmarks.libraries import (
 from benchmarks.machine import Machine, cache_size
 from benchmarks.results import Measured, Outcome, Run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
 THREADS = 2

@@ -18,6 +18,8 @@ from processes import error, output, run
 import fastbn
 from fastbn import backends, config
 
+pytestmark = pytest.mark.slow
+
 T = TypeVar("T")
 USABLE = backends.usable()
 ISAS = backends.native_facts().isas

@@ -13,6 +13,8 @@ import pytest
 import saturating_sigmoids
 import scale_invariance
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 EXPERIMENTS = (
     "saturating_sigmoids",

@@ -88,6 +88,7 @@ def started_in_child(runner: str) -> int:
     return {"cython": openmp, "numba on workqueue": THREADS}.get(runner, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", FORKS)
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_child_and_parent(runner: str, how: str) -> None:
@@ -106,6 +107,7 @@ def test_fork_while_another_thread_is_inside_a_call(runner: str) -> None:
     assert int(output(BESIDE_A_CALL, **environment(runner))) == started_in_child(runner)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 @pytest.mark.skipif("cython" not in RUNNERS, reason="the compiled kernels are not built")
 def test_child_is_serial_where_the_runtime_keeps_its_threads(tmp_path: Path) -> None:
@@ -121,6 +123,7 @@ def test_child_is_serial_where_the_runtime_keeps_its_threads(tmp_path: Path) -> 
     assert child["started"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_gunicorn_preload(runner: str, tmp_path: Path) -> None:
     """Every worker answers, and in the end the master goes on."""

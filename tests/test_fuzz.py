@@ -9,7 +9,9 @@ import pytest
 from processes import finds_tests, run
 from variants import VARIANTS
 
-SECONDS = 20 / len(VARIANTS)
+pytestmark = pytest.mark.slow
+
+SECONDS = 12 / len(VARIANTS)
 
 
 def fuzzed(name: str, seconds: float = SECONDS, first: str = "pass") -> tuple[int, str]:

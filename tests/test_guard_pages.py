@@ -11,6 +11,8 @@ from memory import Guarded
 from processes import finds_tests, python, run
 from variants import VARIANTS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "numpy"])
 def test_nothing_is_touched_beyond_an_array(name: str, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from layers import CHANNELS, batch, made
 import fastbn
 from benchmarks.oracle import Array
 
+pytestmark = pytest.mark.slow
+
 X, DY, _ = batch((6, CHANNELS, 3))
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 GRADIENTS = ("_dgamma", "_dbeta")

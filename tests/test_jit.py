@@ -18,6 +18,7 @@ import fastbn
 
 numba = pytest.importorskip("numba")
 jit = pytest.importorskip("fastbn.backends.jit")
+pytestmark = pytest.mark.slow
 
 CALLS = """
 import sys, threading

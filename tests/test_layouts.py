@@ -56,9 +56,7 @@ def test_shapes(variant: Variant, shape: tuple[int, ...], dtype: Any, layout: st
     check_everything(x, dy, layout=layout, eps=0.5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", [1, 3, 64, 257])
+@pytest.mark.parametrize(("channels", "dtype", "layout"), pairs([1, 3, 64, 257], DTYPES, LAYOUTS))
 def test_large_batches(variant: Variant, channels: int, dtype: Any, layout: str) -> None:
     """Batches large enough for several threads and several chunks a channel."""
     shape = (6, channels, 151_553 // channels // 6, 3)

@@ -13,6 +13,8 @@ import pytest
 import fastbn
 from fastbn import demo
 
+pytestmark = pytest.mark.slow
+
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -9,6 +9,8 @@ import pytest
 from processes import output
 from variants import VARIANTS, environment, proof
 
+pytestmark = pytest.mark.slow
+
 PRELUDE = f"""
 import os, sys, warnings
 from concurrent.futures import ThreadPoolExecutor

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from bits import Results, assert_same_bits
 from machines import ALWAYS_STREAM, pretend
+from pairs import pairs
 from processes import output
 from samples import Norm, made
 from variants import CYTHON, activate, environment
@@ -84,9 +85,7 @@ def sample_calls(dtype: Any, layout: str, fused: bool) -> Results:
     return found
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, *HALVES])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", CYTHON)
+@pytest.mark.parametrize(("name", "dtype", "layout"), pairs(CYTHON, [*DTYPES, *HALVES], LAYOUTS))
 def test_plain_calls_on_samples_have_the_bits_of_others(
     name: str, layout: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

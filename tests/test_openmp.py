@@ -12,9 +12,10 @@ from variants import RUNNERS
 from fastbn import backends
 from fastbn._cpus import available_cpus
 
-pytestmark = pytest.mark.skipif(
-    backends.openmp() is None, reason="the kernels are not built with OpenMP"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(backends.openmp() is None, reason="the kernels are not built with OpenMP"),
+]
 
 ALLOWED = sorted(os.sched_getaffinity(0))
 EVERY = " ".join(map(str, ALLOWED))

@@ -8,6 +8,8 @@ from variants import VARIANTS, environment, proof
 
 from fastbn import backends
 
+pytestmark = pytest.mark.slow
+
 PRELUDE = """
 import os, sys
 import numpy as np

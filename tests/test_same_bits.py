@@ -108,6 +108,7 @@ def test_way(how: str, name: str) -> None:
     assert_baseline(how, name, digests(name, COMPUTED[how]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("how", PLACED)
 def test_place(how: str, name: str) -> None:

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from memory import FORMS, strided
+from pairs import pairs
 from variants import CYTHON, VARIANTS, Variant, activate
 
 import fastbn
 from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of, to_layout
+
+pytestmark = pytest.mark.slow
 
 COMPILED = [name for name in VARIANTS if name == "numba"] + [*CYTHON[-1:]]
 SHAPES = [
@@ -75,10 +78,10 @@ def compiled(request: pytest.FixtureRequest) -> Any:
         assert active.calls() > before
 
 
-@pytest.mark.parametrize("way", ["plain", "walked", "rows apart"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "way", "dtype", "layout"),
+    pairs(SHAPES, ["plain", "walked", "rows apart"], DTYPES, LAYOUTS),
+)
 def test_tables_are_small_beside_x(
     compiled: Variant, shape: tuple[int, ...], dtype: Any, layout: str, way: str
 ) -> None:
@@ -115,11 +118,14 @@ def sibling_calls_of(x: Array, layout: str, gamma: Array) -> dict[str, Callable[
     return calls
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize(
-    "shape", [(40_000, 64), (300, 5000), (64, 64, 17, 17), (5000, 6, 40), (9, 128, 4096)], ids=str
+    ("shape", "step", "dtype", "layout"),
+    pairs(
+        [(40_000, 64), (300, 5000), (64, 64, 17, 17), (5000, 6, 40), (9, 128, 4096)],
+        [1, 2],
+        DTYPES,
+        LAYOUTS,
+    ),
 )
 def test_tables_of_siblings_are_small_beside_x(
     compiled: Variant, shape: tuple[int, ...], step: int, dtype: Any, layout: str

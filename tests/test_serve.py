@@ -39,6 +39,8 @@ import fastbn
 from fastbn._network import softmax
 from fastbn.demo import Digits, load_digits
 
+pytestmark = pytest.mark.slow
+
 Array = NDArray[Any]
 
 SERVE = Path(service.__file__).parent
