@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+from remembered import remembered
 
 import fastbn
 from benchmarks.oracle import (
     DTYPES,
     Array,
     Wide,
+    WideGradients,
     backward,
     bound_dbeta,
     bound_dgamma,
@@ -105,17 +107,36 @@ def judge_forward(
     residual: Array | None = None,
 ) -> list[Judged]:
     """What `batch_norm` gave for these arguments, beside what it should."""
-    c = channels_of(x, layout)
-    dtype = np.dtype(x.dtype.type)
-    values, g, b = wide(x, layout), vector(gamma, 1, c), vector(beta, 0, c)
-    mean, var = moments(values)
-    bn = normalize(values, mean, var, g, b, eps)
-    bound = bound_y(dtype, bn, mean, var, g, b, eps)
+    mean, var = _exact_moments(x, layout)
+    bn, bound = _exact_y(x, None, None, gamma, beta, eps, layout)
     return [
         Judged(result.mean, mean, bound_mean(mean, var, eps), "mean"),
         Judged(result.var, var, bound_var(var), "var"),
         judge_y(result.y, bn, bound, layout, activation, residual),
     ]
+
+
+@remembered
+def _exact_moments(x: Array, layout: str) -> tuple[Wide, Wide]:
+    return moments(wide(x, layout))
+
+
+@remembered
+def _exact_y(
+    x: Array,
+    mean: Array | None,
+    var: Array | None,
+    gamma: Array | None,
+    beta: Array | None,
+    eps: float,
+    layout: str,
+) -> tuple[Wide, Wide]:
+    """Normalized values by the statistics given, else by x's own, and their bound."""
+    c = channels_of(x, layout)
+    g, b = vector(gamma, 1, c), vector(beta, 0, c)
+    m, v = _exact_moments(x, layout) if mean is None else (vector(mean, 0, c), vector(var, 1, c))
+    bn = normalize(wide(x, layout), m, v, g, b, eps)
+    return bn, bound_y(np.dtype(x.dtype.type), bn, m, v, g, b, eps)
 
 
 def check_forward(
@@ -164,12 +185,8 @@ def check_normalize(
     """`normalize` by the statistics given is within its bound."""
     tail = {"activation": activation, "residual": residual}
     got = fastbn.normalize(x, mean, var, gamma, beta, eps=eps, layout=layout, **tail)
-    c = channels_of(x, layout)
-    m, v, g, b = vector(mean, 0, c), vector(var, 1, c), vector(gamma, 1, c), vector(beta, 0, c)
-    bn = normalize(wide(x, layout), m, v, g, b, eps)
-    dtype = np.dtype(x.dtype.type)
-    assert got.dtype == dtype
-    bound = bound_y(dtype, bn, m, v, g, b, eps)
+    assert got.dtype == np.dtype(x.dtype.type)
+    bn, bound = _exact_y(x, mean, var, gamma, beta, eps, layout)
     assert_within(*judge_y(got, bn, bound, layout, activation, residual)._replace(what="normalize"))
 
 
@@ -193,16 +210,16 @@ def judge_backward(
     of_parameters = np.dtype(dtype if dtype.itemsize > 2 else np.float32)
     if gamma is not None:
         of_parameters = np.dtype(gamma.dtype.type)
-    d, m, v, g = wide(dy, layout), vector(mean, 0, c), vector(var, 1, c), vector(gamma, 1, c)
-    if y is not None:
-        d = gated(d, wide(y, layout), activation)
-    exact = backward(d, wide(x, layout), m, v, g, eps, frozen=frozen)
+    m, v, g = vector(mean, 0, c), vector(var, 1, c), vector(gamma, 1, c)
+    d, exact, of_dx = _exact_backward(
+        dy, x, mean, var, gamma, eps=eps, layout=layout, frozen=frozen, activation=activation, y=y
+    )
     dx, dgamma, dbeta = got[:3]
     assert dgamma is not None
     assert dbeta is not None
     assert dx.dtype == dtype
     assert dgamma.dtype == dbeta.dtype == of_parameters
-    bound = bound_dx(dtype, exact, d, m, v, g, eps, frozen=frozen)
+    bound = of_dx
     if y is not None:
         bound = bound_gated(dtype, d * (g * rstd_of(v, eps))[:, None], bound)
     judged = [
@@ -215,6 +232,29 @@ def judge_backward(
         bound = stored(dtype, d, bound_gated(dtype, d, np.zeros_like(d)))
         judged.append(Judged(rows(got.dresidual, layout), d, bound, "dresidual"))
     return judged
+
+
+@remembered
+def _exact_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    var: Array,
+    gamma: Array | None,
+    *,
+    eps: float,
+    layout: str,
+    frozen: bool,
+    activation: Any,
+    y: Array | None,
+) -> tuple[Wide, WideGradients, Wide]:
+    """dy, gated; the gradients; and the bound of dx but for the gate."""
+    c = channels_of(x, layout)
+    d, m, v, g = wide(dy, layout), vector(mean, 0, c), vector(var, 1, c), vector(gamma, 1, c)
+    if y is not None:
+        d = gated(d, wide(y, layout), activation)
+    exact = backward(d, wide(x, layout), m, v, g, eps, frozen=frozen)
+    return d, exact, bound_dx(np.dtype(x.dtype.type), exact, d, m, v, g, eps, frozen=frozen)
 
 
 def check_backward(

@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[1]
 KERNELS = "fastbn/_ext"
 BUILT = {"FASTBN_BUILD_ISA": "native"}
 """The variable by which `setup.py` builds for the best instruction set alone."""
+LAST = ("masks", "frozen", "second", "layouts", "hard_data", "same_bits")
+"""The tests that take longest, by their files' names."""
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?\[.*?\]|\S+)(?: - |$)", re.MULTILINE)
 
@@ -69,9 +71,16 @@ def build(tree: Path) -> None:
         raise SystemExit(done.stdout + done.stderr)
 
 
+def in_turn(tree: Path) -> list[str]:
+    """The files of tests, those that take longest at the end."""
+    last = [tree / "tests" / f"test_{name}.py" for name in LAST]
+    first = sorted({*(tree / "tests").glob("test_*.py")} - {*last})
+    return [str(path) for path in (*first, *last)]
+
+
 def caught(tree: Path, *options: str) -> str | None:
     """The first test that fails, if any does."""
-    done = run(tree, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *options)
+    done = run(tree, "-m", "pytest", "-x", "-q", *options, *in_turn(tree))
     if done.returncode == 0:
         return None
     found = FAILED.search(done.stdout)

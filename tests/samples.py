@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from checks import Judged, assert_within
+from remembered import remembered
 
 import fastbn
 from benchmarks.oracle import (
     Array,
+    Wide,
     bound_fused,
     bound_gated,
     bound_mean,
@@ -89,12 +91,9 @@ def judge_forward(
     residual: Array | None = None,
 ) -> list[Judged]:
     """What a forward gave for these arguments, beside what it should."""
-    values, dtype = by_sample(x, layout), np.dtype(x.dtype.type)
-    (n, c, places), of_gamma = values.shape, np.float32 if gamma is None else gamma.dtype
-    g, b = vector(gamma, 1, c), vector(beta, 0, c)
-    mean, var = sample_moments(values, groups)
-    bn = sample_normalize(values, mean, var, g, b, eps)
-    bound = bound_sample_y(dtype, of_gamma, bn, mean, var, g, b, eps)
+    dtype = np.dtype(x.dtype.type)
+    n, c, places = by_sample(x, layout).shape
+    mean, var, bn, bound = _exact_forward(x, groups, gamma, beta, eps, layout)
     z = None if residual is None else by_sample(residual, layout)
     exact = fused(bn, activation, z)
     if activation is not None or z is not None:
@@ -106,6 +105,18 @@ def judge_forward(
         Judged(found_var, var, bound_sample_var(mean, var, c, places), "var"),
         Judged(y, exact, stored(dtype, exact, bound), "y"),
     ]
+
+
+@remembered
+def _exact_forward(
+    x: Array, groups: int, gamma: Array | None, beta: Array | None, eps: float, layout: str
+) -> tuple[Wide, Wide, Wide, Wide]:
+    """Statistics, normalized values and their bound."""
+    values, of_gamma = by_sample(x, layout), np.float32 if gamma is None else gamma.dtype
+    g, b = vector(gamma, 1, values.shape[1]), vector(beta, 0, values.shape[1])
+    mean, var = sample_moments(values, groups)
+    bn = sample_normalize(values, mean, var, g, b, eps)
+    return mean, var, bn, bound_sample_y(x.dtype.type, of_gamma, bn, mean, var, g, b, eps)
 
 
 def judge_backward(

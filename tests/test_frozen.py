@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from bits import assert_same_bits
 from memory import FORMS, WRITEABLE, dense
-from pairs import pairs
+from pairs import paired
 from variants import VARIANTS, Variant, activate, each_backend
 
 import fastbn
@@ -35,7 +35,7 @@ def made(x: Array, layout: str, **options: Any) -> tuple[fastbn.FrozenBatchNorm,
 
 
 @pytest.mark.usefixtures("variant")
-@pytest.mark.parametrize(("shape", "dtype", "layout"), pairs(SHAPES, [*DTYPES, *HALVES], LAYOUTS))
+@paired(shape=SHAPES, dtype=[*DTYPES, *HALVES], layout=LAYOUTS)
 def test_it_has_the_bits_of_normalize(shape: tuple[int, ...], dtype: Any, layout: str) -> None:
     """With any activation, with a residual and a mask and without, fresh or into `out`."""
     rng = np.random.default_rng(0)

@@ -59,7 +59,7 @@ WRONG = {
 def test_faults_are_found(fault: str) -> None:
     """Each is told with a seed, the call, and the command that repeats it."""
     status, words = fuzzed(
-        "numpy", 60, f"import os, fastbn\nfuzz.MOST_FAILURES = 1\n{WRONG[fault]}"
+        "numpy", 100, f"import os, fastbn\nfuzz.MOST_FAILURES = 1\n{WRONG[fault]}"
     )
     assert status == 1, words
     command = r"PYTHONPATH=tests python -m fuzz --variant numpy --cases 1 --seed (\d+)"

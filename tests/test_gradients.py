@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checks import assert_within, derivative
-from pairs import pairs
+from pairs import paired
 from variants import Variant, each_backend
 
 import fastbn
@@ -15,9 +15,13 @@ from benchmarks import oracle
 from benchmarks.oracle import DTYPES, LAYOUTS, Array, vector, wide
 
 
-@pytest.mark.parametrize(
-    ("dtype", "layout", "frozen", "with_gamma", "with_beta", "params"),
-    pairs(DTYPES, LAYOUTS, *[[True, False]] * 4),
+@paired(
+    dtype=DTYPES,
+    layout=LAYOUTS,
+    frozen=[True, False],
+    with_gamma=[True, False],
+    with_beta=[True, False],
+    params=[True, False],
 )
 def test_gradients_are_the_derivatives(
     variant: Variant,

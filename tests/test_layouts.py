@@ -9,7 +9,7 @@ import pytest
 from bits import assert_same_bits, run_all
 from checks import check_everything
 from memory import FORMS, channels_last
-from pairs import pairs
+from pairs import paired
 from variants import Variant, each_backend
 
 import fastbn
@@ -48,7 +48,7 @@ def problem(shape: tuple[int, ...], dtype: Any, layout: str) -> tuple[Array, Arr
     return x, dy, gamma, beta
 
 
-@pytest.mark.parametrize(("shape", "dtype", "layout"), pairs(SHAPES, DTYPES, LAYOUTS))
+@paired(shape=SHAPES, dtype=DTYPES, layout=LAYOUTS)
 def test_shapes(variant: Variant, shape: tuple[int, ...], dtype: Any, layout: str) -> None:
     """Rank 2 to 6, size-1 axes, both sides of every lane boundary: right within the bounds."""
     x, dy, gamma, beta = problem(shape, dtype, layout)
@@ -56,7 +56,7 @@ def test_shapes(variant: Variant, shape: tuple[int, ...], dtype: Any, layout: st
     check_everything(x, dy, layout=layout, eps=0.5)
 
 
-@pytest.mark.parametrize(("channels", "dtype", "layout"), pairs([1, 3, 64, 257], DTYPES, LAYOUTS))
+@paired(channels=[1, 3, 64, 257], dtype=DTYPES, layout=LAYOUTS)
 def test_large_batches(variant: Variant, channels: int, dtype: Any, layout: str) -> None:
     """Batches large enough for several threads and several chunks a channel."""
     shape = (6, channels, 151_553 // channels // 6, 3)

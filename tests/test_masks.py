@@ -13,7 +13,7 @@ from checks import assert_within, judge_backward, judge_forward
 from grid import TYPES
 from machines import ALWAYS_STREAM, pretend
 from memory import against_a_page
-from pairs import pairs
+from pairs import paired
 from variants import Variant, each_backend
 
 import fastbn
@@ -100,10 +100,7 @@ def problems(*shapes: tuple[int, ...]) -> Callable[[Test], Test]:
     return pytest.mark.parametrize(("shape", "layout", "dtype"), listed)
 
 
-@pytest.mark.parametrize(
-    ("shape", "layout", "dtype", "activation"),
-    pairs(SHAPES, ("NCHW", "NHWC"), list(TYPES), [None, "relu6"]),
-)
+@paired(shape=SHAPES, layout=["NCHW", "NHWC"], dtype=TYPES, activation=[None, "relu6"])
 def test_masked_forward_and_backward(
     variant: Variant, shape: tuple[int, ...], layout: str, dtype: str, activation: Any
 ) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from bits import assert_same_bits, run_all
 from memory import FORMS, dense_in_its_order
-from pairs import pairs
+from pairs import paired
 from variants import Variant, each_backend
 
 import fastbn
@@ -26,9 +26,7 @@ def problem(shape: tuple[int, ...], dtype: Any, layout: str) -> tuple[Array, Arr
 
 
 @each_backend
-@pytest.mark.parametrize(
-    ("form", "shape", "dtype", "layout"), pairs(list(FORMS), SHAPES, DTYPES, LAYOUTS)
-)
+@paired(form=FORMS, shape=SHAPES, dtype=DTYPES, layout=LAYOUTS)
 def test_form_of_x(
     variant: Variant, form: str, shape: tuple[int, ...], dtype: Any, layout: str
 ) -> None:
@@ -44,7 +42,7 @@ def test_form_of_x(
 
 
 @each_backend
-@pytest.mark.parametrize(("form", "dtype", "layout"), pairs(list(FORMS), DTYPES, LAYOUTS))
+@paired(form=FORMS, dtype=DTYPES, layout=LAYOUTS)
 def test_form_of_dy_and_the_vectors(variant: Variant, form: str, dtype: Any, layout: str) -> None:
     """dy, gamma, beta, mean and var in any form have the bits of their dense copies."""
     x, dy, gamma, beta = problem((3, 6, 5, 4), dtype, layout)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from bits import Results, assert_same_bits
 from machines import ALWAYS_STREAM, pretend
-from pairs import pairs
+from pairs import paired
 from processes import output
 from samples import Norm, made
 from variants import CYTHON, activate, environment
@@ -85,7 +85,7 @@ def sample_calls(dtype: Any, layout: str, fused: bool) -> Results:
     return found
 
 
-@pytest.mark.parametrize(("name", "dtype", "layout"), pairs(CYTHON, [*DTYPES, *HALVES], LAYOUTS))
+@paired(name=CYTHON, dtype=[*DTYPES, *HALVES], layout=LAYOUTS)
 def test_plain_calls_on_samples_have_the_bits_of_others(
     name: str, layout: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from bits import assert_same_bits
 from memory import WRITEABLE, dense
 from numpy.lib.stride_tricks import as_strided
-from pairs import pairs
+from pairs import paired
 from variants import Variant, each_backend
 
 import fastbn
@@ -49,11 +49,11 @@ class Problem:
 FORWARD = ("batch_norm", "normalize")
 BACKWARD = ("batch_norm_backward", "normalize_backward")
 VERBS = FORWARD + BACKWARD
-PLACED = pairs(list(WRITEABLE), SHAPES, DTYPES, LAYOUTS)
+placed = paired(form=WRITEABLE, shape=SHAPES, dtype=DTYPES, layout=LAYOUTS)
 
 
 @each_backend
-@pytest.mark.parametrize(("form", "shape", "dtype", "layout"), PLACED)
+@placed
 def test_out_in_any_form(
     variant: Variant, form: str, shape: tuple[int, ...], dtype: Any, layout: str
 ) -> None:
@@ -67,7 +67,7 @@ def test_out_in_any_form(
 
 
 @each_backend
-@pytest.mark.parametrize(("form", "shape", "dtype", "layout"), PLACED)
+@placed
 def test_in_place(
     variant: Variant, form: str, shape: tuple[int, ...], dtype: Any, layout: str
 ) -> None:

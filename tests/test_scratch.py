@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from memory import FORMS, strided
-from pairs import pairs
+from pairs import paired
 from variants import CYTHON, VARIANTS, Variant, activate
 
 import fastbn
@@ -78,10 +78,7 @@ def compiled(request: pytest.FixtureRequest) -> Any:
         assert active.calls() > before
 
 
-@pytest.mark.parametrize(
-    ("shape", "way", "dtype", "layout"),
-    pairs(SHAPES, ["plain", "walked", "rows apart"], DTYPES, LAYOUTS),
-)
+@paired(shape=SHAPES, way=["plain", "walked", "rows apart"], dtype=DTYPES, layout=LAYOUTS)
 def test_tables_are_small_beside_x(
     compiled: Variant, shape: tuple[int, ...], dtype: Any, layout: str, way: str
 ) -> None:
@@ -118,14 +115,11 @@ def sibling_calls_of(x: Array, layout: str, gamma: Array) -> dict[str, Callable[
     return calls
 
 
-@pytest.mark.parametrize(
-    ("shape", "step", "dtype", "layout"),
-    pairs(
-        [(40_000, 64), (300, 5000), (64, 64, 17, 17), (5000, 6, 40), (9, 128, 4096)],
-        [1, 2],
-        DTYPES,
-        LAYOUTS,
-    ),
+@paired(
+    shape=[(40_000, 64), (300, 5000), (64, 64, 17, 17), (5000, 6, 40), (9, 128, 4096)],
+    step=[1, 2],
+    dtype=DTYPES,
+    layout=LAYOUTS,
 )
 def test_tables_of_siblings_are_small_beside_x(
     compiled: Variant, shape: tuple[int, ...], step: int, dtype: Any, layout: str

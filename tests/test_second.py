@@ -13,7 +13,7 @@ from checks import Judged, assert_within, derivative
 from hypothesis import given
 from hypothesis import strategies as st
 from memory import FORMS, dense_in_its_order
-from pairs import pairs
+from pairs import paired
 from strategies import recipes
 from variants import each_backend
 
@@ -121,9 +121,7 @@ def differentiated(case: Case, frozen: bool) -> oracle.WideSecond:
 
 
 @pytest.mark.usefixtures("variant")
-@pytest.mark.parametrize(
-    ("chosen", "with_gamma", "layout", "dtype"), pairs(CHOICES, [True, False], LAYOUTS, DTYPES)
-)
+@paired(chosen=CHOICES, with_gamma=[True, False], layout=LAYOUTS, dtype=DTYPES)
 def test_they_are_the_derivatives(
     dtype: Any, layout: str, with_gamma: bool, chosen: tuple[str, ...]
 ) -> None:
@@ -151,7 +149,7 @@ SHAPES = [(6, 5), (2, 20_003), (4, 3, 5, 7), (9, 24, 15, 31), (3, 2, 2, 3, 5)]
 
 
 @each_backend
-@pytest.mark.parametrize(("shape", "dtype", "layout"), pairs(SHAPES, ALL, LAYOUTS))
+@paired(shape=SHAPES, dtype=ALL, layout=LAYOUTS)
 def test_larger_arrays(shape: tuple[int, ...], dtype: Any, layout: str) -> None:
     """They are within their bounds, and have the same bits by several threads."""
     x = to_layout(np.random.default_rng(0).normal(-100, 2, shape), layout).astype(dtype)

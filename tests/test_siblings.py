@@ -185,11 +185,11 @@ BITS: list[tuple[tuple[int, ...], Any, str, str]] = [
             *[((700, 12), 3), ((33, 640), "layer"), ((1500, 20), 2), ((2, 16400), "layer")],
             *[((40, 12, 7, 7), "layer"), ((9, 64, 30, 31), 4), ((2, 6, 130, 131), 2)],
             *[((40, 20, 9), "instance"), ((600, 8, 2), 4), ((3, 3000, 5), 1000)],
-            ((512, 16400), "layer"),  # long rows, of two pieces: a thread's each
         ]
     )
     for layout, dtype in zip(LAYOUTS, ("float32", list(TYPES)[i % 4]), strict=True)
 ]
+BITS.append(((512, 16400), "layer", "NCHW", "float32"))  # long rows, of two pieces: a thread's each
 
 
 def bits_of(name: str, number: int, threads: int) -> dict[str, Array]:

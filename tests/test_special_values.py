@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from bits import Results, assert_same_bits, of_channels, run_all
 from checks import check_backward, check_everything, check_forward
-from pairs import pairs
+from pairs import paired
 from variants import Variant, each_backend
 
 import fastbn
@@ -38,9 +38,11 @@ def assert_same_elsewhere(results: Results, expected: Results, c: int, layout: s
     assert_same_bits(of_channels(results, others, layout), of_channels(expected, others, layout))
 
 
-@pytest.mark.parametrize(
-    ("name", "poison", "layout", "dtype"),
-    pairs(["x", "dy", "gamma", "beta"], [np.nan, np.inf, -np.inf], LAYOUTS, DTYPES),
+@paired(
+    name=["x", "dy", "gamma", "beta"],
+    poison=[np.nan, np.inf, -np.inf],
+    layout=LAYOUTS,
+    dtype=DTYPES,
 )
 def test_nan_and_infinity_stay_in_their_channel(
     variant: Variant, dtype: Any, layout: str, name: str, poison: float
@@ -150,13 +152,10 @@ def test_no_variance_and_no_eps(variant: Variant, dtype: Any, layout: str) -> No
         assert not got.dgamma.any()
 
 
-@pytest.mark.parametrize(
-    ("value", "shape", "dtype"),
-    pairs(
-        [0.1, -1 / 3, 1e6 + 0.1, 1e30, 3e38, 1e-30, 1e-40, 0.0],
-        [(1, 1), (7, 3), (3, 2, 5, 7), (2, 17, 33), (40, 3, 50, 51)],
-        DTYPES,
-    ),
+@paired(
+    value=[0.1, -1 / 3, 1e6 + 0.1, 1e30, 3e38, 1e-30, 1e-40, 0.0],
+    shape=[(1, 1), (7, 3), (3, 2, 5, 7), (2, 17, 33), (40, 3, 50, 51)],
+    dtype=DTYPES,
 )
 def test_constant_channels_have_no_variance(
     variant: Variant, dtype: Any, shape: tuple[int, ...], value: float
@@ -215,10 +214,7 @@ def test_any_pair_of_scales(variant: Variant, dtype: Any, layout: str) -> None:
                 check_backward(dy, x, mean, var, eps=0.0, layout=layout)
 
 
-@pytest.mark.parametrize(
-    ("scale", "dtype", "layout"),
-    pairs([1e-36, 1e-25, 1e-15, 1e15, 1e20, 1e25, 1e36], DTYPES, LAYOUTS),
-)
+@paired(scale=[1e-36, 1e-25, 1e-15, 1e15, 1e20, 1e25, 1e36], dtype=DTYPES, layout=LAYOUTS)
 def test_any_scale(variant: Variant, dtype: Any, scale: float, layout: str) -> None:
     """x and dy of any size: no coefficient under- or overflows where the results do not."""
     x = (batch(np.float64, layout) * scale).astype(dtype)

@@ -12,7 +12,7 @@ from bits import assert_same_bits
 from checks import assert_within, judge_backward
 from hypothesis import given
 from hypothesis import strategies as st
-from pairs import pairs
+from pairs import paired
 from strategies import Problem, recipes
 from variants import each_backend
 
@@ -128,7 +128,7 @@ def total_of(channels: int) -> Total:
 
 
 @each_backend
-@pytest.mark.parametrize(("shape", "dtype", "layout"), pairs(SHAPES, ALL, LAYOUTS))
+@paired(shape=SHAPES, dtype=ALL, layout=LAYOUTS)
 def test_options_change_no_bit(shape: tuple[int, ...], dtype: Any, layout: str) -> None:
     """Fresh, into `out` or in place, with the residual's gradient and without, dx has the same
     bits; without the parameters' gradients too."""
@@ -151,7 +151,7 @@ def test_options_change_no_bit(shape: tuple[int, ...], dtype: Any, layout: str) 
     assert_same_bits(beside._asdict(), expected._asdict() | {"dresidual": dy})
 
 
-@pytest.mark.parametrize(("shape", "dtype", "layout"), pairs(SHAPES, ALL, LAYOUTS))
+@paired(shape=SHAPES, dtype=ALL, layout=LAYOUTS)
 def test_sums_of_larger_arrays(shape: tuple[int, ...], dtype: Any, layout: str) -> None:
     """They, and the gradients by them, are within their bounds and have the same bits by several
     threads."""

@@ -9,7 +9,7 @@ import pytest
 from checks import Judged, assert_within, judge_backward, judge_forward
 from grid import TYPES
 from memory import FORMS
-from pairs import pairs
+from pairs import paired
 from variants import Variant, each_backend
 
 import fastbn
@@ -30,12 +30,6 @@ SHAPES = (
 GROUPS = (2, 3, 4, 100)
 
 
-def problems() -> pytest.MarkDecorator:
-    """Shapes, sizes of groups, types, layouts and activations."""
-    listed = pairs(SHAPES, GROUPS, ("NCHW", "NHWC"), list(TYPES), [None, "relu6"])
-    return pytest.mark.parametrize(("shape", "k", "layout", "dtype", "activation"), listed)
-
-
 def made(shape: tuple[int, ...], layout: str, dtype: str) -> tuple[Array, ...]:
     """x, dy, a residual, gamma and beta; every sample has a mean of its own."""
     rng = np.random.default_rng(0)
@@ -49,7 +43,7 @@ def groups_of(n: int, k: int) -> list[slice]:
     return [slice(start, min(start + k, n)) for start in range(0, n, k)]
 
 
-@problems()
+@paired(shape=SHAPES, k=GROUPS, layout=["NCHW", "NHWC"], dtype=TYPES, activation=[None, "relu6"])
 def test_each_group_is_a_batch(
     variant: Variant, shape: tuple[int, ...], k: int, layout: str, dtype: str, activation: Any
 ) -> None:
