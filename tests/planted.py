@@ -1,7 +1,7 @@
 """Planted faults: whether the tests catch what `planted.toml` breaks, one fault at a time.
 
     PYTHONPATH=tests python -m planted
-    PYTHONPATH=tests python -m planted rows-tail-of-a-sum memory-order
+    PYTHONPATH=tests python -m planted --fault rows-tail-of-a-sum --fault memory-order
 
 Each fault goes into a copy of the tree. Where it is in the kernels, those of the best instruction
 set are built there. The fast selection of the tests runs until the first failure and, where it
@@ -109,8 +109,8 @@ def judge(name: str) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="planted", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[*FAULTS, []], help="of faults; all without")
-    names = parser.parse_args().names or list(FAULTS)
+    parser.add_argument("--fault", choices=FAULTS, action="append", help="all without")
+    names = parser.parse_args().fault or list(FAULTS)
     missed = [name for name in names if not judge(name)]
     print(f"{len(names) - len(missed)} of {len(names)} caught", flush=True)
     return 1 if missed else 0
