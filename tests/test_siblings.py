@@ -27,6 +27,7 @@ from benchmarks.oracle import (
     by_sample,
     channel_axis,
 )
+from fastbn import call
 
 SHAPES = (
     # rows: one column, broken lanes, whole ones, wide, of many samples, in pieces
@@ -239,6 +240,17 @@ def test_one_sample_of_many_channels(kind: str | int, layout: str) -> None:
     for form in ("dense", "strided"):
         x, dy, _, gamma, beta = made((1, 6000, 2), layout, np.float32)
         check(Norm(kind), FORMS[form](x), FORMS[form](dy), gamma, beta, layout=layout)
+
+
+@each_backend
+@pytest.mark.parametrize("groups", [1, 3])
+def test_rows_in_parts(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a part begins, rows have the gamma and beta of their group."""
+    monkeypatch.setattr(call, "SMALLEST", 1)
+    monkeypatch.setattr(call, "scratch", lambda array_bytes, share: 512)
+    x, dy, _, gamma, beta = made((40, 48), "NCHW", np.float32)
+    apart = FORMS["strided"]
+    check(Norm(groups), apart(x), apart(dy), gamma, beta)
 
 
 @pytest.mark.usefixtures("variant")
