@@ -148,6 +148,7 @@ SHAPES = [(6, 5), (2, 20_003), (4, 3, 5, 7), (9, 24, 15, 31), (3, 2, 2, 3, 5)]
 """The second has so many channels that they are worked on in parts."""
 
 
+@pytest.mark.slow
 @each_backend
 @paired(shape=SHAPES, dtype=ALL, layout=LAYOUTS)
 def test_larger_arrays(shape: tuple[int, ...], dtype: Any, layout: str) -> None:

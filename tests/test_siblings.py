@@ -201,6 +201,7 @@ def bits_of(name: str, number: int, threads: int) -> dict[str, Array]:
         return run(Norm(kind), x, dy, gamma, beta, z, layout=layout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(BITS)), ids=lambda i: " ".join(map(str, BITS[i])))
 def test_threads_and_instruction_sets(variant: Variant, number: int) -> None:
     """One to three threads, a second run, and every instruction set give the same bits."""
@@ -370,6 +371,7 @@ def test_constant_groups(eps: float) -> None:
                 assert not got.dgamma.any()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("variant")
 def test_gradients_of_zero_have_no_sign() -> None:
     """A negative sum times a scale of 0 is -0, and 0 once it is added to others: everywhere."""

@@ -228,6 +228,7 @@ def test_any_scale(variant: Variant, dtype: Any, scale: float, layout: str) -> N
                 check_backward(dy, x, mean, var, gamma, eps=0.0, layout=layout, frozen=frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("place", [0, 700_001])
 def test_an_outlier_among_a_million(variant: Variant, place: int, layout: str) -> None:
