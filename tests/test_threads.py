@@ -14,6 +14,8 @@ from variants import RUNNERS
 
 from fastbn import _ext, backends
 
+pytestmark = pytest.mark.slow
+
 EXTENSIONS = [module.name for module in pkgutil.iter_modules(_ext.__path__)]
 
 AT_ONCE = """
