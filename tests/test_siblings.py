@@ -383,6 +383,12 @@ def test_gradients_of_zero_have_no_sign() -> None:
         assert_same_bits({name: found[name] for name in expected}, expected)
         found = fastbn.instance_norm_backward(x - 1, x + 2, mean, var, vector, eps=0.0)._asdict()
         assert_same_bits({"dgamma": found["dgamma"]}, {"dgamma": np.zeros(3)})
+    single = gamma.astype(np.float32)
+    found, strided = (
+        fastbn.instance_norm_backward(x - 1e-60, x + 2, mean, mean, vector)._asdict()
+        for vector in (single[:3], single[::2])
+    )
+    assert_same_bits(found, strided)  # a sum that is not 0, and rounded to it, keeps its sign
 
 
 @pytest.mark.usefixtures("variant")

@@ -1165,6 +1165,7 @@ cdef class Engine:
         t.G, t.C, t.channels, t.fold, t.S, t.inside = 1, made.channels, made.channels, 1, 1, True
         t.reduce, t.map, t.slope = NO_REDUCE, AFFINE, 1
         t.split, t.threads, t.block, t.map_block = True, 1, t.C, t.C
+        t.stream = True     # calls that stream read behind the end
         t.mean, t.gamma, t.beta = table(affine.mean), table(affine.scale), table(affine.beta)
         set_pitch(&t)
         # The packed coefficients are what a call without samples leaves in its scratch.
@@ -1224,16 +1225,10 @@ cdef class Engine:
         element = gradient_type(dy if gamma is None else gamma)
         if t.period > 0:
             sums = self.go_back_by_column(&t, x, gamma, threads).reshape(2, -1)
-            dgamma, dbeta = sums.astype(cnp.PyArray_DescrFromType(element))
-        elif t.G == 1:
-            dgamma, dbeta = new_vector(t.channels, element), new_vector(t.channels, element)
-            t.first, t.second = table(dgamma), table(dbeta)
-            self.go(&t, x, threads)
-            without_sign(dgamma)
-            without_sign(dbeta)
+            dgamma, dbeta = rounded(sums[0], element), rounded(sums[1], element)
         else:
             dgamma, dbeta = self.sum_runs(&t, x, threads)
-            dgamma, dbeta = cnp.PyArray_Cast(dgamma, element), cnp.PyArray_Cast(dbeta, element)
+            dgamma, dbeta = rounded(dgamma, element), rounded(dbeta, element)
         if not params:
             return out, None, None, dresidual
         return out, dgamma, dbeta, dresidual
@@ -1313,15 +1308,17 @@ cdef void add_runs(cnp.ndarray totals, cnp.ndarray sums, Py_ssize_t first):
             total[c] += sum[g * C + c]
 
 
-cdef void without_sign(cnp.ndarray a):
-    """-0 as 0, as of sums that began with 0."""
-    cdef Py_ssize_t i, n = cnp.PyArray_DIM(a, 0)
-    if cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32:
-        for i in range(n):
-            (<float*> cnp.PyArray_DATA(a))[i] += 0
-    else:
-        for i in range(n):
-            (<double*> cnp.PyArray_DATA(a))[i] += 0
+cdef cnp.ndarray rounded(cnp.ndarray sums, int element):
+    """A new vector in a parameter's type of float64 sums; beyond it infinite, without a warning."""
+    cdef Py_ssize_t C = cnp.PyArray_DIM(sums, 0), c
+    cdef const double* sum = <double*> cnp.PyArray_DATA(sums)
+    cdef cnp.ndarray result = new_vector(C, element)
+    for c in range(C):
+        if element == cnp.NPY_FLOAT64:
+            (<double*> cnp.PyArray_DATA(result))[c] = sum[c]
+        else:
+            (<float*> cnp.PyArray_DATA(result))[c] = <float> sum[c]
+    return result
 
 
 cdef int arithmetic_type(Task* t) noexcept:
