@@ -158,6 +158,7 @@ MANY = [Periodic("NCHW", 1, 1, 6103, 1 << 14), Periodic("NHWC", 1, 2, 6103, 1 <<
 LONG = [*SOME, *(pytest.param(p, marks=pytest.mark.large(gigabytes=3.3)) for p in MANY)]
 
 
+@pytest.mark.slow
 @of_compiled
 @pytest.mark.parametrize("far", [False, True], ids=["ordinary", "far from 0"])
 @pytest.mark.parametrize("dtype", DTYPES)

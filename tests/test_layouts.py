@@ -56,6 +56,7 @@ def test_shapes(variant: Variant, shape: tuple[int, ...], dtype: Any, layout: st
     check_everything(x, dy, layout=layout, eps=0.5)
 
 
+@pytest.mark.slow
 @paired(channels=[1, 3, 64, 257], dtype=DTYPES, layout=LAYOUTS)
 def test_large_batches(variant: Variant, channels: int, dtype: Any, layout: str) -> None:
     """Batches large enough for several threads and several chunks a channel."""
