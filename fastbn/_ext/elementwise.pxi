@@ -345,18 +345,18 @@ cdef inline void map_across(int kind, const Task* t, Py_ssize_t g, const Strip* 
         n = 0
 
 
-cdef inline void map_few(int kind, const Task* t, Py_ssize_t g, const Strip* strip, Py_ssize_t row,
+cdef inline void map_few(int kind, const Task* t, Py_ssize_t g, const Strip* strip,
                          Py_ssize_t rows) noexcept nogil:
-    """A few rows of a strip: together or, of wide rows that are masked, one by one, for then they
+    """The first few rows of a strip: together or, of wide rows that are masked, one by one, for then they
     are one stream."""
-    cdef Place p = place(t, g, row, strip.left, 0)
+    cdef Place p = place(t, g, strip.n0, strip.left, 0)
     cdef Selected selected
     cdef Columns columns
     cdef Py_ssize_t r = 0
     p.source_ahead = p.x_ahead = p.other_ahead = 2 * ahead_values()
     columns.rows, columns.pitch, columns.selected = rows, t.pitch, &selected
     if kind & SELECTED:
-        selected = selected_at(t, g, row, 0)
+        selected = selected_at(t, g, strip.n0, 0)
         columns.rows = 1 if t.C >= WIDE else rows
     while r < rows:
         if kind & SELECTED:
@@ -418,8 +418,9 @@ cdef inline void map_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0, 
         strip = strips[i]
         while strip.n0 < strip.n1 and strip.width > 0:
             rows = min(most, strip.n1 - strip.n0)
-            map_few(kind, t, g, &strip, strip.n0, rows)
+            map_few(kind, t, g, &strip, rows)
             strip.n0 += rows
+
 
 cdef inline void map_chunk_of(int kind, const Task* t, const Piece* p) noexcept nogil:
     if t.inside:

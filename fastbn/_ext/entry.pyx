@@ -1222,16 +1222,14 @@ cdef class Engine:
         if results is None:
             return None
         out, dresidual = results
-        element = gradient_type(dy if gamma is None else gamma)
         if t.period > 0:
             sums = self.go_back_by_column(&t, x, gamma, threads).reshape(2, -1)
-            dgamma, dbeta = rounded(sums[0], element), rounded(sums[1], element)
         else:
-            dgamma, dbeta = self.sum_runs(&t, x, threads)
-            dgamma, dbeta = rounded(dgamma, element), rounded(dbeta, element)
+            sums = self.sum_runs(&t, x, threads)
         if not params:
             return out, None, None, dresidual
-        return out, dgamma, dbeta, dresidual
+        element = gradient_type(dy if gamma is None else gamma)
+        return out, rounded(sums[0], element), rounded(sums[1], element), dresidual
 
 
 cdef object set_plain_forward(Task* t, object x, object gamma, object beta, object eps,

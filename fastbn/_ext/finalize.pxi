@@ -110,7 +110,7 @@ cdef inline const double* padded(const Task* t, double* row, Py_ssize_t c, Py_ss
     cdef Py_ssize_t i
     if count % DOUBLES == 0:
         return row + c
-    if c + count == t.channels:     # what follows is nobody's
+    if c + count == t.channels:     # what follows is needed no more
         for i in range(count, registers(count) * DOUBLES):
             row[c + i] = 0
         return row + c

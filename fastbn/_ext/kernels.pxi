@@ -30,8 +30,7 @@ from libc.string cimport memcpy, memset
 from fastbn._ext.task cimport (
     ACTIVE, AFFINE, AHEAD, BY_COLUMN, GATED, GENERAL, GRADIENT_MOMENTS, INPUT_GRADIENT, KEEPS,
     KINDS, MOMENTS, NO_MAP, NO_REDUCE, PACKED, RESIDUAL, ROWS_PICKED, SELECTED, WIDE,
-    WITH_X,
-    Operand, Table, Task, sums_pitch,
+    WITH_X, Operand, Table, Task, sums_pitch,
 )
 
 cdef extern from "simd.h" nogil:
