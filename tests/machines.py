@@ -47,13 +47,10 @@ def pretend(**thresholds: int) -> Iterator[None]:
     """Override thresholds of the compiled backends, by the names of `entry.tune`, in the block."""
     with pytest.MonkeyPatch.context() as patch:
         if "numba" in backends.usable():
-            from fastbn.backends import jit
+            from fastbn.backends.numba import call
 
-            for name, value in thresholds.items():
-                if name != "scratch":  # only Cython's kernels cut their tables themselves
-                    patch.setattr(jit, name.upper(), value)
-            if thresholds.get("stream_rows") == 0:
-                patch.setattr(jit, "STREAMED_ROW", 0)  # not even rows with unaligned ends
+            for name in {"trip", "fetch", *ALWAYS_STREAM} & set(thresholds):  # what it goes by
+                patch.setattr(call, name.upper(), thresholds[name])
         if "cython" in backends.usable():
             from fastbn._ext import entry
 

@@ -28,7 +28,7 @@ BACKENDS = {
         "the compiled kernels were never built; in a checkout run: python -m pip install -e .",
     ),
     "numba": _Entry(
-        "fastbn.backends.jit",
+        "fastbn.backends.numba",
         "numba",
         "numba is not installed; run: python -m pip install 'fastbn[numba]'",
     ),

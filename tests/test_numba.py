@@ -17,7 +17,9 @@ from processes import output
 import fastbn
 
 numba = pytest.importorskip("numba")
-jit = pytest.importorskip("fastbn.backends.jit")
+backend = pytest.importorskip("fastbn.backends.numba")
+from fastbn.backends.numba import call, compiling, finalize, instructions  # noqa: E402
+
 pytestmark = pytest.mark.slow
 
 CALLS = """
@@ -32,7 +34,7 @@ before = numba.get_num_threads()
 @pytest.fixture(autouse=True)
 def _on_numba(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Numba, with threads even for the smallest array."""
-    monkeypatch.setattr(jit, "SERIAL_BELOW", 0)
+    monkeypatch.setattr(call, "SERIAL_BELOW", 0)
     with fastbn.use_backend("numba"):
         yield
 
@@ -90,34 +92,60 @@ def test_what_is_let_through_lies_anywhere(shape: tuple[int, ...], layout: str) 
             assert (memory[start + x.size :] == 7).all()
 
 
-def test_sums_need_no_neutral_gate() -> None:
-    """Without an activation they are those of dy, by the same body."""
+def test_a_gradient_that_is_kept_needs_no_activation() -> None:
+    """Without one it is dy, and so are the sums of it, by the same bodies."""
     x, dy = np.random.default_rng(5).normal(size=(2, 4, 3, 20))
     _, mean, var = fastbn.batch_norm(x)
     want = fastbn.batch_norm_backward(dy, x, mean, var)
-    compiled = jit._body.cache_info().currsize
+    compiled = compiling.body.cache_info().currsize
     got = fastbn.batch_norm_backward(dy, x, mean, var, dresidual=True)
-    assert jit._body.cache_info().currsize <= compiled + 1
+    assert compiling.body.cache_info().currsize == compiled
     for a, b in zip(got, (*want, dy), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def _copied(values: Any, like: Any, out: Any, out_like: Any) -> None:
-    """Lanes, and then some that are not whole, to another type."""
-    size, out_size = jit._itemsize(like), jit._itemsize(out_like)
-    p, q = values.ctypes.data, out.ctypes.data
-    whole = values.size - values.size % jit.LANES
-    for i in range(0, whole, jit.LANES):
-        jit._store(q + i * out_size, jit._load(p + i * size, like), out_like)
-    p, q, rest = p + whole * size, q + whole * out_size, values.size - whole
-    jit._store_some(q, jit._load_some(p, rest, like), rest, out_like)
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("scale", [1e-30, 1e30, np.nan, np.inf])
+def test_what_float32_does_not_fit_changes_no_neighbour(scale: float, layout: str) -> None:
+    """Its channel is computed in float64, the others' bits are as ever."""
+    rng = np.random.default_rng(6)
+    x, dy = (rng.normal(size=(5, 6, 30)).astype(np.float32) for _ in range(2))
+    gamma = rng.normal(size=6).astype(np.float32)
+    if layout == "NHWC":
+        x, dy = (np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, dy))
+    one = (slice(None), 2) if layout == "NCHW" else (..., 2)
+    usual, odd = x.copy(), x.copy()
+    odd[one] *= scale
+    results = []
+    for a in (usual, odd):
+        y, mean, var = fastbn.batch_norm(a, gamma, eps=0.0, layout=layout)
+        results.append((y, fastbn.batch_norm_backward(dy, a, mean, var, gamma, layout=layout).dx))
+    for a, b in zip(*results, strict=True):
+        if scale in (1e-30, 1e30):
+            assert np.isfinite(b).all()
+        a[one] = b[one] = 0
+        assert a.tobytes() == b.tobytes()
+    y, mean, var = fastbn.batch_norm(odd, eps=0.0, layout=layout)
+    if np.isfinite(scale):
+        np.testing.assert_allclose(
+            y[one], fastbn.batch_norm(usual, eps=0.0, layout=layout).y[one], atol=2e-5
+        )
+
+
+def _copied(values: Any, out: Any) -> None:
+    """Values in another type."""
+    for i in range(values.size):
+        out[i] = instructions.narrow(instructions.wide(values[i]), out[i])
 
 
 _copy_all = numba.njit(_copied)
 
 
 def _halves(name: str) -> Any:
-    return np.dtype(np.float16 if name == "float16" else ml_dtypes.bfloat16)
+    """A half type, and the integers that stand for it."""
+    if name == "float16":
+        return np.dtype(np.float16), np.uint16
+    return np.dtype(ml_dtypes.bfloat16), np.int16
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -131,19 +159,19 @@ def _same(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_every_half_is_a_float32(name: str) -> None:
     """All 65536 come out as they are, and go back."""
-    dtype, like = _halves(name), {"float16": np.uint16(0), "bfloat16": np.int16(0)}[name]
+    dtype, stored = _halves(name)
     every = np.arange(-1, 1 << 16).astype(np.uint16)  # an odd number
-    singles, back = np.empty(every.size, np.float32), np.empty_like(every)
-    _copy_all(every, like, singles, np.float32(0))
+    singles, back = np.empty(every.size, np.float32), np.empty(every.size, stored)
+    _copy_all(every.view(stored), singles)
     assert _same(singles, every.view(dtype).astype(np.float32))
-    _copy_all(singles, np.float32(0), back, like)
+    _copy_all(singles, back)
     assert _same(back.view(dtype), every.view(dtype))
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_halves_are_rounded_to_even(name: str) -> None:
     """Around every half and every tie between two, and at random."""
-    dtype, like = _halves(name), {"float16": np.uint16(0), "bfloat16": np.int16(0)}[name]
+    dtype, stored = _halves(name)
     every = np.arange(1 << 16).astype(np.uint16).view(dtype).astype(np.float32).view(np.int32)
     kept = 13 if name == "float16" else 16
     near = [every + (half << kept - 1) + step for half in (0, 1) for step in range(-2, 3)]
@@ -153,8 +181,8 @@ def test_halves_are_rounded_to_even(name: str) -> None:
         (sign * tiny).astype(np.float32).view(np.int32) + i for sign in (1, -1) for i in (0, 1)
     ]
     singles = np.concatenate([*near, near[0][:3]]).view(np.float32)
-    got = np.empty(singles.size, np.uint16)
-    _copy_all(singles, np.float32(0), got, like)
+    got = np.empty(singles.size, stored)
+    _copy_all(singles, got)
     with np.errstate(all="ignore"):
         assert _same(got.view(dtype), singles.astype(dtype))
 
@@ -224,7 +252,7 @@ def test_without_a_place_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
     with pytest.raises(RuntimeError, match="no locator"):
         numba.njit(_double, cache=True)
-    assert jit._compile(_double)(2) == 4
+    assert compiling.kernel()(_double)(2) == 4
 
 
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
@@ -262,20 +290,19 @@ def test_damaged_files_of_the_cache(
     """They are as good as none: what they held is compiled anew, and kept where that can be."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     for hits in (0, 1):
-        compiled = jit._compile(_double)
+        compiled: Any = compiling.kernel()(_double)
         assert (compiled(2), sum(compiled.stats.cache_hits.values())) == (4, hits)
     (path,) = tmp_path.rglob(f"*.{kind}")
     DAMAGE[damage](path)
     for hits in (0, 0 if damage == "a folder" else 1):
-        compiled = jit._compile(_double)
+        compiled = compiling.kernel()(_double)
         assert (compiled(2), sum(compiled.stats.cache_hits.values())) == (4, hits)
 
 
-def test_damaged_files_of_what_kernels_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_files_of_bodies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
-    body = partial(jit._body.__wrapped__, "start", np.dtype(np.float64), False)
+    kinds = np.dtype(np.float64), False, False, False
+    body = partial(compiling.body.__wrapped__, finalize.start_forward, *kinds)
     assert body() != 0
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*.nb?")}
     assert len(kept) == 2
@@ -285,13 +312,14 @@ def test_damaged_files_of_what_kernels_call(
     assert all(len(path.read_bytes()) == len(whole) for path, whole in kept.items())
 
 
-def test_serial_and_parallel_are_kept_apart_on_disk() -> None:
-    """Numba's cache knows functions by file, name and line, not by their options."""
-    kernels = [kernel for kernel in vars(jit).values() if isinstance(kernel, jit._Kernel)]
-    assert kernels
-    for kernel in kernels:
-        names = {twin.py_func.__qualname__ for twin in (kernel._serial, kernel._parallel)}
-        assert len(names) == 2
+def test_the_cache_is_of_these_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba looks at a function's own file; what it calls may be in any of the package's."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    assert len(compiling._stamp()) == len(list(Path(compiling.__file__).parent.glob("*.py")))
+    for stamp, hits in ((1, 0), (1, 1), (2, 0)):
+        monkeypatch.setattr(compiling, "_stamp", lambda stamp=stamp: ((stamp, stamp),))
+        compiled: Any = compiling.kernel()(_double)
+        assert (compiled(2), sum(compiled.stats.cache_hits.values())) == (4, hits)
 
 
 def _double(value: int) -> int:

@@ -1,0 +1,231 @@
+"""The Numba backend: passes and trips, compiled when first used.
+
+`call` prepares a job of arrays, and `jobs` tells in which order its bodies come: those of `planes`
+and `rows`, the two families of memory, made of the inner loops in `loops`, and those of `finalize`,
+from sums to coefficients. `compiling` and `instructions` are what Numba needs for that.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+
+from fastbn.activations import LINEAR
+from fastbn.backends.base import (
+    Affine,
+    Array,
+    Backend,
+    Gate,
+    GradientCoefficients,
+    Selection,
+    Table,
+    Tail,
+    depth,
+)
+from fastbn.backends.numba import jobs, team
+from fastbn.backends.numba.call import Call, channel_bytes, deliver
+from fastbn.backends.plain import PlainCalls
+from fastbn.errors import BackendError
+
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+    raise BackendError("NUMBA_DISABLE_JIT is set, so nothing would be compiled; unset it")
+
+
+class NumbaBackend(PlainCalls):
+    """Compiled by Numba."""
+
+    name = "numba"
+
+    def channel_bytes(self, shape: tuple[int, int, int, int]) -> int:
+        return channel_bytes(shape)
+
+    def moments(
+        self, x: Array, threads: int, selection: Selection | None = None
+    ) -> tuple[Table, Table]:
+        call = Call(x, selection)
+        call.give(jobs.GAMMA, 1.0)
+        call.array(x, "x", "dy", "beside", "out", "kept")
+        call.run(threads, backward=False, sums=True, writes=False)
+        return call.take(jobs.MEAN), call.take(jobs.VAR)
+
+    def normalize(
+        self,
+        x: Array,
+        affine: Affine,
+        out: Array,
+        threads: int,
+        tail: Tail | None = None,
+        selection: Selection | None = None,
+    ) -> None:
+        call = Call(x, selection)
+        for row, values in zip((jobs.MEAN, jobs.SCALE, jobs.BETA), affine, strict=True):
+            call.give(row, values)
+        _forward(call, x, out, threads, tail, sums=False)
+
+    def forward(
+        self,
+        x: Array,
+        gamma: Table,
+        beta: Table,
+        eps: float,
+        out: Array,
+        threads: int,
+        tail: Tail | None = None,
+        selection: Selection | None = None,
+        pool: int = 1,
+    ) -> tuple[Table, Table]:
+        if pool > 1:
+            return super().forward(x, gamma, beta, eps, out, threads, tail, selection, pool)
+        call = Call(x, selection)
+        call.with_eps(eps)
+        call.give(jobs.GAMMA, gamma)
+        call.give(jobs.BETA, beta)
+        _forward(call, x, out, threads, tail, sums=True)
+        return call.take(jobs.MEAN), call.take(jobs.VAR)
+
+    def forward_rows(
+        self,
+        x: Array,
+        gamma: Table,
+        beta: Table,
+        eps: float,
+        out: Array,
+        threads: int,
+        tail: Tail | None = None,
+    ) -> tuple[Table, Table]:
+        call = Call(x, placed=True)
+        call.with_eps(eps)
+        call.give(jobs.GAMMA, 1.0)
+        call.places("gamma", gamma)
+        call.places("beta", beta)
+        _forward(call, x, out, threads, tail, sums=True)
+        return call.take(jobs.MEAN), call.take(jobs.VAR)
+
+    def gradient_moments(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Table,
+        threads: int,
+        gate: Gate | None = None,
+        selection: Selection | None = None,
+    ) -> tuple[Table, Table]:
+        call = Call(x, selection)
+        for row, values in ((jobs.MEAN, mean), (jobs.VAR, 1.0), (jobs.GAMMA, 1.0)):
+            call.give(row, values)
+        _backward(call, dy, x, None, threads, gate, sums=True)
+        return call.take(jobs.DBETA), call.take(jobs.DGAMMA)
+
+    def input_gradient(
+        self,
+        dy: Array,
+        x: Array | None,
+        coefficients: GradientCoefficients,
+        out: Array,
+        threads: int,
+        gate: Gate | None = None,
+        selection: Selection | None = None,
+    ) -> None:
+        call = Call(dy, selection)
+        a, b, dy_mean, mean, rstd, rest = coefficients
+        call.give(jobs.SCALE, a)
+        if x is None:
+            call.set(frozen=True)
+        else:
+            given = (jobs.B, b), (jobs.DY_MEAN, dy_mean), (jobs.MEAN, mean), (jobs.RSTD, rstd)
+            for row, values in (*given, (jobs.REST, 0.0 if rest is None else rest)):
+                call.give(row, values)
+        _backward(call, dy, dy if x is None else x, out, threads, gate, sums=False)
+
+    def backward(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Table,
+        var: Table,
+        gamma: Table,
+        eps: float,
+        frozen: bool,
+        out: Array,
+        threads: int,
+        gate: Gate | None = None,
+        selection: Selection | None = None,
+        pool: int = 1,
+    ) -> tuple[Table, Table]:
+        if pool > 1:
+            tables, fused = (mean, var, gamma), (gate, selection, pool)
+            return super().backward(dy, x, *tables, eps, frozen, out, threads, *fused)
+        call = Call(x, selection)
+        call.with_eps(eps)
+        call.set(frozen=frozen)
+        for row, values in ((jobs.MEAN, mean), (jobs.VAR, var), (jobs.GAMMA, gamma)):
+            call.give(row, values)
+        _backward(call, dy, x, out, threads, gate, sums=True)
+        return call.take(jobs.DGAMMA), call.take(jobs.DBETA)
+
+    def backward_rows(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Table,
+        var: Table,
+        gamma: Table,
+        eps: float,
+        out: Array,
+        threads: int,
+        gate: Gate | None = None,
+    ) -> tuple[Table, Table]:
+        (period, size), rows = gamma.shape, mean.size
+        block = depth(period, size, rows)
+        call = Call(x, placed=True, block=block)
+        call.with_eps(eps)
+        for row, values in ((jobs.MEAN, mean), (jobs.VAR, var), (jobs.GAMMA, 1.0)):
+            call.give(row, values)
+        sums = np.zeros((-(-rows // block), 2, period, size))
+        call.places("gamma", gamma)
+        call.set(parameters=sums.ctypes.data)
+        _backward(call, dy, x, out, threads, gate, sums=True)
+        dgamma, dbeta = sums.sum(0)
+        return dgamma, dbeta
+
+
+def _forward(call: Call, x: Array, out: Array, threads: int, tail: Tail | None, sums: bool) -> None:
+    """y, and what a tail adds."""
+    call.array(x, "x", "dy", "beside", "kept")
+    written = call.array(out, "out")
+    if tail is not None:
+        call.activate(*tail.activation)
+        if tail.residual is not None:
+            call.array(tail.residual, "beside")
+            call.set(adds=True)
+    call.run(threads, backward=False, sums=sums, writes=True)
+    deliver(written, out)
+
+
+def _backward(
+    call: Call, dy: Array, x: Array, out: Array | None, threads: int, gate: Gate | None, sums: bool
+) -> None:
+    """dx, after a gate; without an activation y does not matter."""
+    call.array(x, "x")
+    call.array(dy, "dy", "beside", "out", "kept")
+    written = None if out is None else call.array(out, "out")
+    kept = through = None
+    if gate is not None and gate.activation != LINEAR:
+        slope, top = gate.activation
+        call.activate(slope, math.nan if top == math.inf else top)
+        call.array(gate.y, "beside")
+    if gate is not None and gate.dresidual is not None and out is not None:
+        through = gate.dresidual
+        kept = call.array(through, "kept")
+        call.set(keeps=True)
+    call.run(threads, backward=True, sums=sums, writes=out is not None)
+    deliver(written, out)
+    deliver(kept, through)
+
+
+def load() -> Backend:
+    """The backend object."""
+    team.check_layer()
+    return NumbaBackend()
