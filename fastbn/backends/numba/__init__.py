@@ -1,8 +1,9 @@
 """The Numba backend: passes and trips, compiled when first used.
 
 `call` prepares a job of arrays, and `jobs` tells in which order its bodies come: those of `planes`
-and `rows`, the two families of memory, made of the inner loops in `loops`, and those of `finalize`,
-from sums to coefficients. `compiling` and `instructions` are what Numba needs for that.
+and `rows`, the two families of memory, made of the inner loops in `reduce` and `elementwise`, and
+those of `finalize`, from sums to coefficients. `compiling` and `instructions` are what Numba needs
+for that, and `team` has its threads.
 """
 
 from __future__ import annotations

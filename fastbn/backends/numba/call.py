@@ -13,8 +13,8 @@ from fastbn._caches import FETCH, SERIAL_BELOW, STREAM_MAPS, STREAM_PLANES, STRE
 from fastbn.backends.base import Array, Selection, Table
 from fastbn.backends.numba import finalize, planes, rows, team
 from fastbn.backends.numba.compiling import body
+from fastbn.backends.numba.elementwise import TILE
 from fastbn.backends.numba.jobs import AGAIN, ALL, FINISH, JOB, ROWS, START, SUM, WRITE, cut, drive
-from fastbn.backends.numba.loops import TILE
 
 AHEAD = 4096
 """Bytes from what is read to what is fetched meanwhile."""
@@ -175,6 +175,10 @@ class Call:
         block, whole = self._order(threads, 2 if backward else 1, sums)
         partial = np.empty((shape.chunks, 2, shape.runs, shape.columns) if sums else 0)
         self.set(start=start, add=add, finish=finish, write=write, stream=stream, block=block)
+        tall = shape.height
+        if shape.is_rows:  # each chunk begins with the coefficients of its columns
+            tall = max(tall, -(-shape.rows // (1 if whole else 2 * threads)))
+        self.set(tall=tall, written=-(-shape.rows // tall) * shape.pieces)
         self.set(
             sums=partial.ctypes.data if sums else 0, fetch=AHEAD if total >= threads * FETCH else 0
         )

@@ -14,7 +14,7 @@ from typing import Any
 from fastbn.backends.base import Table
 from fastbn.backends.numba import jobs
 from fastbn.backends.numba.compiling import inline
-from fastbn.backends.numba.instructions import array, doubles, wide
+from fastbn.backends.numba.instructions import array, doubles, part, wide
 
 
 @inline
@@ -27,26 +27,39 @@ def _channels(job: Any, unit: Any) -> tuple[int, int]:
 
 @inline
 def _spread_out(job: Any, unit: Any, table: Table) -> None:
-    """Give all columns of a channel what its first one has."""
-    if job.fold * job.spread == 1:
-        return
-    for row in range(jobs.ROWS):
+    """Give all columns of a block's channels what the first one has."""
+    first, last = _channels(job, unit)
+    for row in range(jobs.ROWS if job.fold * job.spread > 1 else 0):
         values = table[row, unit.run]
-        for column in range(unit.c0, unit.c1):
-            channel = column // job.spread % job.channels
-            values[column] = values[channel * job.spread]
+        for copy in range(job.fold):
+            column = (copy * job.channels + first) * job.spread
+            for c in range(first, last):
+                for _ in range(job.spread):
+                    values[column] = values[c * job.spread]
+                    column += 1
 
 
 @inline
-def _merged(job: Any, sums: Table, run: int, c: int) -> tuple[float, float]:
-    """A channel's two sums: those of chunks, and of columns, in order."""
+def _merge(job: Any, unit: Any, sums: Table) -> None:
+    """The sums of all chunks of a block's columns, in order, in place of the first chunk's."""
+    for kind in range(2):
+        total = part(sums[0, kind, unit.run], unit.c0, unit.c1 - unit.c0)
+        for index in range(1, job.chunks):
+            more = part(sums[index, kind, unit.run], unit.c0, total.size)
+            for column in range(total.size):
+                total[column] += more[column]
+
+
+@inline
+def _of_channel(job: Any, sums: Table, run: int, c: int) -> tuple[float, float]:
+    """A channel's two sums: those of its columns."""
     a = b = 0.0
-    for index in range(job.chunks):
-        for copy in range(job.fold):
-            for s in range(job.spread):
-                column = (copy * job.channels + c) * job.spread + s
-                a += sums[index, 0, run, column]
-                b += sums[index, 1, run, column]
+    for copy in range(job.fold):
+        column = (copy * job.channels + c) * job.spread
+        for _ in range(job.spread):
+            a += sums[0, 0, run, column]
+            b += sums[0, 1, run, column]
+            column += 1
     return a, b
 
 
@@ -74,11 +87,12 @@ def finish_forward(here: int, where: int, like: Any, selected: Any, fused: Any, 
     """
     job, unit, again = jobs.job_at(here), jobs.unit_at(where), 0
     table, sums = jobs.table_of(job), jobs.sums_of(job)
+    _merge(job, unit, sums)
     first, last = _channels(job, unit)
     for c in range(first, last):
         column = c * job.spread
         shift, power = table[jobs.SHIFT, unit.run, column], table[jobs.POWER, unit.run, column]
-        a, b = _merged(job, sums, unit.run, c)
+        a, b = _of_channel(job, sums, unit.run, c)
         offset = a / job.count
         doubtful = not (a * offset * (257.0 / 256.0) <= b < math.inf) and math.isfinite(a)
         if unit.index == 0 and doubtful:
@@ -113,10 +127,11 @@ def finish_backward(
     """
     job, unit = jobs.job_at(here), jobs.unit_at(where)
     table, sums = jobs.table_of(job), jobs.sums_of(job)
+    _merge(job, unit, sums)
     first, last = _channels(job, unit)
     for c in range(first, last):
         column = c * job.spread
-        dbeta, centred = _merged(job, sums, unit.run, c)
+        dbeta, centred = _of_channel(job, sums, unit.run, c)
         dgamma = centred * table[jobs.RSTD, unit.run, column]
         scale = table[jobs.GAMMA, unit.run, column] * table[jobs.RSTD, unit.run, column]
         table[jobs.DBETA, unit.run, column] = dbeta

@@ -186,6 +186,19 @@ def prefetch(context: Any, address: Any) -> Any:
 
 
 @_intrinsic
+def whole_vectors(context: Any) -> Any:
+    """Let the loops of the function that says this have vectors of 64 bytes, where there are such:
+    for some processors LLVM prefers halves."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        # llvmlite knows no attribute with a value, but writes whatever is in the set.
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@_intrinsic
 def set_mode(context: Any, word: Any) -> Any:
     """The thread's floating-point mode, which becomes `word`; on x86 alone, others keep theirs."""
 

@@ -46,12 +46,22 @@ JOB = np.dtype(
         *((name, _OPERAND) for name in ARRAYS),
         *((name, np.int64) for name in ("adds", "keeps", "frozen", "stream", "fetch")),
         # Rows of `columns` values, perhaps one more of only `rest`; planes have `size` values. A
-        # chunk is `height` rows, or a `piece` of one; a block is some columns.
+        # chunk is `height` rows, or a `piece` of one; a block is some columns. What is written is
+        # cut into as many chunks, of `tall` rows.
         *((name, np.int64) for name in ("runs", "rows", "columns", "size", "rest")),
         *((name, np.int64) for name in ("fold", "channels", "spread")),
         *(
             (name, np.int64)
-            for name in ("height", "piece", "pieces", "chunks", "block", "itemsize")
+            for name in (
+                "height",
+                "piece",
+                "pieces",
+                "chunks",
+                "block",
+                "itemsize",
+                "tall",
+                "written",
+            )
         ),
         # Addresses, 0 of what there is not: (ROWS, runs, columns) and (chunks, 2, runs, columns) of
         # float64, (runs, rows, size) of bytes, (runs, rows / alike) of float64, and of
@@ -84,22 +94,16 @@ def least(a: int, b: int) -> int:
 
 
 @inline
-def chunk(job: Any, index: int) -> tuple[int, int, int, int]:
-    """Rows n0 to n1 and their values s0 to s1."""
-    n0, s0 = index // job.pieces * job.height, index % job.pieces * job.piece
-    return n0, least(n0 + job.height, job.rows), s0, least(s0 + job.piece, job.size)
+def chunk(job: Any, index: int, height: int) -> tuple[int, int, int, int]:
+    """Rows n0 to n1 and their values s0 to s1, of chunks so many rows high."""
+    n0, s0 = index // job.pieces * height, index % job.pieces * job.piece
+    return n0, least(n0 + height, job.rows), s0, least(s0 + job.piece, job.size)
 
 
 @inline
 def at(a: Any, run: int, n: int, c: int) -> int:
     """Address of a value."""
     return int(a.address + run * a.run + n * a.row + c * a.column)
-
-
-@inline
-def mask_at(job: Any, run: int, n: int, s: int) -> int:
-    """Address of a place in the mask; 0 if there is none."""
-    return int(job.mask + (run * job.rows + n) * job.size + s) if job.mask else 0
 
 
 @inline
@@ -134,7 +138,7 @@ def _trip(here: int, run: int, c0: int, c1: int) -> None:
                 invoke(job.add, here, run, c0, c1, index)
             if not invoke(job.finish, here, run, c0, c1, attempt):
                 break
-    for index in range(job.chunks - 1 if job.write else -1, -1, -1):
+    for index in range(job.written - 1 if job.write else -1, -1, -1):
         invoke(job.write, here, run, c0, c1, index)
 
 
@@ -144,7 +148,9 @@ def drive(here: int, phase: int, thread: int, threads: int) -> int:
     mode, job, again = set_mode(USUAL_MODE), job_at(here), 0
     across = -(-job.columns // job.block)
     blocks = job.runs * across
-    units = blocks * job.chunks if phase >= SUM else blocks
+    units = blocks
+    if phase >= SUM:
+        units *= job.chunks if phase == SUM else job.written
     for unit in range(units * thread // threads, units * (thread + 1) // threads):
         index, block = unit // blocks, unit % blocks
         run, c0 = block // across, block % across * job.block

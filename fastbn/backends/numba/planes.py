@@ -12,10 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 from fastbn.backends.base import Array, Table
-from fastbn.backends.numba import jobs, loops
+from fastbn.backends.numba import elementwise, jobs, reduce
 from fastbn.backends.numba.compiling import inline
+from fastbn.backends.numba.elementwise import ROOM, TILE
 from fastbn.backends.numba.instructions import array, doubles, local, narrow, octets, part
-from fastbn.backends.numba.loops import LANES, ROOM, SHORT, TILE, Gradient, Slopes
+from fastbn.backends.numba.reduce import LANES, SHORT, Gradient, Slopes
 
 
 @inline
@@ -67,28 +68,28 @@ def _four(x: int, step: int, count: int, like: Any) -> Any:
 def add_forward(here: int, where: int, like: Any, selected: Any, fused: Any, placed: Any) -> int:
     """The sums of a block's channels over a chunk."""
     job, unit = jobs.job_at(here), jobs.unit_at(where)
-    n0, n1, s0, s1 = jobs.chunk(job, unit.index)
+    n0, n1, s0, s1 = jobs.chunk(job, unit.index, job.height)
     table, sums, size, lanes = jobs.table_of(job), jobs.sums_of(job), job.itemsize, _lanes(job)
     t0, t1 = local(SHORT, doubles()), local(SHORT, doubles())
     for c in range(unit.c0, unit.c1):
         shift, power = table[jobs.SHIFT, unit.run, c], table[jobs.POWER, unit.run, c]
-        loops.clear(part(t0, 0, lanes))
-        loops.clear(part(t1, 0, lanes))
+        reduce.clear(part(t0, 0, lanes))
+        reduce.clear(part(t1, 0, lanes))
         n = n0
         while n < n1:
             x, s, w = jobs.at(job.x, unit.run, n, c), s0, jobs.weight_of(job, unit.run, n)
             if selected is None and job.size <= SHORT and n + 4 <= n1:
                 four, ahead = _four(x, job.x.row, job.size, like), 4 * job.x.row if job.fetch else 0
-                loops.add_four(four, shift, power, t0, t1, ahead)
+                reduce.add_four(four, shift, power, t0, t1, ahead)
                 s, n = s1, n + 3
             while selected is None and s + 4 * LANES <= s1:
                 four = _four(x + s * size, LANES * size, LANES, like)
-                loops.add_four(four, shift, power, t0, t1, job.fetch)
+                reduce.add_four(four, shift, power, t0, t1, job.fetch)
                 s += 4 * LANES
             while s < s1 and w > 0.0:
                 few = array(x + s * size, (jobs.least(s1 - s, lanes),), like)
                 seen = _seen(job, unit, n, s, few.size)
-                loops.add_moments(few, seen, (shift, power, w), t0, t1, selected, selected)
+                reduce.add_moments(few, seen, (shift, power, w), t0, t1, selected, selected)
                 s += lanes
             n += 1
         sums[unit.index, 0, unit.run, c] = _total(t0, lanes)
@@ -99,7 +100,7 @@ def add_forward(here: int, where: int, like: Any, selected: Any, fused: Any, pla
 def add_backward(here: int, where: int, like: Any, selected: Any, fused: Any, placed: Any) -> int:
     """The sums of gradients of a block's channels over a chunk."""
     job, unit = jobs.job_at(here), jobs.unit_at(where)
-    n0, n1, s0, s1 = jobs.chunk(job, unit.index)
+    n0, n1, s0, s1 = jobs.chunk(job, unit.index, job.height)
     table, sums, act, lanes = (
         jobs.table_of(job),
         jobs.sums_of(job),
@@ -113,8 +114,8 @@ def add_backward(here: int, where: int, like: Any, selected: Any, fused: Any, pl
     )
     for c in range(unit.c0, unit.c1):
         mean, n = table[jobs.MEAN, unit.run, c], n0
-        loops.clear(part(t0, 0, lanes))
-        loops.clear(part(t1, 0, lanes))
+        reduce.clear(part(t0, 0, lanes))
+        reduce.clear(part(t1, 0, lanes))
         while n < n1:
             s = s0
             if plain and job.size <= SHORT and n + 2 <= n1:
@@ -122,7 +123,7 @@ def add_backward(here: int, where: int, like: Any, selected: Any, fused: Any, pl
                     _operands(job, unit, n, c, 0, job.size, like),
                     _operands(job, unit, n + 1, c, 0, job.size, like),
                 )
-                loops.add_two(
+                reduce.add_two(
                     dys, more, mean, act, t0, t1, 2 * job.x.row if job.fetch else 0, fused
                 )
                 s, n = s1, n + 1
@@ -131,7 +132,7 @@ def add_backward(here: int, where: int, like: Any, selected: Any, fused: Any, pl
                     _operands(job, unit, n, c, s, LANES, like),
                     _operands(job, unit, n, c, s + LANES, LANES, like),
                 )
-                loops.add_two(dys, more, mean, act, t0, t1, job.fetch, fused)
+                reduce.add_two(dys, more, mean, act, t0, t1, job.fetch, fused)
                 s += 2 * LANES
             while s < s1:
                 count = jobs.least(s1 - s, lanes)
@@ -140,7 +141,7 @@ def add_backward(here: int, where: int, like: Any, selected: Any, fused: Any, pl
                     _seen(job, unit, n, s, count),
                 )
                 gamma = _places(job, job.gamma, c, s, count)
-                loops.add_products(dys, seen, gamma, mean, act, t0, t1, selected, fused, placed)
+                reduce.add_products(dys, seen, gamma, mean, act, t0, t1, selected, fused, placed)
                 s += lanes
             n += 1
         sums[unit.index, 0, unit.run, c] = _total(t0, lanes)
@@ -164,7 +165,7 @@ def _clear_unseen(out: Array, seen: Array) -> None:
 def write_forward(here: int, where: int, like: Any, selected: Any, fused: Any, placed: Any) -> int:
     """y of a block's channels in a chunk."""
     job, unit = jobs.job_at(here), jobs.unit_at(where)
-    n0, n1, s0, s1 = jobs.chunk(job, unit.index)
+    n0, n1, s0, s1 = jobs.chunk(job, unit.index, job.tall)
     table, act, tile = jobs.table_of(job), Slopes(job.slope, job.top), local(ROOM, like)
     for n in range(n0, n1):
         used, to = 0, 0
@@ -174,26 +175,25 @@ def write_forward(here: int, where: int, like: Any, selected: Any, fused: Any, p
                 table[jobs.SCALE, unit.run, c],
                 table[jobs.BETA, unit.run, c],
             )
-            near, usual = loops.single_affine(affine[0], affine[1], affine[2], job.itemsize)
+            near, usual = elementwise.single_affine(affine[0], affine[1], affine[2], job.itemsize)
             for s in range(s0, s1, TILE):
                 count = jobs.least(s1 - s, TILE)
                 _, x, residual = _operands(job, unit, n, c, s, count, like)
                 to = to if used else jobs.at(job.out, unit.run, n, c) + s * job.itemsize
                 target = part(tile, used, count)
-                loops.fetch(x, job.fetch)
+                reduce.fetch(x, job.fetch)
+                gamma = _places(job, job.gamma, c, s, count)
+                places = gamma, _places(job, job.beta, c, s, count)
                 if usual and placed is None:
-                    loops.write_y_single(target, x, residual, near, act, job.adds, fused)
+                    elementwise.write_y_single(target, x, residual, near, act, job.adds, fused)
                 else:
-                    places = (
-                        _places(job, job.gamma, c, s, count),
-                        _places(job, job.beta, c, s, count),
-                    )
-                    loops.write_y(target, x, residual, affine, places, act, job.adds, fused, placed)
+                    how = act, job.adds, fused, placed
+                    elementwise.write_y(target, x, residual, affine, places, *how)
                 if selected is not None:
                     _clear_unseen(target, _seen(job, unit, n, s, count))
                 used += count
                 if not _together(job) or used > TILE or c + 1 == unit.c1:
-                    loops.put(to, tile, used, job.stream, like)
+                    elementwise.put(to, tile, used, job.stream, like)
                     used = 0
     return 0
 
@@ -207,13 +207,13 @@ def _add_parameters(
     row = (unit.c0 // job.block * 2 * job.period + c % job.period) * job.size + s
     dgamma = array(job.parameters + row * 8, shape, doubles())
     dbeta = array(job.parameters + (row + job.period * job.size) * 8, shape, doubles())
-    loops.add_columns(dgamma, dbeta, dys, k, act, fused)
+    reduce.add_columns(dgamma, dbeta, dys, k, act, fused)
 
 
 def write_backward(here: int, where: int, like: Any, selected: Any, fused: Any, placed: Any) -> int:
     """dx of a block's channels in a chunk, and dy times the activation's slope."""
     job, unit = jobs.job_at(here), jobs.unit_at(where)
-    n0, n1, s0, s1 = jobs.chunk(job, unit.index)
+    n0, n1, s0, s1 = jobs.chunk(job, unit.index, job.tall)
     table, act, tile, others = (
         jobs.table_of(job),
         Slopes(job.slope, job.top),
@@ -231,24 +231,24 @@ def write_backward(here: int, where: int, like: Any, selected: Any, fused: Any, 
                 table[jobs.B, unit.run, c],
                 table[jobs.REST, unit.run, c],
             )
-            near, usual = loops.single_gradient(k, job.itemsize)
+            near, usual = elementwise.single_gradient(k, job.itemsize)
             for s in range(s0, s1, TILE):
                 count = jobs.least(s1 - s, TILE)
                 dys, offset = _operands(job, unit, n, c, s, count, like), s * job.itemsize
-                loops.fetch(dys[0], job.fetch)
-                loops.fetch(dys[1], job.fetch)
+                reduce.fetch(dys[0], job.fetch)
+                reduce.fetch(dys[1], job.fetch)
                 to = to if used else jobs.at(job.out, unit.run, n, c) + offset
                 kept = kept if used else jobs.at(job.kept, unit.run, n, c) + offset
                 target, other = part(tile, used, count), part(others, used, count)
                 if job.frozen:
-                    loops.write_scaled(target, dys, k.a, act, fused)
+                    elementwise.write_scaled(target, dys, k.a, act, fused)
                 elif usual and w == 1.0 and placed is None:
-                    loops.write_dx_single(target, dys, near, act, fused)
+                    elementwise.write_dx_single(target, dys, near, act, fused)
                 else:
                     gamma = _places(job, job.gamma, c, s, count)
-                    loops.write_dx(target, dys, gamma, k, w, act, fused, placed)
+                    elementwise.write_dx(target, dys, gamma, k, w, act, fused, placed)
                 if job.keeps:
-                    loops.write_scaled(other, dys, 1.0, act, fused)
+                    elementwise.write_scaled(other, dys, 1.0, act, fused)
                 if selected is not None:
                     _clear_unseen(target, _seen(job, unit, n, s, count))
                     _clear_unseen(other, _seen(job, unit, n, s, count))
@@ -256,8 +256,8 @@ def write_backward(here: int, where: int, like: Any, selected: Any, fused: Any, 
                     _add_parameters(job, unit, c, s, dys, k, act, fused)
                 used += count
                 if not _together(job) or used > TILE or c + 1 == unit.c1:
-                    loops.put(to, tile, used, job.stream, like)
+                    elementwise.put(to, tile, used, job.stream, like)
                     if job.keeps:
-                        loops.put(kept, others, used, job.stream, like)
+                        elementwise.put(kept, others, used, job.stream, like)
                     used = 0
     return 0

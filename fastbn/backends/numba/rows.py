@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from fastbn.backends.base import Array, Table
-from fastbn.backends.numba import jobs, loops
+from fastbn.backends.numba import elementwise, jobs, reduce
 from fastbn.backends.numba.compiling import inline
+from fastbn.backends.numba.elementwise import ROOM, TILE
 from fastbn.backends.numba.instructions import (
     array,
     doubles,
@@ -21,7 +22,7 @@ from fastbn.backends.numba.instructions import (
     part,
     singles,
 )
-from fastbn.backends.numba.loops import ROOM, TILE, Gradient, Slopes
+from fastbn.backends.numba.reduce import Gradient, Slopes
 
 
 @inline
@@ -72,21 +73,21 @@ def _save(job: Any, unit: Any, s0: Table, s1: Table) -> None:
 def add_forward(here: int, where: int, like: Any, selected: Any, fused: Any, placed: Any) -> int:
     """The sums of a block's columns over a chunk."""
     job, unit = jobs.job_at(here), jobs.unit_at(where)
-    n, n1, _, _ = jobs.chunk(job, unit.index)
+    n, n1, _, _ = jobs.chunk(job, unit.index, job.height)
     table, s0, s1 = jobs.table_of(job), local(TILE, doubles()), local(TILE, doubles())
     shift = _columns(table[jobs.SHIFT, unit.run], unit)
     power = _columns(table[jobs.POWER, unit.run], unit)
-    loops.clear(s0)
-    loops.clear(s1)
+    reduce.clear(s0)
+    reduce.clear(s1)
     while selected is None and n + 4 <= n1:
         x0, x1 = _row(job, unit, job.x, n, like), _row(job, unit, job.x, n + 1, like)
         x2, x3 = _row(job, unit, job.x, n + 2, like), _row(job, unit, job.x, n + 3, like)
-        loops.add_four((x0, x1, x2, x3), shift, power, s0, s1, _ahead(job))
+        reduce.add_four((x0, x1, x2, x3), shift, power, s0, s1, _ahead(job))
         n += 4
     while n < _end(job, n1):
         x, w = _row(job, unit, job.x, n, like), jobs.weight_of(job, unit.run, n)
         if w > 0.0 and _is_seen(job, unit, n):
-            loops.add_moments(x, None, (shift, power, w), s0, s1, None, selected)
+            reduce.add_moments(x, None, (shift, power, w), s0, s1, None, selected)
         n += 1
     _save(job, unit, s0, s1)
     return 0
@@ -102,19 +103,19 @@ def _operands(job: Any, unit: Any, n: int, like: Any) -> Any:
 def add_backward(here: int, where: int, like: Any, selected: Any, fused: Any, placed: Any) -> int:
     """The sums of gradients of a block's columns over a chunk."""
     job, unit = jobs.job_at(here), jobs.unit_at(where)
-    n, n1, _, _ = jobs.chunk(job, unit.index)
+    n, n1, _, _ = jobs.chunk(job, unit.index, job.height)
     table, s0, s1 = jobs.table_of(job), local(TILE, doubles()), local(TILE, doubles())
     mean, act = _columns(table[jobs.MEAN, unit.run], unit), Slopes(job.slope, job.top)
-    loops.clear(s0)
-    loops.clear(s1)
+    reduce.clear(s0)
+    reduce.clear(s1)
     while selected is None and n + 2 <= n1:
         dys, more = _operands(job, unit, n, like), _operands(job, unit, n + 1, like)
-        loops.add_two(dys, more, mean, act, s0, s1, _ahead(job), fused)
+        reduce.add_two(dys, more, mean, act, s0, s1, _ahead(job), fused)
         n += 2
     while n < _end(job, n1):
         if _is_seen(job, unit, n):
             dys = _operands(job, unit, n, like)
-            loops.add_products(dys, None, None, mean, act, s0, s1, None, fused, None)
+            reduce.add_products(dys, None, None, mean, act, s0, s1, None, fused, None)
         n += 1
     _save(job, unit, s0, s1)
     return 0
@@ -136,7 +137,7 @@ def _zero(out: Array) -> None:
 def write_forward(here: int, where: int, like: Any, selected: Any, fused: Any, placed: Any) -> int:
     """y of a block's columns in a chunk."""
     job, unit = jobs.job_at(here), jobs.unit_at(where)
-    n0, n1, _, _ = jobs.chunk(job, unit.index)
+    n0, n1, _, _ = jobs.chunk(job, unit.index, job.tall)
     table, act, tile, other = (
         jobs.table_of(job),
         Slopes(job.slope, job.top),
@@ -149,11 +150,12 @@ def write_forward(here: int, where: int, like: Any, selected: Any, fused: Any, p
     )
     beta = _columns(table[jobs.BETA, unit.run], unit)
     near = local(TILE, singles()), local(TILE, singles()), local(TILE, singles())
-    fits, usual = local(TILE, octets()), True
+    fits, usual = local(TILE, octets()), 0
     for i in range(mean.size):
-        k, fits[i] = loops.single_affine(mean[i], scale[i], beta[i], job.itemsize)
+        k, fits[i] = elementwise.single_affine(mean[i], scale[i], beta[i], job.itemsize)
         near[0][i], near[1][i], near[2][i] = k
-        usual = usual and fits[i] != 0
+    for i in range(mean.size):
+        usual += fits[i]
     together, used, to = job.out.row == mean.size * job.itemsize, 0, 0
     for n in range(n0, _end(job, n1)):
         x, residual = _row(job, unit, job.x, n, like), _row(job, unit, job.beside, n, like)
@@ -161,19 +163,19 @@ def write_forward(here: int, where: int, like: Any, selected: Any, fused: Any, p
             to if used else jobs.at(job.out, unit.run, n, unit.c0),
             part(tile, used, x.size),
         )
-        loops.fetch(x, job.fetch)
+        reduce.fetch(x, job.fetch)
         if not _is_seen(job, unit, n):
             _zero(target)
         else:
             if job.itemsize < 8:
-                loops.write_y_single(target, x, residual, near, act, job.adds, fused)
-            if not usual:
+                elementwise.write_y_single(target, x, residual, near, act, job.adds, fused)
+            if usual < mean.size:
                 affine, places = (mean, scale, beta), (mean, mean)
-                loops.write_y(other, x, residual, affine, places, act, job.adds, fused, None)
+                elementwise.write_y(other, x, residual, affine, places, act, job.adds, fused, None)
                 _mend(target, other, fits)
         used += x.size
         if not together or used > TILE or n + 1 == _end(job, n1):
-            loops.put(to, tile, used, job.stream, like)
+            elementwise.put(to, tile, used, job.stream, like)
             used = 0
     return 0
 
@@ -181,7 +183,7 @@ def write_forward(here: int, where: int, like: Any, selected: Any, fused: Any, p
 def write_backward(here: int, where: int, like: Any, selected: Any, fused: Any, placed: Any) -> int:
     """dx of a block's columns in a chunk, and dy times the activation's slope."""
     job, unit = jobs.job_at(here), jobs.unit_at(where)
-    n0, n1, _, _ = jobs.chunk(job, unit.index)
+    n0, n1, _, _ = jobs.chunk(job, unit.index, job.tall)
     table, act, tile, others = (
         jobs.table_of(job),
         Slopes(job.slope, job.top),
@@ -203,19 +205,20 @@ def write_backward(here: int, where: int, like: Any, selected: Any, fused: Any, 
         local(TILE, singles()),
         local(TILE, singles()),
     )
-    fits, usual = local(TILE, octets()), True
+    fits, usual = local(TILE, octets()), 0
     for i in range(0 if job.frozen else k.a.size):
         one = Gradient(k.a[i], k.dy_mean[i], k.mean[i], k.rstd[i], k.b[i], k.rest[i])
-        found, fits[i] = loops.single_gradient(one, job.itemsize)
+        found, fits[i] = elementwise.single_gradient(one, job.itemsize)
         near[0][i], near[1][i], near[2][i], near[3][i], near[4][i] = found
-        usual = usual and fits[i] != 0
+    for i in range(k.a.size):
+        usual += fits[i]
     row = k.a.size * job.itemsize
     together = job.out.row == row and (not job.keeps or job.kept.row == row)
     used, to, kept = 0, 0, 0
     for n in range(n0, _end(job, n1)):
         dys, w = _operands(job, unit, n, like), jobs.weight_of(job, unit.run, n)
-        loops.fetch(dys[0], job.fetch)
-        loops.fetch(dys[1], job.fetch)
+        reduce.fetch(dys[0], job.fetch)
+        reduce.fetch(dys[1], job.fetch)
         to = to if used else jobs.at(job.out, unit.run, n, unit.c0)
         kept = kept if used else jobs.at(job.kept, unit.run, n, unit.c0)
         target, other = part(tile, used, dys[0].size), part(others, used, dys[0].size)
@@ -223,21 +226,21 @@ def write_backward(here: int, where: int, like: Any, selected: Any, fused: Any, 
             _zero(target)
             _zero(other)
         elif job.frozen:
-            loops.write_scaled(target, dys, k.a, act, fused)
+            elementwise.write_scaled(target, dys, k.a, act, fused)
         elif w != 1.0:
-            loops.write_dx(target, dys, None, k, w, act, fused, None)
+            elementwise.write_dx(target, dys, None, k, w, act, fused, None)
         else:
             if job.itemsize < 8:
-                loops.write_dx_single(target, dys, near, act, fused)
-            if not usual:
-                loops.write_dx(other, dys, None, k, w, act, fused, None)
+                elementwise.write_dx_single(target, dys, near, act, fused)
+            if usual < k.a.size:
+                elementwise.write_dx(other, dys, None, k, w, act, fused, None)
                 _mend(target, other, fits)
         if job.keeps and _is_seen(job, unit, n):
-            loops.write_scaled(other, dys, 1.0, act, fused)
+            elementwise.write_scaled(other, dys, 1.0, act, fused)
         used += dys[0].size
         if not together or used > TILE or n + 1 == _end(job, n1):
-            loops.put(to, tile, used, job.stream, like)
+            elementwise.put(to, tile, used, job.stream, like)
             if job.keeps:
-                loops.put(kept, others, used, job.stream, like)
+                elementwise.put(kept, others, used, job.stream, like)
             used = 0
     return 0
