@@ -50,19 +50,8 @@ JOB = np.dtype(
         # cut into as many chunks, of `tall` rows.
         *((name, np.int64) for name in ("runs", "rows", "columns", "size", "rest")),
         *((name, np.int64) for name in ("fold", "channels", "spread")),
-        *(
-            (name, np.int64)
-            for name in (
-                "height",
-                "piece",
-                "pieces",
-                "chunks",
-                "block",
-                "itemsize",
-                "tall",
-                "written",
-            )
-        ),
+        *((name, np.int64) for name in ("height", "piece", "pieces", "chunks", "block")),
+        *((name, np.int64) for name in ("itemsize", "tall", "written")),
         # Addresses, 0 of what there is not: (ROWS, runs, columns) and (chunks, 2, runs, columns) of
         # float64, (runs, rows, size) of bytes, (runs, rows / alike) of float64, and of
         # each run the first place that counts.

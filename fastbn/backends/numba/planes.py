@@ -101,17 +101,9 @@ def add_backward(here: int, where: int, like: Any, selected: Any, fused: Any, pl
     """The sums of gradients of a block's channels over a chunk."""
     job, unit = jobs.job_at(here), jobs.unit_at(where)
     n0, n1, s0, s1 = jobs.chunk(job, unit.index, job.height)
-    table, sums, act, lanes = (
-        jobs.table_of(job),
-        jobs.sums_of(job),
-        Slopes(job.slope, job.top),
-        _lanes(job),
-    )
-    t0, t1, plain = (
-        local(SHORT, doubles()),
-        local(SHORT, doubles()),
-        selected is None and placed is None,
-    )
+    table, sums, act = jobs.table_of(job), jobs.sums_of(job), Slopes(job.slope, job.top)
+    t0, t1, lanes = local(SHORT, doubles()), local(SHORT, doubles()), _lanes(job)
+    plain = selected is None and placed is None
     for c in range(unit.c0, unit.c1):
         mean, n = table[jobs.MEAN, unit.run, c], n0
         reduce.clear(part(t0, 0, lanes))
@@ -214,12 +206,8 @@ def write_backward(here: int, where: int, like: Any, selected: Any, fused: Any, 
     """dx of a block's channels in a chunk, and dy times the activation's slope."""
     job, unit = jobs.job_at(here), jobs.unit_at(where)
     n0, n1, s0, s1 = jobs.chunk(job, unit.index, job.tall)
-    table, act, tile, others = (
-        jobs.table_of(job),
-        Slopes(job.slope, job.top),
-        local(ROOM, like),
-        local(ROOM, like),
-    )
+    table, act = jobs.table_of(job), Slopes(job.slope, job.top)
+    tile, others = local(ROOM, like), local(ROOM, like)
     for n in range(n0, n1):
         used, to, kept, w = 0, 0, 0, jobs.weight_of(job, unit.run, n)
         for c in range(unit.c0, unit.c1):

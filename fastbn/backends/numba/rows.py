@@ -138,16 +138,10 @@ def write_forward(here: int, where: int, like: Any, selected: Any, fused: Any, p
     """y of a block's columns in a chunk."""
     job, unit = jobs.job_at(here), jobs.unit_at(where)
     n0, n1, _, _ = jobs.chunk(job, unit.index, job.tall)
-    table, act, tile, other = (
-        jobs.table_of(job),
-        Slopes(job.slope, job.top),
-        local(ROOM, like),
-        local(TILE, like),
-    )
-    mean, scale = (
-        _columns(table[jobs.MEAN, unit.run], unit),
-        _columns(table[jobs.SCALE, unit.run], unit),
-    )
+    table, act = jobs.table_of(job), Slopes(job.slope, job.top)
+    tile, other = local(ROOM, like), local(TILE, like)
+    mean = _columns(table[jobs.MEAN, unit.run], unit)
+    scale = _columns(table[jobs.SCALE, unit.run], unit)
     beta = _columns(table[jobs.BETA, unit.run], unit)
     near = local(TILE, singles()), local(TILE, singles()), local(TILE, singles())
     fits, usual = local(TILE, octets()), 0
@@ -159,19 +153,18 @@ def write_forward(here: int, where: int, like: Any, selected: Any, fused: Any, p
     together, used, to = job.out.row == mean.size * job.itemsize, 0, 0
     for n in range(n0, _end(job, n1)):
         x, residual = _row(job, unit, job.x, n, like), _row(job, unit, job.beside, n, like)
-        to, target = (
-            to if used else jobs.at(job.out, unit.run, n, unit.c0),
-            part(tile, used, x.size),
-        )
+        to = to if used else jobs.at(job.out, unit.run, n, unit.c0)
+        target = part(tile, used, x.size)
         reduce.fetch(x, job.fetch)
         if not _is_seen(job, unit, n):
             _zero(target)
         else:
-            if job.itemsize < 8:
+            if usual > 0:
                 elementwise.write_y_single(target, x, residual, near, act, job.adds, fused)
             if usual < mean.size:
-                affine, places = (mean, scale, beta), (mean, mean)
-                elementwise.write_y(other, x, residual, affine, places, act, job.adds, fused, None)
+                how = (mean, scale, beta), (mean, mean), act, job.adds, fused, None
+                elementwise.write_y(target if usual == 0 else other, x, residual, *how)
+            if 0 < usual < mean.size:
                 _mend(target, other, fits)
         used += x.size
         if not together or used > TILE or n + 1 == _end(job, n1):
@@ -184,12 +177,8 @@ def write_backward(here: int, where: int, like: Any, selected: Any, fused: Any, 
     """dx of a block's columns in a chunk, and dy times the activation's slope."""
     job, unit = jobs.job_at(here), jobs.unit_at(where)
     n0, n1, _, _ = jobs.chunk(job, unit.index, job.tall)
-    table, act, tile, others = (
-        jobs.table_of(job),
-        Slopes(job.slope, job.top),
-        local(ROOM, like),
-        local(ROOM, like),
-    )
+    table, act = jobs.table_of(job), Slopes(job.slope, job.top)
+    tile, others = local(ROOM, like), local(ROOM, like)
     k = Gradient(
         _columns(table[jobs.SCALE, unit.run], unit),
         _columns(table[jobs.DY_MEAN, unit.run], unit),
@@ -230,10 +219,12 @@ def write_backward(here: int, where: int, like: Any, selected: Any, fused: Any, 
         elif w != 1.0:
             elementwise.write_dx(target, dys, None, k, w, act, fused, None)
         else:
-            if job.itemsize < 8:
+            if usual > 0:
                 elementwise.write_dx_single(target, dys, near, act, fused)
             if usual < k.a.size:
-                elementwise.write_dx(other, dys, None, k, w, act, fused, None)
+                how = dys, None, k, w, act, fused, None
+                elementwise.write_dx(target if usual == 0 else other, *how)
+            if 0 < usual < k.a.size:
                 _mend(target, other, fits)
         if job.keeps and _is_seen(job, unit, n):
             elementwise.write_scaled(other, dys, 1.0, act, fused)
