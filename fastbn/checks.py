@@ -820,8 +820,9 @@ def batches(value: Any) -> int:
 
 def parameter_type(value: Any) -> np.dtype[Any]:
     """The type of a layer's arrays."""
+    is_long = isinstance(value, str | bytes) and len(value) > 100  # which NumPy would parse
     try:
-        found: np.dtype[Any] = np.dtype(value)
+        found: np.dtype[Any] = np.dtype(object if is_long else value)
     except Exception:  # NumPy's, and those of what it prints into its message
         found = np.dtype(object)
     if value is None or not is_float(found):
