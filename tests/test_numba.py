@@ -156,6 +156,21 @@ def _same(a: Any, b: Any) -> bool:
     return bool(equal.all() and (np.isnan(a.astype(np.float32)) == nan).all())
 
 
+def test_float16_by_integers_is_as_the_processor_does_it() -> None:
+    """What converts where the processor does not."""
+    every = np.arange(1 << 16).astype(np.uint16)
+    wide = numba.vectorize(["float64(uint16)"])(instructions._wide_half)
+    with np.errstate(all="ignore"):  # signalling NaNs
+        assert _same(wide(every).astype(np.float32), every.view(np.float16).astype(np.float32))
+    narrow = numba.vectorize(["uint16(float64, uint16)"])(instructions._narrow_half)
+    bits = np.random.default_rng(0).integers(-(1 << 31), 1 << 31, 1 << 18).astype(np.int32)
+    near = every.view(np.float16).astype(np.float32).view(np.int32)[:, None] + [0, 4095, 4096, 4097]
+    singles = np.concatenate([bits, near.astype(np.int32).ravel()]).view(np.float32)
+    with np.errstate(all="ignore"):
+        got = narrow(singles.astype(np.float64), np.uint16(0))
+        assert _same(got.view(np.float16), singles.astype(np.float16))
+
+
 @pytest.mark.parametrize("name", ["float16", "bfloat16"])
 def test_every_half_is_a_float32(name: str) -> None:
     """All 65536 come out as they are, and go back."""

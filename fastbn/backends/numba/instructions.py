@@ -1,7 +1,7 @@
 """What Numba has no words for: memory at an address, a few instructions, and half types.
 
-float16 and bfloat16 are in memory alone. `wide` and `narrow` convert them by integer operations,
-which every processor has and LLVM makes vectors of.
+float16 and bfloat16 are in memory alone. `wide` and `narrow` convert them, float16 by the processor
+where it can, else by integer operations, which LLVM makes vectors of.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils, extending
 from numba.np import arrayobj
@@ -231,6 +231,30 @@ def _bits(context: Any, value: Any, like: Any) -> Any:
     return like(value, like), generate
 
 
+_CONVERTS = bool(binding.get_host_cpu_features().get("f16c"))
+"""Whether the processor converts float16; else integer operations do."""
+
+
+@_intrinsic
+def _from_half(context: Any, value: Any) -> Any:
+    """The float32 of float16's bits, by the processor."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(HALF), generate
+
+
+@_intrinsic
+def _to_half(context: Any, value: Any) -> Any:
+    """The bits of the float16 nearest to a float32, by the processor."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return HALF(types.float32), generate
+
+
 def wide(value: Any) -> Any:
     """A value of any element type in float64: exactly."""
 
@@ -239,6 +263,8 @@ def wide(value: Any) -> Any:
 def _wide(value: Any) -> Any:
     if value == BRAIN:
         return lambda value: np.float64(_bits((value & 0xFFFF) << 16, np.float32(0)))
+    if value == HALF and _CONVERTS:
+        return lambda value: np.float64(_from_half(value))
     return _wide_half if value == HALF else lambda value: np.float64(value)
 
 
@@ -268,6 +294,8 @@ def narrow(value: Any, like: Any) -> Any:
 def _narrow(value: Any, like: Any) -> Any:
     if like == BRAIN:
         return _narrow_brain
+    if like == HALF and _CONVERTS:
+        return lambda value, like: _to_half(np.float32(value))
     if like == HALF:
         return _narrow_half
     return lambda value, like: type(like)(value)
