@@ -49,8 +49,9 @@ def pretend(**thresholds: int) -> Iterator[None]:
         if "numba" in backends.usable():
             from fastbn.backends.numba import call
 
-            for name in {"trip", "fetch", *ALWAYS_STREAM} & set(thresholds):  # what it goes by
-                patch.setattr(call, name.upper(), thresholds[name])
+            for name, value in thresholds.items():
+                if hasattr(call, name.upper()):  # it goes by some of them
+                    patch.setattr(call, name.upper(), value)
         if "cython" in backends.usable():
             from fastbn._ext import entry
 
