@@ -17,9 +17,10 @@ from processes import output
 import fastbn
 
 numba = pytest.importorskip("numba")
-backend = pytest.importorskip("fastbn.backends.numba")
-from fastbn.backends.numba import call, compiling, finalize, instructions  # noqa: E402
-
+call = pytest.importorskip("fastbn.backends.numba.call")
+compiling = pytest.importorskip("fastbn.backends.numba.compiling")
+finalize = pytest.importorskip("fastbn.backends.numba.finalize")
+instructions = pytest.importorskip("fastbn.backends.numba.instructions")
 pytestmark = pytest.mark.slow
 
 CALLS = """
