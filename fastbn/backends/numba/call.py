@@ -97,11 +97,12 @@ class Call:
             x.dtype,
             block,
         )
-        self._words, self._total, self._kept = [0] * (JOB.itemsize // 8), 0, [self.table, selection]
+        self._words, self._total, self._kept = [0] * (JOB.itemsize // 8), 0, [self.table]
         self._numbers = [x.shape[1] * x.shape[3], 0.0, 1.0, math.inf]  # count, eps, slope, top
         first = _PLACE["runs"]
         self._words[first : first + len(shape) - 1] = shape[1:]
         self.set(itemsize=x.itemsize, table=self.table.ctypes.data)
+        self._selection = selection
         if selection is not None:
             self._select(selection)
 
@@ -113,12 +114,17 @@ class Call:
     def _select(self, selection: Selection) -> None:
         mask, weights, self._numbers[0] = selection
         self.set(mask=mask.ctypes.data)
-        weighs = mask
         if weights is not None:
             alike = mask.shape[1] // weights.shape[1]
             self.set(weights=weights.ctypes.data, alike=alike)
-            weighs = mask & (weights > 0).repeat(alike, 1)[:, :, None]
-        firsts = weighs.reshape(len(mask), -1).argmax(1).astype(np.float64)
+
+    def _set_firsts(self, selection: Selection) -> None:
+        """Point at the first place of each run that counts: where moments take their shift."""
+        weighs, weights = selection.mask, selection.weights
+        if weights is not None:
+            alike = weighs.shape[1] // weights.shape[1]
+            weighs = weighs & (weights > 0).repeat(alike, 1)[:, :, None]
+        firsts = weighs.reshape(len(weighs), -1).argmax(1).astype(np.float64)
         self.set(firsts=firsts.ctypes.data)
         self._kept.append(firsts)
 
@@ -167,6 +173,8 @@ class Call:
         if total * 2 < SERIAL_BELOW * 3:
             threads = 1
         threads = min(threads, _numba.config.NUMBA_NUM_THREADS)
+        if self._selection is not None and sums and not backward:
+            self._set_firsts(self._selection)
         start, add, finish, write = _bodies(
             self._dtype, shape.is_rows, backward, sums, writes, *self._kinds
         )
