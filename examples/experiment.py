@@ -1,6 +1,6 @@
 """What the experiments beside this file share: a network, batches, spread over seeds, plots, `run`.
 
-Their other layers are those of `fastbn._network`, their data scikit-learn's handwritten digits.
+Their other layers are those of `fastbn.demo.network`, their data scikit-learn's handwritten digits.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from threadpoolctl import threadpool_limits
 
 import fastbn
 from fastbn.__main__ import writable
-from fastbn._network import Array, Convolution, Dense, Layer, Network, Pool, ReLU
 from fastbn.demo import QUIET, WITH_COLOUR, WITHOUT_COLOUR, Digits, what_runs
+from fastbn.demo.network import Array, Convolution, Dense, Layer, Network, Pool, ReLU
 
 SEEDS, QUICK_SEEDS = range(5), range(2)
 

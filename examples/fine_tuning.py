@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import fastbn
-from fastbn._network import Array, Network
 from fastbn.demo import HELD_OUT, Digits, load_digits, table_of
+from fastbn.demo.network import Array, Network
 
 Shift = Callable[[Array], Array]
 SHIFTS: dict[str, Shift] = {"inverted": lambda x: 1 - x, "faded": lambda x: 0.5 + 0.5 * x}

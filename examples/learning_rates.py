@@ -19,8 +19,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from fastbn._network import BatchNorm, ReLU, Sigmoid, perceptron
 from fastbn.demo import HELD_OUT, QUIET, Digits, load_digits, table_of
+from fastbn.demo.network import BatchNorm, ReLU, Sigmoid, perceptron
 
 SIZES = (64, *6 * (100,), 10)  # pixels, hidden layers, classes
 SPREAD = np.sqrt(2 / 100)  # He et al. (2015), for 100 inputs

@@ -17,8 +17,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from fastbn._network import BatchNorm, Chain, perceptron
 from fastbn.demo import BATCH, HELD_OUT, RATE, SIZES, Digits, load_digits, table_of
+from fastbn.demo.network import BatchNorm, Chain, perceptron
 
 STEPS, QUICK_STEPS = 10_000, 1_000
 EVALUATE_EVERY = 50  # steps

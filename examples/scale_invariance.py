@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import fastbn
-from fastbn._network import Array, Dense
 from fastbn.demo import QUIET, load_digits, table_of
+from fastbn.demo.network import Array, Dense
 
 IMAGES, PIXELS, CHANNELS = 256, 64, 100
 FACTORS = {

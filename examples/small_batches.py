@@ -33,8 +33,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import fastbn
-from fastbn._network import Array, Layer, Network, ReLU, perceptron
 from fastbn.demo import HELD_OUT, Digits, load_digits, table_of
+from fastbn.demo.network import Array, Layer, Network, ReLU, perceptron
 
 SIZES, QUICK_SIZES = (2, 4, 8, 16, 32, 64, 128, 256), (2, 16, 256)
 EPOCHS, QUICK_EPOCHS = 5, 1

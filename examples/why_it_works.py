@@ -27,7 +27,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import fastbn
-from fastbn._network import (
+from fastbn.demo import QUIET, load_digits, table_of
+from fastbn.demo.network import (
     WEIGHT_SPREAD,
     Array,
     BatchNorm,
@@ -38,7 +39,6 @@ from fastbn._network import (
     Residual,
     cross_entropy_gradient,
 )
-from fastbn.demo import QUIET, load_digits, table_of
 
 PIXELS, CHANNELS, CLASSES, BLOCKS = 64, 100, 10, 17
 HE_SPREAD = np.sqrt(2 / CHANNELS)

@@ -10,9 +10,9 @@ from fastbn.config import (
     use_backend,
     use_num_threads,
 )
+from fastbn.double_backward import batch_norm_double_backward, normalize_double_backward
 from fastbn.errors import BackendError
 from fastbn.folding import fold_into_conv, fold_into_linear
-from fastbn.frozen import FrozenBatchNorm
 from fastbn.functional import (
     batch_norm,
     batch_norm_backward,
@@ -21,9 +21,19 @@ from fastbn.functional import (
     normalize,
     normalize_backward,
 )
-from fastbn.layer import BatchNorm
+from fastbn.group_norms import (
+    group_norm,
+    group_norm_backward,
+    instance_norm,
+    instance_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+)
+from fastbn.layers.batch_norm import BatchNorm
+from fastbn.layers.frozen import FrozenBatchNorm
+from fastbn.layers.group_norms import GroupNorm, InstanceNorm, LayerNorm
+from fastbn.layers.renormalization import Renormalization
 from fastbn.reestimation import reestimate
-from fastbn.renormalization import Renormalization
 from fastbn.results import (
     BatchNormResult,
     Folded,
@@ -33,16 +43,6 @@ from fastbn.results import (
     ResidualGradients,
     SecondGradients,
     Statistics,
-)
-from fastbn.second import batch_norm_double_backward, normalize_double_backward
-from fastbn.sibling_layers import GroupNorm, InstanceNorm, LayerNorm
-from fastbn.siblings import (
-    group_norm,
-    group_norm_backward,
-    instance_norm,
-    instance_norm_backward,
-    layer_norm,
-    layer_norm_backward,
 )
 from fastbn.statistics import Moments, population_statistics
 

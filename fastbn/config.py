@@ -172,7 +172,7 @@ def set_num_threads(n: int) -> None:
     TypeError, ValueError
         `n` is no whole number, or out of range.
     """
-    _default.threads = checks.threads("n", n)
+    _default.threads = checks.options.threads("n", n)
     _default.threads_source = "set_num_threads"
 
 
@@ -183,7 +183,7 @@ def use_num_threads(n: int) -> Iterator[None]:
     Takes the values and raises the errors of `set_num_threads`. In generators it behaves as
     `use_backend` does.
     """
-    with _override(_threads_here, checks.threads("n", n)):
+    with _override(_threads_here, checks.options.threads("n", n)):
         yield
 
 
@@ -282,10 +282,10 @@ def _asked_threads() -> int:
     if not asked:
         return 0
     number = int(asked) if re.fullmatch(r"\s*\+?[0-9]{1,9}\s*", asked) else 0
-    if not 1 <= number <= checks.MAX_THREADS:
+    if not 1 <= number <= checks.options.MAX_THREADS:
         raise ValueError(
             f"environment variable FASTBN_NUM_THREADS is {shown(asked)}, expected a whole number "
-            f"of threads from 1 to {checks.MAX_THREADS}; set one of them, or unset it"
+            f"of threads from 1 to {checks.options.MAX_THREADS}; set one of them, or unset it"
         )
     return number
 
@@ -296,8 +296,8 @@ def _unasked_threads() -> tuple[int, str]:
     numbers = os.environ.get("OMP_NUM_THREADS", "").split(",")
     positive = re.compile(r"\s*\+?0*[1-9][0-9]{0,9}\s*", re.ASCII)
     if all(positive.fullmatch(number) and int(number) < 1 << 31 for number in numbers):
-        return min(int(numbers[0]), checks.MAX_THREADS), "OMP_NUM_THREADS"
-    return min(available_cpus(), checks.MAX_THREADS), "processors allowed here"
+        return min(int(numbers[0]), checks.options.MAX_THREADS), "OMP_NUM_THREADS"
+    return min(available_cpus(), checks.options.MAX_THREADS), "processors allowed here"
 
 
 def _is_command() -> bool:

@@ -22,15 +22,15 @@ Vectors = dict[str, NDArray[Any] | None]
 _DEFAULTS = {"mean": 0.0, "var": 1.0, "gamma": 1.0, "beta": 0.0}
 
 
-def checked(mean: Any, var: Any, gamma: Any, beta: Any, owner: checks.Owner) -> Vectors:
+def checked(mean: Any, var: Any, gamma: Any, beta: Any, owner: checks.vectors.Owner) -> Vectors:
     """The vectors as given, each with one value for a channel of `owner`."""
 
     def of(name: str, value: Any) -> NDArray[Any]:
-        return checks.owned(name, value, owner)
+        return checks.vectors.channel_vector(name, value, owner)
 
     return {
-        "mean": checks.mean(of("mean", mean)),
-        "var": checks.variance(of("var", var), nan=False),
+        "mean": checks.vectors.mean(of("mean", mean)),
+        "var": checks.vectors.variance(of("var", var), nan=False),
         "gamma": None if gamma is None else of("gamma", gamma),
         "beta": None if beta is None else of("beta", beta),
     }

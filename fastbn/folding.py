@@ -74,10 +74,10 @@ def fold_into_conv(
     >>> bool(np.allclose(x @ folded[:, :, 0].T + bias, y))
     True
     """
-    weight = checks.weight(weight)
-    transposed = checks.flag("transposed", transposed)
-    groups = checks.groups(groups, weight)
-    norm = _Norm.of(mean, var, gamma, beta, eps, checks.outputs(weight, groups, transposed))
+    weight = checks.folding.weight(weight)
+    transposed = checks.options.flag("transposed", transposed)
+    groups = checks.folding.groups(groups, weight)
+    norm = _Norm.of(mean, var, gamma, beta, eps, checks.folding.outputs(weight, groups, transposed))
     factors = norm.affine.scale[:, None]
     if transposed:
         # An input channel reaches the output channels of its group alone.
@@ -135,12 +135,12 @@ def fold_into_linear(
     >>> bool(np.allclose(x @ folded.T + bias, y))
     True
     """
-    weight = checks.weight(weight)
-    if not checks.flag("before", before):
-        owner = checks.outputs(weight, 1, transposed=False)
+    weight = checks.folding.weight(weight)
+    if not checks.options.flag("before", before):
+        owner = checks.folding.outputs(weight, 1, transposed=False)
         norm = _Norm.of(mean, var, gamma, beta, eps, owner)
         return norm.after(weight, norm.affine.scale[:, None], bias)
-    owner = checks.inputs(weight)
+    owner = checks.folding.inputs(weight)
     return _Norm.of(mean, var, gamma, beta, eps, owner).before(weight, bias)
 
 
@@ -148,17 +148,19 @@ class _Norm(NamedTuple):
     """Batch norm as an affine map, and whose channels it normalizes."""
 
     affine: Affine
-    owner: checks.Owner
+    owner: checks.vectors.Owner
 
     @staticmethod
-    def of(mean: Any, var: Any, gamma: Any, beta: Any, eps: Any, owner: checks.Owner) -> _Norm:
+    def of(
+        mean: Any, var: Any, gamma: Any, beta: Any, eps: Any, owner: checks.vectors.Owner
+    ) -> _Norm:
         vectors = fixed.checked(mean, var, gamma, beta, owner)
-        return _Norm(fixed.affine(vectors, checks.epsilon(eps), owner.channels), owner)
+        return _Norm(fixed.affine(vectors, checks.options.epsilon(eps), owner.channels), owner)
 
     @quiet
     def after(self, weight: Array, factors: Array, bias: Any) -> Folded:
         """Of what a layer gives; `factors` stand for the weight's first axes."""
-        bias = None if bias is None else checks.owned("bias", bias, self.owner)
+        bias = None if bias is None else checks.vectors.channel_vector("bias", bias, self.owner)
         factors = factors.reshape(*factors.shape, *[1] * (weight.ndim - factors.ndim))
         mean, scale, beta = self.affine
         shifted = (_wide(bias) - mean) * scale + beta
@@ -167,8 +169,8 @@ class _Norm(NamedTuple):
     @quiet
     def before(self, weight: Array, bias: Any) -> Folded:
         """Of what a linear layer takes."""
-        owner = checks.outputs(weight, 1, transposed=False)
-        bias = None if bias is None else checks.owned("bias", bias, owner)
+        owner = checks.folding.outputs(weight, 1, transposed=False)
+        bias = None if bias is None else checks.vectors.channel_vector("bias", bias, owner)
         mean, scale, beta = self.affine
         shift = weight.astype(np.float64) @ (beta - mean * scale)
         return _rounded(weight, weight * scale, bias, _wide(bias) + shift)
@@ -193,6 +195,6 @@ def _rounded(weight: Array, wide: Array, bias: Array | None, shifted: Array) -> 
 def _flushed(name: str, values: Array, dtype: Any) -> Array:
     """The values in a type; what it has no normal number for becomes 0."""
     result: Array = values.astype(dtype, order="C", subok=False)
-    checks.folded(name, result)
+    checks.folding.folded(name, result)
     result[np.abs(result) < np.finfo(dtype).smallest_normal] = 0
     return result

@@ -2,35 +2,21 @@
 
 Each verb first offers its arguments to the backend's plain entry, which does the whole call for
 contiguous arrays that fit, and otherwise answers None having touched nothing. Only then are they
-checked, explained, and arranged as (G, N, C, S) views for the functions of a backend, by a
-`Call`.
+checked, explained and arranged, by a `Call`, which `_run` takes through the backend's passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, overload
 
-import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks
-from fastbn.backends.base import (
-    Affine,
-    Gate,
-    GradientCoefficients,
-    Part,
-    Table,
-    Tail,
-    frozen_coefficients,
-    gradient_coefficients,
-    inverse_deviation,
-    normal_scale,
-    quiet,
-)
-from fastbn.call import Call, Span, by_virtual_batch, returned
+from fastbn import _run, checks
+from fastbn._call import Call
+from fastbn.backends.base import Affine, Table, normal_scale
 from fastbn.config import current
+from fastbn.layouts import EACH_CHANNEL
 from fastbn.results import (
     BatchNormResult,
     Gradients,
@@ -117,44 +103,18 @@ def batch_norm(
     >>> bool((abs(mean - 5.0) < 0.5).all()), y.dtype, mean.dtype
     (True, dtype('float32'), dtype('float64'))
     """
-    backend, threads = current()
+    backend, threads = on = current()
     if where is None and weights is None:
+        given = gamma, beta, eps, layout, activation, residual, out, threads
         if virtual_batch is None:
-            plain = backend.plain_batch_norm(
-                x, gamma, beta, eps, layout, activation, residual, out, threads
-            )
+            plain = backend.plain_batch_norm(x, *given)
         else:
-            sharing = by_virtual_batch(virtual_batch)
-            plain = backend.plain_samples(
-                x, sharing, gamma, beta, eps, layout, activation, residual, out, threads
-            )
+            plain = backend.plain_samples(x, EACH_CHANNEL, virtual_batch, *given)
         if plain is not None:
             return BatchNormResult(*plain)
     selected = layout, where, weights
-    call = Call(x, "x", *selected, virtual_batch=virtual_batch, gamma=gamma, beta=beta)
-    eps = checks.epsilon(eps)
-    tail = call.tail(activation, residual)
-    y = call.output("out", out, {"x": call.array, "residual": tail and tail.residual})
-    mean, var = run_forward(call, eps, tail, y)
-    return BatchNormResult(returned(out, y), call.shaped(mean), call.shaped(var))
-
-
-def run_forward(call: Call, eps: float, tail: Tail | None, y: Array) -> tuple[Table, Table]:
-    """Write y; gives the tables of mean and variance."""
-    backend, threads = current()
-    mean, var = call.statistics(), call.statistics()
-    if call.is_empty:
-        y.fill(0)
-    for span in call.spans:
-        view, target, of_span = span.view(call.array), span.target(y), span.tail(tail)
-        for part in span.parts(backend, call.array.nbytes, call.pool):
-            at, of_part = span.at(part, call.pool), of_span and of_span.part(part)
-            parameters = call.table("gamma", 1.0, span, part), call.table("beta", 0.0, span, part)
-            arrays = part.of(view), *parameters, eps, part.of(target)
-            fused = of_part, span.selection, call.pool
-            mean[at], var[at] = backend.forward(*arrays, threads, *fused)
-        span.deliver(target, y)
-    return mean, var
+    call = Call(on, x, "x", *selected, virtual_batch=virtual_batch, gamma=gamma, beta=beta)
+    return _run.batch_norm(call, eps, activation, residual, out)
 
 
 def normalize(
@@ -202,20 +162,20 @@ def normalize(
     array([[-1., -1.],
            [ 1.,  1.]], dtype=float32)
     """
-    backend, threads = current()
+    backend, threads = on = current()
     if where is None:
         plain = backend.plain_normalize(
             x, mean, var, gamma, beta, eps, layout, activation, residual, out, threads
         )
         if plain is not None:
             return plain
-    call = Call(x, "x", layout, where, gamma=gamma, beta=beta, mean=mean, var=var)
-    eps = checks.epsilon(eps)
+    call = Call(on, x, "x", layout, where, gamma=gamma, beta=beta, mean=mean, var=var)
+    eps = checks.options.epsilon(eps)
 
     def scale(*at: Any) -> Table:
         return normal_scale(call.table("gamma", 1.0, *at), call.table("var", 1.0, *at), eps)
 
-    return _normalized(call, scale, activation, residual, out)
+    return _run.normalize(call, scale, activation, residual, out)
 
 
 def apply_affine(
@@ -228,29 +188,9 @@ def apply_affine(
     where: Any = None,
 ) -> Array:
     """What `normalize` does, by a layer's vectors, which need no checks."""
-    call = Call(x, "x", layout, where, mean=affine.mean, scale=affine.scale, beta=affine.beta)
-    return _normalized(call, partial(call.table, "scale", 1.0), activation, residual, out)
-
-
-def _normalized(
-    call: Call, scale: Callable[[Span, Part], Table], activation: Any, residual: Any, out: Any
-) -> Array:
-    """What both have in common once they know each channel's scale."""
-    backend, threads = current()
-    tail = call.tail(activation, residual)
-    y = call.output("out", out, {"x": call.array, "residual": tail and tail.residual})
-    if call.is_empty:
-        y.fill(0)
-    for span in call.spans:
-        view, target, of_span = span.view(call.array), span.target(y), span.tail(tail)
-        for part in span.parts(backend, call.array.nbytes):
-            mean, beta = call.table("mean", 0.0, span, part), call.table("beta", 0.0, span, part)
-            arrays = part.of(view), Affine(mean, scale(span, part), beta), part.of(target)
-            of_part = of_span and of_span.part(part)
-            backend.normalize(*arrays, threads, of_part, span.selection)
-        span.deliver(target, y)
-    result: Array = returned(out, y)
-    return result
+    vectors: dict[str, Any] = {"mean": affine.mean, "scale": affine.scale, "beta": affine.beta}
+    call = Call(current(), x, "x", layout, where, **vectors)
+    return _run.normalize(call, partial(call.table, "scale", 1.0), activation, residual, out)
 
 
 @overload
@@ -500,18 +440,13 @@ def moments(
     >>> fastbn.moments(np.float32([[1, 7], [3, 7]]))
     Statistics(mean=array([2., 7.]), var=array([1., 0.]))
     """
-    backend, threads = current()
+    backend, threads = on = current()
     if where is None and weights is None and virtual_batch is None:
         plain = backend.plain_moments(x, layout, threads)
         if plain is not None:
             return Statistics(*plain)
-    call = Call(x, "x", layout, where, weights, virtual_batch=virtual_batch)
-    mean, var = call.statistics(), call.statistics()
-    for span in call.spans:
-        view = span.view(call.array)
-        for part in span.parts(backend, call.array.nbytes):
-            at = span.at(part)
-            mean[at], var[at] = backend.moments(part.of(view), threads, span.selection)
+    call = Call(on, x, "x", layout, where, weights, virtual_batch=virtual_batch)
+    mean, var = _run.moments(call)
     return Statistics(call.shaped(mean), call.shaped(var))
 
 
@@ -563,24 +498,9 @@ def gradient_sums(
     >>> bool(np.allclose(dx, fastbn.batch_norm_backward(dy, x, mean, var).dx[:8]))
     True
     """
-    backend, threads = current()
-    call = Call(x, "x", layout, where, weights, single=False, is_part=True, mean=mean, var=var)
-    x, dy = call.array, checks.companion("dy", dy, "x", call.array)
-    eps = checks.epsilon(eps)
-    known, y = checks.gate(y, activation, "x", x)
-    gate = None if y is None else Gate(known, y, None)
-    dgamma, dbeta = call.zeros(np.float64), call.zeros(np.float64)
-    if call.is_empty:
-        return GradientSums(dgamma, dbeta, 0)
-    (span,) = call.spans
-    dy_view, x_view, gate = span.view(dy), span.view(x), span.gate(gate)
-    for part in span.parts(backend, x.nbytes):
-        arrays = part.of(dy_view), part.of(x_view), call.table("mean", 0.0, span, part)
-        through = gate and gate.part(part)
-        sum_dy, centred = backend.gradient_moments(*arrays, threads, through, span.selection)
-        rstd = inverse_deviation(call.table("var", 1.0, span, part), eps)
-        dgamma[part.channels], dbeta[part.channels] = _product(centred, rstd)[0], sum_dy[0]
-    return GradientSums(dgamma, dbeta, call.count)
+    vectors: dict[str, Any] = {"mean": mean, "var": var}
+    call = Call(current(), x, "x", layout, where, weights, single=False, is_part=True, **vectors)
+    return _run.gradient_sums(call, dy, eps, activation, y)
 
 
 def _gradients(
@@ -594,150 +514,23 @@ def _gradients(
     virtual_batch: Any = None,
 ) -> Gradients | ResidualGradients:
     """Both backward functions; `frozen` is what tells them apart."""
-    backend, threads = current()
+    backend, threads = on = current()
+    dy, x, *given = arguments
     if where is None and weights is None and sums is None:
         if virtual_batch is None:
-            plain = backend.plain_backward(*arguments, frozen, out, threads)
+            plain = backend.plain_backward(dy, x, *given, frozen, out, threads)
         else:
-            sharing = by_virtual_batch(virtual_batch)
-            plain = backend.plain_samples_backward(
-                *arguments[:2], sharing, *arguments[2:], out, threads
-            )
+            samples = dy, x, EACH_CHANNEL, virtual_batch
+            plain = backend.plain_samples_backward(*samples, *given, out, threads)
         if plain is not None:
-            return named(*plain)
-    dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual = arguments
-    params = checks.flag("params", params)
-    lone = checks.may_lack_x(x, frozen=frozen, params=params)
+            return _run.named(*plain)
+    mean, var, gamma, eps, layout, params, activation, y, dresidual = given
+    params = checks.options.flag("params", params)
+    lone = checks.arrays.may_lack_x(x, frozen=frozen, params=params)
     array, name = (dy, "dy") if lone else (x, "x")
-    checks.virtual_batch(virtual_batch, sums=sums)
+    checks.options.virtual_batch(virtual_batch, sums=sums)
     kind = {"single": frozen, "is_part": sums is not None, "virtual_batch": virtual_batch}
     vectors = {"gamma": gamma, "mean": mean, "var": var}
-    call = Call(array, name, layout, where, weights, **kind, **vectors)
-    dy = checks.companion("dy", dy, name, call.array)
-    eps = checks.epsilon(eps)
-    total = call.sums(sums)
-    x = None if lone else call.array
-    gate, dx = call.backward_outputs(activation, y, dresidual, out, dy, x)
-    parameters = [call.gradient(), call.gradient()] if params else []
-    run_backward(call, dy, eps, gate, dx, parameters, frozen=frozen, total=total)
-    dgamma, dbeta = parameters or (None, None)
-    return named(returned(out, dx), dgamma, dbeta, gate and returned(dresidual, gate.dresidual))
-
-
-def named(
-    dx: Array, dgamma: Array | None, dbeta: Array | None, dresidual: Array | None
-) -> Gradients | ResidualGradients:
-    """The result, with a fourth field where it was asked for."""
-    if dresidual is None:
-        return Gradients(dx, dgamma, dbeta)
-    return ResidualGradients(dx, dgamma, dbeta, dresidual)
-
-
-def run_backward(
-    call: Call,
-    dy: Array,
-    eps: float,
-    gate: Gate | None,
-    dx: Array,
-    parameters: list[Array],
-    *,
-    frozen: bool = False,
-    total: GradientSums | None = None,
-) -> None:
-    """Write dx, the gate's dresidual and, where they are listed, dgamma and dbeta."""
-    backend, _ = current()
-    if call.is_empty:
-        clear(dx, gate)
-        if total is not None:
-            round_into(parameters, (total.dgamma, total.dbeta))
-        return
-    totals = parameters if call.runs is None else _nothing(parameters)
-    for span in call.spans:
-        target, through = span.target(dx), span.gate(gate)
-        views = span.view(dy), None if frozen and not parameters else span.view(call.array), target
-        for part in span.parts(backend, call.array.nbytes, call.pool):
-            found = _part_backward(call, span, part, views, eps, frozen, through, total)
-            _add_into(totals, part.channels, found, anew=call.runs is None)
-        span.deliver(target, dx)
-        if gate and through and gate.dresidual is not None and through.dresidual is not None:
-            span.deliver(through.dresidual, gate.dresidual)
-    if call.runs is not None:
-        round_into(parameters, totals)
-
-
-def clear(dx: Array, gate: Gate | None) -> None:
-    """The gradients of what is empty, or of what does not count."""
-    for array in (dx, gate and gate.dresidual):
-        if array is not None:
-            array.fill(0)
-
-
-def _part_backward(
-    call: Call,
-    span: Span,
-    part: Part,
-    views: tuple[Array, Array | None, Array],
-    eps: float,
-    frozen: bool,
-    gate: Gate | None,
-    total: GradientSums | None,
-) -> tuple[Table, ...]:
-    """Write dx and dresidual of a part, on views of dy, x and dx; gives dgamma and dbeta, if x was
-    read for them."""
-    backend, threads = current()
-    dy, x, dx = (part.of(view) for view in views)
-    mean, var, gamma = (call.table(name, 1.0, span, part) for name in ("mean", "var", "gamma"))
-    through = gate and gate.part(part)
-    if x is not None and total is None:
-        tables, fused = (mean, var, gamma), (through, span.selection, call.pool)
-        return backend.backward(dy, x, *tables, eps, frozen, dx, threads, *fused)
-    sums = None
-    if total is not None:
-        dgamma, dbeta = (a[None, part.channels] for a in (total.dgamma, total.dbeta))
-        sums = GradientSums(dgamma, dbeta, total.count)
-    # What weighs nothing has no part in the statistics.
-    coefficients = _coefficients(mean, var, gamma, eps, sums if call.count else None)
-    backend.input_gradient(dy, x, coefficients, dx, threads, through, span.selection)
-    return () if sums is None else (sums.dgamma, sums.dbeta)
-
-
-@quiet
-def _coefficients(
-    mean: Table, var: Table, gamma: Table, eps: float, sums: GradientSums | None
-) -> GradientCoefficients:
-    """Of the input's gradient by known sums or, without, through fixed statistics."""
-    rstd = inverse_deviation(var, eps)
-    if sums is None:
-        return frozen_coefficients(mean, rstd, gamma)
-    return gradient_coefficients(sums.dbeta, sums.dgamma, sums.count, mean, rstd, gamma)
-
-
-@quiet
-def _product(a: Table, b: Table) -> Table:
-    return np.asarray(a * b)
-
-
-@quiet
-def _add_into(totals: list[Array], at: slice, sums: tuple[Table, ...], *, anew: bool) -> None:
-    """Add the sums of some runs to those of channels, or put them there."""
-    for total, found in zip(totals, sums, strict=False):
-        total[at] = found[0] if anew else _in_turn(total[at], found)
-
-
-def _in_turn(total: Array, found: Table) -> Array:
-    """total + found[0] + found[1] + ... in this order, so that no bit depends on the parts in which
-    runs are worked on; `found` is used up. Of a single column `sum` would add up pairs."""
-    found[0] += total
-    return np.asarray(np.add.accumulate(found)[-1] if found.shape[1] == 1 else found.sum(0))
-
-
-def _nothing(parameters: list[Array]) -> list[Array]:
-    """Float64 totals of no runs, to which -0.0 may be added."""
-    return [np.full(parameter.shape, -0.0) for parameter in parameters]
-
-
-@quiet
-def round_into(parameters: list[Array], totals: Sequence[Table]) -> None:
-    """Sums as the gradients of parameters, in their type."""
-    for parameter, total in zip(parameters, totals, strict=False):
-        parameter[...] = total
+    call = Call(on, array, name, layout, where, weights, **kind, **vectors)
+    options = _run.BackwardOptions(eps, params, activation, y, dresidual, out)
+    return _run.gradients(call, dy, options, is_fixed=frozen, sums=sums)

@@ -9,15 +9,17 @@
 3. Where each sample is a run, and all of its channels that share statistics follow each other in
    memory, they are one *row*: (1, 1, R, S), R rows of S values with statistics of their own.
    But many groups of few channels stay channels (`are_rows`).
-4. Backends accept two kinds of view: *channels outside* (S contiguous) and *channels inside*
-   (S = 1, C contiguous). An array whose axes do not collapse into one of them is copied once,
-   densely and in its own order: the order of summation, so every bit, is that of a dense array.
+4. Backends accept views of two families: *planes* (S contiguous) and *channels last* (S = 1, C
+   contiguous), and say of a view whether they walk it where it lies. An array whose axes do not
+   collapse into such a view is copied once, densely and in its own order: the order of summation,
+   so every bit, is that of a dense array.
 5. The stride of an axis of length 1 means nothing, and NumPy leaves whatever was there. Here it
    becomes that of a dense array, so that backends may go by every stride of a view.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -28,8 +30,15 @@ from numpy.typing import NDArray
 LAYOUTS = {"NCHW": 1, "NHWC": -1}
 """The layouts' names, and the axis that holds the channels."""
 
+EACH_CHANNEL, ALL_CHANNELS = -1, -2
+"""In place of a number of groups: each channel is one; all are one, and statistics are (N,)."""
+
 SHORT = 16
 """Values: shorter planes of a single channel are taken as one, for they fill no vector."""
+
+
+Walks = Callable[[NDArray[Any]], bool]
+"""Whether a backend walks a view where it lies."""
 
 
 def channel_axis(layout: str, ndim: int) -> int:
@@ -79,21 +88,23 @@ class Arrangement:
             return Arrangement(axes, (1, 1, n * x.shape[channel] // pool, pool), by_row=True)
         return Arrangement(axes, (groups, n // groups, x.shape[channel], s))
 
-    def view(self, a: NDArray[Any]) -> NDArray[Any]:
+    def view(self, a: NDArray[Any], walks: Walks) -> NDArray[Any]:
         """`a` as a native, aligned (G, N, C, S) array: where it lies, or else one dense copy."""
         a = np.asarray(a, dtype=a.dtype.newbyteorder("="))
         v = reshaped(a.transpose(self.axes), self.view_shape)
-        return v if _is_walkable(v) else np.require(v, None, ["C_CONTIGUOUS", "ALIGNED"])
+        if _is_walkable(v) and walks(v):
+            return v
+        return np.require(v, None, ["C_CONTIGUOUS", "ALIGNED"])
 
     def mask(self, where: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """An array like x but for a single channel, as contiguous (G, N, S)."""
         g, n, _, s = self.view_shape
         return reshaped(np.ascontiguousarray(where.transpose(self.axes)), (g, n, s))
 
-    def target(self, out: NDArray[Any]) -> NDArray[Any]:
+    def target(self, out: NDArray[Any], walks: Walks) -> NDArray[Any]:
         """A (G, N, C, S) array to write: `out` itself if it can be walked, else a fresh one."""
         v = reshaped(np.asarray(out).transpose(self.axes), self.view_shape)
-        if _is_walkable(v) and np.may_share_memory(v, out):
+        if _is_walkable(v) and walks(v) and np.may_share_memory(v, out):
             return v
         return np.empty(self.view_shape, out.dtype)
 
@@ -139,7 +150,7 @@ def _memory_order(x: NDArray[Any], channel: int) -> tuple[int, ...]:
 
 
 def _is_walkable(v: NDArray[Any]) -> bool:
-    """Whether a (G, N, C, S) view is of one of the two kinds that backends accept."""
+    """Whether a (G, N, C, S) view is of one of the two families."""
     _, _, c, s = v.shape
     inner, size = (2, c) if s == 1 else (3, s)
     dense = size == 1 or v.strides[inner] == v.itemsize

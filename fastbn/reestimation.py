@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from fastbn import checks
-from fastbn.affine_layer import at_once
-from fastbn.layer import BatchNorm
+from fastbn.layers.base import at_once
+from fastbn.layers.batch_norm import BatchNorm
 from fastbn.statistics import Moments, Population
 
 
@@ -70,12 +70,12 @@ def reestimate(
     >>> bool(np.allclose(first.running_mean, 3, atol=0.3)), second.running_var.round(2)
     (True, array([4., 4., 4., 4.], dtype=float32))
     """
-    method = checks.option("method", method, checks.METHODS)
-    sequential = checks.flag("sequential", sequential)
-    checks.layers(layers, BatchNorm)
-    checks.network(forward)
+    method = checks.options.option("method", method, checks.options.METHODS)
+    sequential = checks.options.flag("sequential", sequential)
+    checks.statistics.layers(layers, BatchNorm)
+    checks.statistics.network(forward)
     walks = [[layer] for layer in layers] if sequential else [list(layers)]
-    checks.walks(batches, len(walks))
+    checks.statistics.reiterable(batches, len(walks))
     restore_modes = at_once(dict.update, map(vars, layers), [_modes(layer) for layer in layers])
     every = (a for layer in layers for a in layer._arrays().values())
     arrays = [a for a in every if a.flags.writeable]

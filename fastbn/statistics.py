@@ -79,11 +79,14 @@ class Moments:
         *,
         effective_count: float | None = None,
     ) -> None:
-        owner = checks.statistics(mean)
-        mean, var = checks.owned("mean", mean, owner), checks.owned("var", var, owner)
-        checks.variance(var, nan=True)
-        count = checks.count("count", count)
-        self._set(count, mean, var, checks.effective_count(effective_count, count))
+        owner = checks.vectors.owner_of(mean)
+        mean, var = (
+            checks.vectors.channel_vector("mean", mean, owner),
+            checks.vectors.channel_vector("var", var, owner),
+        )
+        checks.vectors.variance(var, nan=True)
+        count = checks.statistics.count("count", count)
+        self._set(count, mean, var, checks.statistics.effective_count(effective_count, count))
 
     @classmethod
     def of(
@@ -111,7 +114,9 @@ class Moments:
     def unbiased_var(self) -> Vector:
         """``var * n / (n - 1)`` with ``n = effective_count``; a ValueError where that is not above
         1, but for 1e-12."""
-        return np.asarray(self.var * checks.unbiased_factor(self.count, self.effective_count))
+        return np.asarray(
+            self.var * checks.statistics.unbiased_factor(self.count, self.effective_count)
+        )
 
     @quiet
     def merge(self, other: Moments) -> Moments:
@@ -136,10 +141,10 @@ class Moments:
             `other` is no Moments, or has another number of channels; or the counts add up to
             more than float64 holds.
         """
-        checks.same_channels(self.mean, other, Moments)
+        checks.statistics.same_channels(self.mean, other, Moments)
         if not self.count or not other.count:
             return self if not other.count else other
-        count = checks.count("the sum of both counts", self.count + other.count)
+        count = checks.statistics.count("the sum of both counts", self.count + other.count)
         here, there = self.count / count, other.count / count
         apart = other.mean - self.mean
         var = here * self.var + there * other.var + here * apart * there * apart
@@ -172,7 +177,7 @@ class Moments:
         >>> fastbn.Moments.from_array(one.to_array())
         Moments(count=2, mean=array([2., 7.]), var=array([1., 0.]))
         """
-        count, effective, mean, var = checks.flat_moments("array", array)
+        count, effective, mean, var = checks.statistics.flat_moments("array", array)
         return cls(count, mean, var, effective_count=effective)
 
     @quiet
@@ -212,8 +217,8 @@ class Moments:
         >>> fastbn.Moments.from_sums(sum(part.to_sums() for part in parts))
         Moments(count=2, mean=array([2., 7.]), var=array([1., 0.]))
         """
-        count, weighed, first, second = checks.flat_moments("sums", sums)
-        effective = checks.squared_weights(weighed, count)
+        count, weighed, first, second = checks.statistics.flat_moments("sums", sums)
+        effective = checks.statistics.squared_weights(weighed, count)
         shift = _about(about, first)
         if not count:
             return cls._made(count, np.zeros_like(first), np.zeros_like(first), effective)
@@ -267,8 +272,8 @@ def _about(about: Array | None, like: Vector) -> Vector:
     """The vector that sums are taken about."""
     if about is None:
         return np.zeros_like(like)
-    owner = checks.Owner(len(like), f"the moments have {len(like)} channels")
-    return checks.owned("about", about, owner).astype(np.float64)
+    owner = checks.vectors.Owner(len(like), f"the moments have {len(like)} channels")
+    return checks.vectors.channel_vector("about", about, owner).astype(np.float64)
 
 
 def population_statistics(
@@ -309,8 +314,8 @@ def population_statistics(
     >>> bool(np.allclose(var, batches.reshape(320, 4).var(0, ddof=1))), count
     (True, 320)
     """
-    population = Population(checks.option("method", method, checks.METHODS))
-    checks.walks(batches)
+    population = Population(checks.options.option("method", method, checks.options.METHODS))
+    checks.statistics.reiterable(batches)
     for x in batches:
         population.add(Moments.of(x, layout=layout))
     return population.statistics("batches")
@@ -337,7 +342,7 @@ class Population:
     @quiet
     def statistics(self, name: str) -> PopulationStatistics:
         """The population's; `name` is what an error calls the batches."""
-        checks.population(name, self.batches)
+        checks.statistics.population(name, self.batches)
         merged = self.merged
         assert merged is not None
         if self.averages:

@@ -54,7 +54,7 @@ class Weights:
     def count(self) -> float:
         """The sum of the weights, as they were given."""
         total = math.fsum((places * weights).sum() for places, weights in self._blocks())
-        return checks.total_weight(times_power(total, -self.exponent))
+        return checks.arrays.total_weight(times_power(total, -self.exponent))
 
     @property
     @quiet
@@ -124,13 +124,13 @@ def values(x: Array, channels: int, where: Array | None) -> int:
 
 def size(x: Any, layout: Any, where: Any, weights: Any) -> Size:
     """How much counts, of arguments as the verbs take them."""
-    x, layout = checks.batch("x", x), checks.layout(layout)
+    x, layout = checks.arrays.batch("x", x), checks.options.layout(layout)
     channels = x.shape[channel_axis(layout, x.ndim)]
-    selected = None if where is None else checks.where(where, "x", x, layout)
+    selected = None if where is None else checks.arrays.where(where, "x", x, layout)
     if weights is None:
         number = values(x, channels, selected)
         return Size(number, number)
-    known = scaled(checks.weights(weights, "x", x), x, channels, selected)
+    known = scaled(checks.arrays.weights(weights, "x", x), x, channels, selected)
     count = known.count
     return Size(count, known.effective if count else 0)
 

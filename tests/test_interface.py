@@ -19,7 +19,7 @@ PLAIN = (
     "plain_samples",
     "plain_samples_backward",
 )
-BESIDE = ("channel_bytes", "plain_frozen")
+BESIDE = ("channel_bytes", "plain_frozen", "walks")
 EXTRAS = {"cython": {"isa", "calls"}}
 """What a backend may have beyond the interface: how Cython tells its instruction sets apart."""
 
@@ -107,12 +107,13 @@ def parameters(function: object) -> list[tuple[str, object]]:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_backend_is_eight_functions(name: str) -> None:
-    """Each backend has the eight functions, the plain entries and the size of its tables, and
+    """Each backend has the eight functions, the plain entries and what it says of memory, and
     nothing more."""
     backend = backends.get(name) if name not in CYTHON else _cython(name)
     assert isinstance(backend, Backend)
     assert backend.name == name.partition("-")[0]
-    for function in (*EIGHT, *PLAIN, *BESIDE):
+    assert all(callable(getattr(backend, entry)) for entry in PLAIN)
+    for function in (*EIGHT, *BESIDE):
         assert parameters(getattr(type(backend), function)) == parameters(
             getattr(Backend, function)
         ), function

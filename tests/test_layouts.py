@@ -14,6 +14,7 @@ from variants import Variant, each_backend
 
 import fastbn
 from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of, to_layout
+from fastbn.backends.reference import ReferenceBackend
 from fastbn.layouts import Arrangement
 
 SHAPES = [  # as NCHW
@@ -150,7 +151,7 @@ def test_an_empty_batch_is_still_checked(variant: Variant) -> None:
 def test_a_view_is_aligned(form: str, layout: str) -> None:
     """Whatever the array is, and native: kernels read values one by one, too."""
     x = FORMS[form](np.ones((4, 3, 5, 6), np.float32))
-    view = Arrangement.of(x, layout).view(x)
+    view = Arrangement.of(x, layout).view(x, ReferenceBackend().walks)
     assert view.flags.aligned
     assert view.dtype.isnative
     assert np.array_equal(np.ravel(view), np.ones(x.size))

@@ -30,7 +30,7 @@ from benchmarks.oracle import (
     stored,
     wide,
 )
-from fastbn.backends.base import Selection
+from fastbn.backends.base import BackwardTables, ForwardTables, Selection
 
 SHAPES = (
     (4, 3, 5, 5),
@@ -247,14 +247,15 @@ def test_nothing_is_read_past_the_end(variant: Variant, shape: tuple[int, ...]) 
     for run in range(runs):
         weights[run] *= 100 / (mask[run].sum(1) @ weights[run])
     selection = Selection(mask, weights, 100.0)
-    mean, var = variant.backend.forward(x, one, one, 1e-5, out, 1, selection=selection)
+    tables = ForwardTables(one, one, 1e-5)
+    mean, var = variant.backend.forward(x, tables, out, 1, selection=selection)
     counted = np.broadcast_to((mask * weights[..., None])[:, :, None], shape) / 100
     expected = (counted * x).sum((1, 3))
     assert np.allclose(mean, expected, rtol=1e-12)
     assert np.allclose(var, (counted * (x - expected[:, None, :, None]) ** 2).sum((1, 3)))
     assert not out[~np.broadcast_to(mask[:, :, None], shape)].any()
-    given = dy, x, mean, var, one, 1e-5
-    _, dbeta = variant.backend.backward(*given, False, out, 1, selection=selection)
+    given = BackwardTables(mean, var, one, 1e-5)
+    _, dbeta = variant.backend.backward(dy, x, given, out, 1, selection=selection)
     assert np.allclose(dbeta, (dy * mask[:, :, None]).sum((1, 3)))
 
 

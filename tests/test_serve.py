@@ -36,8 +36,8 @@ from starlette.testclient import TestClient
 from starlette.types import Message
 
 import fastbn
-from fastbn._network import softmax
 from fastbn.demo import Digits, load_digits
+from fastbn.demo.network import softmax
 
 pytestmark = pytest.mark.slow
 

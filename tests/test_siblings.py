@@ -27,7 +27,7 @@ from benchmarks.oracle import (
     by_sample,
     channel_axis,
 )
-from fastbn import call
+from fastbn import _call
 
 SHAPES = (
     # rows: one column, broken lanes, whole ones, wide, of many samples, in pieces
@@ -247,8 +247,8 @@ def test_one_sample_of_many_channels(kind: str | int, layout: str) -> None:
 @pytest.mark.parametrize("groups", [1, 3])
 def test_rows_in_parts(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever a part begins, rows have the gamma and beta of their group."""
-    monkeypatch.setattr(call, "SMALLEST", 1)
-    monkeypatch.setattr(call, "scratch", lambda array_bytes, share: 512)
+    monkeypatch.setattr(_call, "SMALLEST", 1)
+    monkeypatch.setattr(_call, "scratch", lambda array_bytes, share: 512)
     x, dy, _, gamma, beta = made((40, 48), "NCHW", np.float32)
     apart = FORMS["strided"]
     check(Norm(groups), apart(x), apart(dy), gamma, beta)

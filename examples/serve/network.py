@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastbn
-from fastbn._network import (
+from fastbn.demo.network import (
     BatchNorm,
     Convolution,
     Dense,

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from threadpoolctl import threadpool_limits
 
 import fastbn
-from fastbn._network import Layer
 from fastbn.demo import load_digits, what_runs
+from fastbn.demo.network import Layer
 
 MODEL = Path(__file__).with_name("model.npz")
 SEED = 0

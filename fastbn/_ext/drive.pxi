@@ -13,28 +13,28 @@
 # Each is a function of its own: compilers take twice as long over one that holds them all.
 cdef void map_y(const Task* t, const Piece* p) noexcept nogil:
     map_chunk_of(0, t, p)
-cdef void map_activated(const Task* t, const Piece* p) noexcept nogil:
-    map_chunk_of(ACTIVE | (t.kind & RESIDUAL), t, p)
+cdef void map_activation(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(ACTIVATION | (t.kind & RESIDUAL), t, p)
 cdef void map_dx(const Task* t, const Piece* p) noexcept nogil:
     map_chunk_of(WITH_X, t, p)
-cdef void map_gated_dx(const Task* t, const Piece* p) noexcept nogil:
-    map_chunk_of(WITH_X | GATED | (t.kind & KEEPS), t, p)
-cdef void map_gated(const Task* t, const Piece* p) noexcept nogil:
-    map_chunk_of(GATED | (t.kind & KEEPS), t, p)
+cdef void map_dx_with_activation_grad(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(WITH_X | ACTIVATION_GRAD | (t.kind & DRESIDUAL), t, p)
+cdef void map_activation_grad(const Task* t, const Piece* p) noexcept nogil:
+    map_chunk_of(ACTIVATION_GRAD | (t.kind & DRESIDUAL), t, p)
 cdef void map_y_by_column(const Task* t, const Piece* p) noexcept nogil:
     map_planes_of(BY_COLUMN, t, p)
-cdef void map_activated_by_column(const Task* t, const Piece* p) noexcept nogil:
-    map_planes_of(BY_COLUMN | ACTIVE | (t.kind & RESIDUAL), t, p)
+cdef void map_activation_by_column(const Task* t, const Piece* p) noexcept nogil:
+    map_planes_of(BY_COLUMN | ACTIVATION | (t.kind & RESIDUAL), t, p)
 cdef void map_dx_by_column(const Task* t, const Piece* p) noexcept nogil:
     map_planes_of(BY_COLUMN | WITH_X, t, p)
-cdef void map_gated_dx_by_column(const Task* t, const Piece* p) noexcept nogil:
-    map_planes_of(BY_COLUMN | WITH_X | GATED | (t.kind & KEEPS), t, p)
+cdef void map_dx_with_activation_grad_by_column(const Task* t, const Piece* p) noexcept nogil:
+    map_planes_of(BY_COLUMN | WITH_X | ACTIVATION_GRAD | (t.kind & DRESIDUAL), t, p)
 cdef void map_masked(const Task* t, const Piece* p) noexcept nogil:
-    map_chunk_of(SELECTED, t, p)
+    map_chunk_of(MASKED, t, p)
 cdef void map_masked_y(const Task* t, const Piece* p) noexcept nogil:
-    map_chunk_of(t.kind & (RESIDUAL | ACTIVE | GATED | KEEPS) | SELECTED, t, p)
+    map_chunk_of(t.kind & (RESIDUAL | ACTIVATION | ACTIVATION_GRAD | DRESIDUAL) | MASKED, t, p)
 cdef void map_masked_dx(const Task* t, const Piece* p) noexcept nogil:
-    map_chunk_of(t.kind & (GATED | KEEPS) | WITH_X | SELECTED, t, p)
+    map_chunk_of(t.kind & (ACTIVATION_GRAD | DRESIDUAL) | WITH_X | MASKED, t, p)
 cdef void map_general_y(const Task* t, const Piece* p) noexcept nogil:
     map_chunk_of((t.kind & ~WITH_X) | GENERAL, t, p)
 cdef void map_general_dx(const Task* t, const Piece* p) noexcept nogil:
@@ -43,11 +43,11 @@ cdef void map_general_dx(const Task* t, const Piece* p) noexcept nogil:
 ctypedef void (*MapChunk)(const Task*, const Piece*) noexcept nogil
 
 cdef MapChunk[KINDS] maps
-maps[0], maps[ACTIVE], maps[GATED] = map_y, map_activated, map_gated
-maps[WITH_X], maps[WITH_X | GATED] = map_dx, map_gated_dx
-maps[BY_COLUMN], maps[BY_COLUMN | ACTIVE] = map_y_by_column, map_activated_by_column
+maps[0], maps[ACTIVATION], maps[ACTIVATION_GRAD] = map_y, map_activation, map_activation_grad
+maps[WITH_X], maps[WITH_X | ACTIVATION_GRAD] = map_dx, map_dx_with_activation_grad
+maps[BY_COLUMN], maps[BY_COLUMN | ACTIVATION] = map_y_by_column, map_activation_by_column
 maps[BY_COLUMN | WITH_X] = map_dx_by_column
-maps[BY_COLUMN | WITH_X | GATED] = map_gated_dx_by_column
+maps[BY_COLUMN | WITH_X | ACTIVATION_GRAD] = map_dx_with_activation_grad_by_column
 
 
 cdef inline void map_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t j,
@@ -57,12 +57,12 @@ cdef inline void map_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_
     cdef bint dx = t.kind & WITH_X
     if t.extreme[g]:
         (map_general_dx if dx else map_general_y)(t, &p)
-    elif t.kind == SELECTED:
+    elif t.kind == MASKED:
         map_masked(t, &p)
     elif t.mask != NULL:
         (map_masked_dx if dx else map_masked_y)(t, &p)
     else:
-        maps[t.kind & ~(RESIDUAL | KEEPS)](t, &p)
+        maps[t.kind & ~(RESIDUAL | DRESIDUAL)](t, &p)
 
 
 # ---- Order of work ----
@@ -108,9 +108,9 @@ cdef Task thread_of(const Task* t, Py_ssize_t thread) noexcept nogil:
     own.shift += thread * pitch
     own.unit += thread * pitch
     own.total += thread * 2 * pitch
-    own.lost += thread * 2 * pitch
-    own.each += thread * 2 * pitch
-    own.partial += thread * t.kept * 2 * pitch
+    own.compensation += thread * 2 * pitch
+    own.channel_moments += thread * 2 * pitch
+    own.partial += thread * t.n_partials * 2 * pitch
     own.packed += thread * PACKED * t.pitch * <Py_ssize_t> sizeof(real)
     own.extreme += thread
     return own
@@ -137,7 +137,7 @@ cdef void enter_block(Task* own, const Task* t, const Block* k) noexcept nogil:
         own.G = t.G - k.g   # weights end where they did
     if t.weights != NULL:
         own.weights = t.weights + k.g * t.weights_g
-    if not t.inside:
+    if not t.channels_last:
         own.C = own.channels = k.c1 - k.c0
 
 
@@ -145,8 +145,9 @@ cdef Task groups_of(const Task* t) noexcept nogil:
     """The task, or a block, on planes of whole groups, as they are summed."""
     cdef Task groups = t[0]
     groups.C = groups.channels = t.channels // t.pool
-    groups.N, groups.S, groups.x.c = 1 if t.inside else t.N, t.group_size, t.group_size
-    groups.inside, groups.fold, groups.tail, groups.stretch = False, 1, 0, groups.C
+    groups.N, groups.S, groups.x.c = 1 if t.channels_last else t.N, t.group_size, t.group_size
+    groups.channels_last, groups.fold, groups.rest_columns = False, 1, 0
+    groups.column_tile = groups.C
     groups.count = t.count * t.pool
     groups.chunks, groups.rows = t.group_chunks, t.group_rows
     groups.pieces, groups.piece = t.group_pieces, t.group_piece
@@ -159,15 +160,15 @@ cdef void enter_groups(Task* groups, const Task* own) noexcept nogil:
     """Those of another block."""
     groups.x.data, groups.starts = own.x.data, own.starts
     groups.first.data, groups.second.data = own.first.data, own.second.data
-    groups.C = groups.channels = groups.stretch = own.channels // own.pool
+    groups.C = groups.channels = groups.column_tile = own.channels // own.pool
 
 
 cdef inline void reduce_columns(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
                                 Py_ssize_t j) noexcept nogil:
     """Chunk j of a block, so many columns at a time as have their tables in L1."""
     while c0 < c1:
-        reduce_chunk(t, g, c0, min(c0 + t.stretch, c1), j)
-        c0 += t.stretch
+        reduce_chunk(t, g, c0, min(c0 + t.column_tile, c1), j)
+        c0 += t.column_tile
 
 
 cdef void reduce_block(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
@@ -175,12 +176,12 @@ cdef void reduce_block(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1
     set_shift(t, g, c0, c1)
     for j in range(t.chunks):
         reduce_columns(t, g, c0, c1, j)
-        if t.kept < t.chunks:
+        if t.n_partials < t.chunks:
             add_chunk(t, g, c0, c1, j)
 
 
 cdef void run_blocks(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
-    """Each thread takes a block of channels at a time through the whole trip; the second walk may
+    """Each thread takes a block of channels at a time through both passes; the second walk may
     fetch the block that comes after it."""
     cdef Block k
     cdef Py_ssize_t blocks = count_blocks(t, t.block), later, ahead, j
@@ -256,15 +257,15 @@ cdef inline void sum_row(int kind, const Task* t, Py_ssize_t c, Py_ssize_t j, do
     cdef double* sum = sums(t, 0, j) + c
     cdef wide first = wsplat(0), second = wsplat(0)
     cdef Summed p = summed_at(t, 0, 0, c, k.s0)
+    cdef const ActivationParams* activation = &p.activation if kind & ACTIVATION_GRAD else NULL
     p.x_ahead = p.dy_ahead = p.y_ahead = ahead_values()
     for s in range(0, whole, 16):
         fetch_summed(kind, &p, s)
-        add_both_ways(p.dy + s, p.x + s, p.y + s, 16, mean, rstd, gamma + s,
-                      &p.activation if kind & GATED else NULL, &first, &second, dy_xhat + s, dy + s)
+        add_row_gradients(p.dy + s, p.x + s, p.y + s, 16, mean, rstd, gamma + s, activation,
+                          &first, &second, dy_xhat + s, dy + s)
     if whole < size:
-        add_both_ways(p.dy + whole, p.x + whole, p.y + whole, size - whole, mean, rstd,
-                      gamma + whole, &p.activation if kind & GATED else NULL, &first, &second,
-                      dy_xhat + whole, dy + whole)
+        add_row_gradients(p.dy + whole, p.x + whole, p.y + whole, size - whole, mean, rstd,
+                          gamma + whole, activation, &first, &second, dy_xhat + whole, dy + whole)
     sum[0], sum[t.pitch] = wsum(first), wsum(second)
 
 
@@ -279,9 +280,9 @@ cdef inline void sum_rows_of(int kind, const Task* t, double* column) noexcept n
             sum_row(kind, t, c, j, mean, rstd, column)
 
 
-cdef void sum_both_ways(const Task* t, double* column) noexcept nogil:
-    if t.kind & GATED:
-        sum_rows_of(WITH_X | GATED, t, column)
+cdef void sum_rows_and_columns(const Task* t, double* column) noexcept nogil:
+    if t.kind & ACTIVATION_GRAD:
+        sum_rows_of(WITH_X | ACTIVATION_GRAD, t, column)
     else:
         sum_rows_of(WITH_X, t, column)
 
@@ -289,27 +290,28 @@ cdef void sum_both_ways(const Task* t, double* column) noexcept nogil:
 cdef void add_up_columns(const Task* t, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """The pieces' sums, from one place to another, into those of the first piece."""
     cdef Py_ssize_t i, piece, size = 2 * t.period * t.places
-    for piece in range(1, (t.C + t.deep - 1) // t.deep):
+    for piece in range(1, (t.C + t.rows_per_piece - 1) // t.rows_per_piece):
         for i in range(first, end):
             t.column_sums[i] += t.column_sums[piece * size + i]
 
 
 cdef void run_rows(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
-    """The backward trip by column: each thread takes pieces of rows, and of these a block at a time
+    """The fused backward by column: each thread takes pieces of rows, and of these a block at a time
     through both passes."""
-    cdef Py_ssize_t pieces = (t.C + t.deep - 1) // t.deep, size = 2 * t.period * t.places
+    cdef Py_ssize_t pieces = (t.C + t.rows_per_piece - 1) // t.rows_per_piece
+    cdef Py_ssize_t size = 2 * t.period * t.places
     cdef Py_ssize_t piece, c, end, j
     cdef Task own = thread_of(t, thread)
     cdef Block k
     cdef double* sum
     for piece in range(pieces * thread // team, pieces * (thread + 1) // team):
-        c, end = piece * t.deep, min((piece + 1) * t.deep, t.C)
+        c, end = piece * t.rows_per_piece, min((piece + 1) * t.rows_per_piece, t.C)
         sum = t.column_sums + piece * size
         memset(sum, 0, size * sizeof(double))
         while c < end:
             k.g, k.c0, k.c1 = 0, c, min(c + t.block, end)
             enter_block(&own, t, &k)
-            sum_both_ways(&own, sum)
+            sum_rows_and_columns(&own, sum)
             own.extreme[0] = False
             finalize(&own, &own, 0, 0, own.C)
             for j in range(t.chunks - 1, -1, -1):
@@ -336,21 +338,21 @@ cdef int kind_of(const Task* t) noexcept nogil:
     """What a map does beside (or, with x, instead of) an affine map of its source."""
     cdef int kind = WITH_X if t.map == INPUT_GRADIENT else 0
     if t.mask != NULL:
-        kind |= SELECTED
+        kind |= MASKED
     if t.period > 0:
         kind |= BY_COLUMN
     if t.y.data != NULL:
-        return kind | GATED | (KEEPS if t.dresidual.data != NULL else 0)
+        return kind | ACTIVATION_GRAD | (DRESIDUAL if t.dresidual.data != NULL else 0)
     if t.residual.data != NULL:
-        return kind | ACTIVE | RESIDUAL
-    return kind | (ACTIVE if t.slope != 1 else 0)
+        return kind | ACTIVATION | RESIDUAL
+    return kind | (ACTIVATION if t.slope != 1 else 0)
 
 
 cdef inline Operand either(const Operand* a, const Operand* b) noexcept nogil:
     return b[0] if a.data == NULL else a[0]
 
 
-cdef void settle(Task* t) noexcept nogil:
+cdef void resolve_operands(Task* t) noexcept nogil:
     """What the loops go by. An operand that is not there, and not read, is where another is."""
     t.kind = kind_of(t)
     t.source = either(&t.dy, &t.x)

@@ -10,9 +10,9 @@
 #    each is compiled to loops without a branch in them; a residual, a kept dresidual and what is
 #    fused under a mask are looked at in passing. Scales that take powers of two, which are rare,
 #    have one function for y and one for dx, GENERAL, which look at all for every sixteen values.
-# 4. Channels outside: planes of one channel each. Those that follow each other in memory are
+# 4. Planes: planes of one channel each. Those that follow each other in memory are
 #    streamed as one run, and a `Line` holds what does not yet fill a line of the cache.
-# 5. Channels inside: sixteen columns of a few rows, so that their coefficients are loaded once.
+# 5. Channels last: sixteen columns of a few rows, so that their coefficients are loaded once.
 #    Streaming wants whole lines: where lines begin at the same column in every row, rows are taken
 #    from that column on, each with the beginning of the next.
 
@@ -69,7 +69,7 @@ cdef struct Place:
     Py_ssize_t source_row, x_row, other_row, out_row, dresidual_row
     Py_ssize_t source_ahead, x_ahead, other_ahead
     bint fetch, stream_dresidual
-    bends activation
+    ActivationParams activation
     const real* columns         # gamma and, `after` it, beta, where they go by column
     Py_ssize_t after
     lanes kept      # of the next sixteen
@@ -85,7 +85,7 @@ cdef inline Place place(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t c,
     p.source_row, p.x_row, p.other_row = t.source.n, t.x.n, t.other.n
     p.out_row, p.dresidual_row = t.out.n, t.dresidual.n
     p.fetch, p.stream_dresidual = t.fetch, t.stream_dresidual
-    p.activation = bends_of(t.slope, t.top)
+    p.activation = activation_params(t.slope, t.top)
     return p
 
 
@@ -110,7 +110,7 @@ cdef inline void fetch_place(int kind, const Place* p, Py_ssize_t s) noexcept no
     prefetch(p.source + s + p.source_ahead, p.fetch)
     if kind & WITH_X:
         prefetch(p.x + s + p.x_ahead, p.fetch)
-    if kind & (RESIDUAL | GATED):
+    if kind & (RESIDUAL | ACTIVATION_GRAD):
         prefetch(p.other + s + p.other_ahead, p.fetch)
 
 
@@ -125,7 +125,7 @@ cdef inline int coefficients(int kind) noexcept nogil:
 cdef inline vec gradient_of(int kind, const Place* p, vec dy, vec x, const vec* k) noexcept nogil:
     if kind & GENERAL:
         dy, x = vmul(dy, k[DX_DY_SCALE]), vmul(x, k[DX_X_SCALE])
-    if kind & SELECTED:
+    if kind & MASKED:
         return vand(gradient_weighed(dy, x, p.weight, k), p.kept)
     return gradient(dy, x, k)
 
@@ -148,13 +148,13 @@ cdef inline vec result(int kind, const Place* p, Py_ssize_t s, Py_ssize_t n,
     cdef vec[2] column
     if kind & BY_COLUMN:
         vload_each(column, p.columns + s, p.after, 1 if kind & WITH_X else 2)
-    if kind & SELECTED:
+    if kind & MASKED:
         v = vand(v, p.kept)
-    if kind & GATED:
-        v = gate(v, load_values(kind, p.other + s, n), &p.activation)
-    if kind & KEEPS and n == 16 and p.stream_dresidual:
+    if kind & ACTIVATION_GRAD:
+        v = activation_grad(v, load_values(kind, p.other + s, n), &p.activation)
+    if kind & DRESIDUAL and n == 16 and p.stream_dresidual:
         vstream(p.dresidual + s, v)
-    elif kind & KEEPS:
+    elif kind & DRESIDUAL:
         store_values(kind, p.dresidual + s, v, n)
     if kind & BY_COLUMN and kind & WITH_X:
         v = vmul(v, column[0])
@@ -167,14 +167,14 @@ cdef inline vec result(int kind, const Place* p, Py_ssize_t s, Py_ssize_t n,
         v = vadd(vmul(v, column[0]), column[1])
     if kind & RESIDUAL:
         v = vadd(v, load_values(kind, p.other + s, n))
-    if kind & ACTIVE:
+    if kind & ACTIVATION:
         v = activate(v, &p.activation)
-    if kind & SELECTED:
+    if kind & MASKED:
         v = vand(v, p.kept)
     return v
 
 
-# ---- Channels outside ----
+# ---- Planes ----
 
 cdef inline void map_plane(int kind, const Task* t, Place* p, const Selected* selected,
                            Py_ssize_t size, const real* row, Line* line) noexcept nogil:
@@ -186,8 +186,8 @@ cdef inline void map_plane(int kind, const Task* t, Place* p, const Selected* se
     vsplat_each(k, row, t.pitch, coefficients(kind))
     while n > 0:
         if kind & GENERAL or n < 16:
-            if kind & SELECTED:
-                p.kept = lanes_of(picks_before(selected.mask_end, selected.mask + s))
+            if kind & MASKED:
+                p.kept = lanes_of(mask_load_before(selected.mask_end, selected.mask + s))
             v = result(kind, p, s, n, k)
             if not stream:
                 store_values(kind, p.out + s, v, n)
@@ -198,8 +198,8 @@ cdef inline void map_plane(int kind, const Task* t, Place* p, const Selected* se
             s += n
         while not kind & GENERAL and s + 16 <= size:
             fetch_place(kind, p, s)
-            if kind & SELECTED:
-                p.kept = lanes_of(picks_of(selected.mask + s))
+            if kind & MASKED:
+                p.kept = lanes_of(mask_load(selected.mask + s))
             v = result(kind, p, s, 16, k)
             if stream:
                 vstream(p.out + s, v)
@@ -226,10 +226,10 @@ cdef inline void map_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0
     cdef Place p
     cdef Selected selected
     for n in range(k.n0, k.n1):
-        if kind & SELECTED:
+        if kind & MASKED:
             selected = selected_at(t, g, n, k.s0)
         p = place(t, g, n, c0, k.s0)
-        if kind & SELECTED:
+        if kind & MASKED:
             p.weight = vsplat(<real> selected.weighs.first[0])
         p.source_ahead, p.x_ahead = ahead * t.source.c, ahead * t.x.c
         p.other_ahead = ahead * t.other.c
@@ -245,7 +245,7 @@ cdef inline void map_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0
             next_plane(t, &p)
 
 
-# ---- Channels inside ----
+# ---- Channels last ----
 
 cdef struct Strip:
     # Columns [left, left + width) of rows [n0, n1).
@@ -261,15 +261,15 @@ cdef struct Columns:
     const Selected* selected
 
 
-cdef inline void pick_row(const Selected* row, Place* p) noexcept nogil:
+cdef inline void mask_row(const Selected* row, Place* p) noexcept nogil:
     """What counts, and weighs, of a row that is one sample."""
-    p.kept = lanes_of(picks_alike(row.mask))
+    p.kept = lanes_of(mask_broadcast(row.mask))
     p.weight = vsplat(<real> row.weighs.first[0])
 
 
-cdef inline void pick_columns(int kind, const Selected* here, Place* p) noexcept nogil:
+cdef inline void mask_columns(int kind, const Selected* here, Place* p) noexcept nogil:
     """The same of sixteen columns, each of its sample."""
-    p.kept = lanes_of(picks_at(here))
+    p.kept = lanes_of(mask_at(here))
     if kind & WITH_X:
         p.weight = vweights_by(&here.weighs, here.numbers)
 
@@ -280,13 +280,13 @@ cdef inline void map_columns(int kind, const Task* t, Place p, const Columns* co
     cdef vec v
     cdef Py_ssize_t r
     cdef Selected here
-    if kind & SELECTED:
+    if kind & MASKED:
         here = at_columns(t, columns.selected, columns.first)
     vload_each(k, columns.coefficients, columns.pitch, coefficients(kind))
     for r in range(columns.rows):
         fetch_place(kind, &p, 0)
-        if kind & SELECTED:
-            pick_columns(kind, &here, &p)
+        if kind & MASKED:
+            mask_columns(kind, &here, &p)
             pass_samples(&here, t.fold)
         v = result(kind, &p, 0, width, k)
         if stream:
@@ -333,7 +333,7 @@ cdef inline void map_across(int kind, const Task* t, Py_ssize_t g, const Strip* 
             map_columns(kind, t, p, &columns, n, t.stream and n == 16)
             pass_columns(&p, &columns, n)
             s += n
-        if kind & SELECTED and not kind & GENERAL and t.fold == 1 and columns.rows == 1:
+        if kind & MASKED and not kind & GENERAL and t.fold == 1 and columns.rows == 1:
             n = map_one_sample(kind, &p, columns.coefficients, t.pitch,
                                min(strip.width - s, t.C - columns.first), t.stream)
             pass_columns(&p, &columns, n)
@@ -345,7 +345,7 @@ cdef inline void map_across(int kind, const Task* t, Py_ssize_t g, const Strip* 
         n = 0
 
 
-cdef inline void map_few(int kind, const Task* t, Py_ssize_t g, const Strip* strip,
+cdef inline void map_some_rows(int kind, const Task* t, Py_ssize_t g, const Strip* strip,
                          Py_ssize_t rows) noexcept nogil:
     """The first few rows of a strip: together or, of wide rows that are masked, one by one, for then they
     are one stream."""
@@ -355,15 +355,15 @@ cdef inline void map_few(int kind, const Task* t, Py_ssize_t g, const Strip* str
     cdef Py_ssize_t r = 0
     p.source_ahead = p.x_ahead = p.other_ahead = 2 * ahead_values()
     columns.rows, columns.pitch, columns.selected = rows, t.pitch, &selected
-    if kind & SELECTED:
+    if kind & MASKED:
         selected = selected_at(t, g, strip.n0, 0)
         columns.rows = 1 if t.C >= WIDE else rows
     while r < rows:
-        if kind & SELECTED:
-            pick_row(&selected, &p)
+        if kind & MASKED:
+            mask_row(&selected, &p)
         map_across(kind, t, g, strip, p, columns)
         r += columns.rows
-        if kind & SELECTED and r < rows:
+        if kind & MASKED and r < rows:
             next_row(&p)
             pass_samples(&selected, t.fold)
 
@@ -390,8 +390,8 @@ cdef int cut_rows(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1, Py_
     else:
         strips[0] = Strip(k.n0, k.n1, c0, c1 - c0)
         count = 1
-    if k.n1 == t.N and c0 < t.tail:
-        strips[count] = Strip(t.N, t.N + 1, c0, min(c1, t.tail) - c0)
+    if k.n1 == t.N and c0 < t.rest_columns:
+        strips[count] = Strip(t.N, t.N + 1, c0, min(c1, t.rest_columns) - c0)
         count += 1
     return count
 
@@ -412,18 +412,18 @@ cdef inline void map_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0, 
     cdef Strip strip
     # Rows whose lines begin at different columns are streamed one by one.
     cdef bint apart = t.stream and not has_whole_lines(t)
-    cdef Py_ssize_t most = 1 if apart else t.together, rows
+    cdef Py_ssize_t most = 1 if apart else t.map_rows, rows
     cdef int i, count = cut_rows(t, g, c0, c1, j, strips)
     for i in range(count):
         strip = strips[i]
         while strip.n0 < strip.n1 and strip.width > 0:
             rows = min(most, strip.n1 - strip.n0)
-            map_few(kind, t, g, &strip, rows)
+            map_some_rows(kind, t, g, &strip, rows)
             strip.n0 += rows
 
 
 cdef inline void map_chunk_of(int kind, const Task* t, const Piece* p) noexcept nogil:
-    if t.inside:
+    if t.channels_last:
         map_rows(kind, t, p.g, p.c0, p.c1, p.j)
     else:
         map_planes_of(kind, t, p)

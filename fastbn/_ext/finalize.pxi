@@ -163,9 +163,9 @@ cdef void first_values(const element* x, Py_ssize_t stride, Py_ssize_t count,
 
 cdef inline const element* first_place(const Task* t, Py_ssize_t g, Py_ssize_t c) noexcept nogil:
     """Channel c's first value that weighs anything."""
-    cdef Py_ssize_t step = t.fold if t.inside else t.S
+    cdef Py_ssize_t step = t.fold if t.channels_last else t.S
     cdef Py_ssize_t n = t.starts[g] // step, rest = t.starts[g] % step
-    if t.inside:
+    if t.channels_last:
         return at(&t.x, g, n, c + rest * t.channels)
     return at(&t.x, g, n, c) + rest
 
@@ -218,14 +218,14 @@ cdef void sum_again(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) n
                     t.unit[g * t.pitch + v * t.channels + c] = ldexp(1, -600)
     for j in range(t.chunks):
         reduce_chunk(t, g, c0, c1, j)
-        if t.kept < t.chunks:
+        if t.n_partials < t.chunks:
             add_chunk(t, g, c0, c1, j)
     merge(t, g, c0, c1)
 
 
-cdef inline double* channel_moments(const Task* t, Py_ssize_t g) noexcept nogil:
+cdef inline double* moments_of_channels(const Task* t, Py_ssize_t g) noexcept nogil:
     """Mean and variance of channels that are pooled."""
-    return t.each + g * 2 * t.pitch
+    return t.channel_moments + g * 2 * t.pitch
 
 
 cdef void finish_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
@@ -253,8 +253,8 @@ cdef void finish_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t 
             v = not_negative(divide(load(square, i), t.count, inverse) - m * m)
             store(var, i, v * u * u)
         if t.pool > 1:
-            memcpy(channel_moments(t, g) + c, mean, count * sizeof(double))
-            memcpy(channel_moments(t, g) + t.pitch + c, var, count * sizeof(double))
+            memcpy(moments_of_channels(t, g) + c, mean, count * sizeof(double))
+            memcpy(moments_of_channels(t, g) + t.pitch + c, var, count * sizeof(double))
         else:
             scatter(&t.first, g, c, count, mean)
             scatter(&t.second, g, c, count, var)
@@ -265,7 +265,7 @@ cdef void finish_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t 
 cdef void pool_moments(const Task* t, Py_ssize_t g, Py_ssize_t group) noexcept nogil:
     """Its channels' means and variances -> a group's: no two large squares are subtracted (Chan,
     Golub & LeVeque 1983, equation 2.1)."""
-    cdef const double* mean = channel_moments(t, g) + group * t.pool
+    cdef const double* mean = moments_of_channels(t, g) + group * t.pool
     cdef const double* var = mean + t.pitch
     cdef Py_ssize_t i
     cdef double together = 0, square = 0
@@ -324,7 +324,7 @@ cdef inline marks put_affine(const Rows* rows, Py_ssize_t i, bint extreme, doubl
     cdef doubles power = splat(1)
     cdef marks usual = usual_scales(scale)
     if extreme:
-        power = power_half_way(scale)
+        power = sqrt_pow2(scale)
         mean = mean * power
         scale = scale * inverse_of_power(power)
     put_row(rows, 2, i, beta - product(mean - rounded_to_real(mean), scale))
@@ -373,8 +373,8 @@ cdef inline marks put_gradient(const Rows* rows, Py_ssize_t i, bint extreme,
     cdef doubles dy_power = splat(1), x_power = splat(1), lo
     cdef marks usual = usual_scales(k.a) & usual_slopes(k.b * k.rstd) & usual_means(k.mean)
     if extreme:
-        dy_power = power_half_way(k.a)
-        x_power = power_for_gradient(k.b, k.rstd, k.mean)
+        dy_power = sqrt_pow2(k.a)
+        x_power = gradient_pow2(k.b, k.rstd, k.mean)
         k.a = k.a * inverse_of_power(dy_power)
         k.dy_mean = k.dy_mean * dy_power
         k.rstd = k.rstd * inverse_of_power(x_power)
@@ -553,7 +553,7 @@ cdef void finish_coefficients(const Task* t, Py_ssize_t g, Py_ssize_t c0,
 cdef void repeat(const Task* t, real* row, Py_ssize_t c0, int rows) noexcept nogil:
     """The channels' coefficients once for each sample in a row of memory, and their beginning
     once more behind the end, for vectors that are streamed and reach into the next row."""
-    cdef Py_ssize_t i, done, more, end = t.pitch if c0 == 0 and t.inside and t.stream else t.C
+    cdef Py_ssize_t i, done, more, end = t.pitch if c0 == 0 and t.channels_last and t.stream else t.C
     for i in range(rows):
         done = t.channels
         while done < end:

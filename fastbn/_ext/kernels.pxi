@@ -1,14 +1,14 @@
 # The kernels: moments, normalization and their gradients, for one element type and one
 # instruction set. `setup.py` compiles this file once for each pair of them.
 #
-# 1. Data. A call is a `Task` on (G, N, C, S) views. With *channels outside* a row is one plane, S
-#    contiguous values of one channel; with *channels inside* it is one sample, C contiguous
+# 1. Data. A call is a `Task` on (G, N, C, S) views. With *planes* a row is one plane, S
+#    contiguous values of one channel; with *channels last* it is one sample, C contiguous
 #    columns. A channel's values are cut into chunks that depend on shape and element type alone.
 #    A reduction gives two sums for each (chunk, channel), merged later in the order of chunks; a
 #    map is elementwise. So neither threads nor blocking nor the kind of store can change a bit.
-# 2. Lanes. Work goes 16 elements at a time (simd.h). Channels outside: lane l sums the values at
+# 2. Lanes. Work goes 16 elements at a time (simd.h). Planes: lane l sums the values at
 #    l, l + 16, ... of a plane and goes on over the planes of the chunk; the lanes are added up
-#    once a chunk. Channels inside: each column has a lane of its own, and rows follow each other.
+#    once a chunk. Channels last: each column has a lane of its own, and rows follow each other.
 # 3. Sums are float64, whatever the elements are. Moments are sums of d = x - shift and d*d with the
 #    channel's first value as the shift: mean = shift + m and var = sum(d*d)/n - m*m, m = sum(d)/n,
 #    lose 1 + (m/s)**2 roundings, little unless that value is far out. Then (and where float64
@@ -28,110 +28,12 @@ from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy, memset
 
 from fastbn._ext.task cimport (
-    ACTIVE, AFFINE, AHEAD, BY_COLUMN, GATED, GENERAL, GRADIENT_MOMENTS, INPUT_GRADIENT, KEEPS,
-    KINDS, MOMENTS, NO_MAP, NO_REDUCE, PACKED, RESIDUAL, ROWS_PICKED, SELECTED, WIDE,
-    WITH_X, Operand, Table, Task, sums_pitch,
+    ACTIVATION, ACTIVATION_GRAD, AFFINE, AHEAD, BY_COLUMN, DRESIDUAL, GENERAL, GRADIENT_MOMENTS,
+    INPUT_GRADIENT, KINDS, MASKED, MOMENTS, MOST_MASKED_ROWS, NO_MAP, NO_REDUCE, PACKED, RESIDUAL,
+    WIDE, WITH_X, Operand, Table, Task, sums_pitch,
 )
 
-cdef extern from "simd.h" nogil:
-    ctypedef float real     # or double: C knows; so mixed expressions are double here
-    ctypedef float element  # what memory holds: a real, or a half type
-    ctypedef struct vec:
-        pass
-    ctypedef struct wide:
-        pass
-    ctypedef struct bends:  # an activation
-        pass
-    bends bends_of(double slope, double top)
-    vec vload(const element* p)
-    vec vload_some(const element* p, long n)
-    vec vload_any(const element* p, long n)
-    void vstore(element* p, vec v)
-    void vstore_part(element* p, vec v, long n)
-    void vstore_some(element* p, vec v, long n)
-    void vstore_any(element* p, vec v, long n)
-    void vstream(element* p, vec v)
-    const int BOUND         # bytes; streaming starts at a multiple
-    void vsplat_each(vec* v, const real* p, long pitch, int count)
-    void vload_each(vec* v, const real* p, long pitch, int count)
-    ctypedef struct picks:  # which of sixteen places count
-        pass
-    ctypedef struct lanes:  # the same, as a mask
-        pass
-    picks picks_of(const unsigned char* p)
-    picks picks_alike(const unsigned char* p)
-    picks picks_before(const unsigned char* end, const unsigned char* p)
-    picks picks_by(picks numbers, picks some)
-    picks numbers_of(const unsigned char* p)
-    lanes lanes_of(picks some)
-    vec vand(vec v, lanes mask)
-    ctypedef struct weights:  # what samples weigh
-        const double* first
-        const double* end
-        long left, each
-    wide weights_by(const weights* p, picks numbers)
-    vec vweights_by(const weights* p, picks numbers)
-    vec vsplat(real a)
-    vec affine(vec x, const vec* k)
-    vec gradient_weighed(vec dy, vec x, vec w, const vec* k)
-    vec gradient(vec dy, vec x, const vec* k)
-    vec vadd(vec a, vec b)
-    vec vmul(vec a, vec b)
-    vec activate(vec v, const bends* b)
-    vec gate(vec dy, vec y, const bends* b)
-    wide wload_table(const double* p)
-    wide wload_table_part(const double* p, long n)
-    void wstore_table(double* p, wide w)
-    wide wsplat(double a)
-    wide wadd(wide a, wide b)
-    wide wsub(wide a, wide b)
-    double wsum(wide a)
-    double value_of(const element* p)
-    void add_moments(const element* x, long n, wide shift, wide unit, wide* first, wide* second)
-    void add_gradients(const element* dy, const element* x, const element* y, long n, wide mean,
-                       const bends* b, wide* first, wide* second)
-    void add_both_ways(const element* dy, const element* x, const element* y, long n, double mean,
-                       double rstd, const double* gamma, const bends* b, wide* first, wide* second,
-                       double* column_first, double* column_second)
-    void add_picked_moments(const element* x, picks some, wide weight, long n, wide shift,
-                            wide unit, wide* first, wide* second)
-    void add_picked_gradients(const element* dy, const element* x, const element* y, picks some,
-                              long n, wide mean, const bends* b, wide* first, wide* second)
-    ctypedef double doubles "f64_register"   # C knows how many
-    const int DOUBLES
-    doubles load(const double* p, long i)
-    void store(double* p, long i, doubles a)
-    void store_reals(real* p, long i, doubles a)
-    doubles rounded_to_real(doubles a)
-    doubles splat(double a)
-    doubles inverse_root(doubles a)
-    doubles divide(doubles a, double n, double inverse)
-    double exact_inverse(double n)
-    doubles not_negative(doubles a)
-    doubles product(doubles difference, doubles factor)
-    ctypedef long long marks "i64_register"
-    marks all_marks()
-    bint are_all(marks mask)
-    marks usual_scales(doubles a)
-    marks usual_slopes(doubles a)
-    marks usual_means(doubles a)
-    doubles power_half_way(doubles a)
-    doubles power_for_gradient(doubles b, doubles rstd, doubles mean)
-    doubles inverse_of_power(doubles a)
-    doubles saturated(doubles a)
-    double choose(bint condition, double a, double b)
-    bint is_finite(double a)
-    ctypedef struct fp_mode:
-        pass
-    fp_mode usual_mode()
-    void restore_mode(fp_mode mode)
-    void stream_fence()
-    void prefetch(const element* p, bint wanted)
-    void set_flag(unsigned char* flag)
-    long fetch_add(long* counter, long by)
-    int thread_number()
-    int team_size()
-    void team_barrier()
+include "headers.pxi"
 
 
 # ---- Where things are ----
@@ -154,7 +56,7 @@ cdef inline double entry(const Table* t, Py_ssize_t g, Py_ssize_t c, double defa
 
 cdef inline double* sums(const Task* t, Py_ssize_t g, Py_ssize_t j) noexcept nogil:
     """Chunk j's two rows of sums."""
-    return t.partial + (g * t.kept + min(j, t.kept - 1)) * 2 * t.pitch
+    return t.partial + (g * t.n_partials + min(j, t.n_partials - 1)) * 2 * t.pitch
 
 
 cdef inline real* packed(const Task* t, Py_ssize_t g) noexcept nogil:
@@ -182,15 +84,15 @@ cdef struct Selected:
     # and how many samples a row has.
     const unsigned char* mask
     const unsigned char* mask_end
-    bint inside, weighed
-    picks numbers
+    bint whole, weighed
+    mask16 numbers
     weights weighs
     Py_ssize_t samples
 
 cdef struct Marked:
     # The same of a few rows of one sample each.
-    picks[ROWS_PICKED] some
-    double[ROWS_PICKED] weight
+    mask16[MOST_MASKED_ROWS] some
+    double[MOST_MASKED_ROWS] weight
 
 cdef double unweighed = 1
 
@@ -200,10 +102,10 @@ cdef inline Selected selected_at(const Task* t, Py_ssize_t g, Py_ssize_t n,
     """At value s of plane n, or at row n."""
     cdef Selected p
     cdef Py_ssize_t sample = n * t.fold
-    memset(&p.numbers, 0, sizeof(picks))
+    memset(&p.numbers, 0, sizeof(mask16))
     p.samples, p.weighed = t.fold, t.weights != NULL
     p.mask, p.mask_end = t.mask + g * t.mask_g + sample * t.S + s, t.mask + t.G * t.mask_g
-    p.inside = p.mask_end - p.mask >= (ROWS_PICKED + 1) * t.fold + 16
+    p.whole = p.mask_end - p.mask >= (MOST_MASKED_ROWS + 1) * t.fold + 16
     p.weighs.first, p.weighs.end, p.weighs.left, p.weighs.each = &unweighed, &unweighed + 1, 16, 16
     if p.weighed:
         p.weighs.first = t.weights + g * t.weights_g + sample // t.weight_samples
@@ -226,13 +128,14 @@ cdef inline Selected at_columns(const Task* t, const Selected* row, Py_ssize_t c
     """At sixteen columns of a row: each is of the sample that it belongs to."""
     cdef Selected p = row[0]
     pass_samples(&p, t.samples[c])
-    p.numbers = numbers_of(t.numbers + c)
+    p.numbers = sample_numbers(t.numbers + c)
     return p
 
 
-cdef inline picks picks_at(const Selected* p) noexcept nogil:
+cdef inline mask16 mask_at(const Selected* p) noexcept nogil:
     """Of sixteen columns those that count."""
-    return picks_by(p.numbers, picks_of(p.mask) if p.inside else picks_before(p.mask_end, p.mask))
+    return mask_permute(p.numbers, mask_load(p.mask) if p.whole
+                        else mask_load_before(p.mask_end, p.mask))
 
 
 cdef inline bint mark(const Task* t, Selected p, Py_ssize_t rows, Marked* marked) noexcept nogil:
@@ -241,7 +144,7 @@ cdef inline bint mark(const Task* t, Selected p, Py_ssize_t rows, Marked* marked
     if t.fold > 1:
         return False
     for r in range(rows):
-        marked.some[r], marked.weight[r] = picks_alike(p.mask), p.weighs.first[0]
+        marked.some[r], marked.weight[r] = mask_broadcast(p.mask), p.weighs.first[0]
         pass_samples(&p, 1)
     return True
 
@@ -279,7 +182,7 @@ cdef long _calls = 0
 cdef void run(Task* t) noexcept nogil:
     """Run the task on its team of threads."""
     fetch_add(&_calls, 1)
-    settle(t)
+    resolve_operands(t)
     if t.threads == 1:
         work(t, 0, 1)
     else:

@@ -2,8 +2,8 @@
 #
 # 1. What is summed is taken as a constant, `kind`, so that no loop branches on it; a mask clears the
 #    bits of what was loaded where it does not count.
-# 2. Channels outside: the lanes of one channel go over its planes of the chunk, and are added up
-#    once. Channels inside: sixteen columns of a few rows at a time, whose sums stay in registers
+# 2. Planes: the lanes of one channel go over its planes of the chunk, and are added up
+#    once. Channels last: sixteen columns of a few rows at a time, whose sums stay in registers
 #    meanwhile; of single rows they are added where they are.
 # 3. Chunks are merged in order, with what roundings lose (Knuth's two-sum).
 
@@ -15,8 +15,8 @@ cdef struct Summed:
     Py_ssize_t x_row, dy_row, y_row
     Py_ssize_t x_ahead, dy_ahead, y_ahead
     bint fetch
-    bends activation
-    picks some      # of the next sixteen
+    ActivationParams activation
+    mask16 some      # of the next sixteen
     wide weight     # the same, for moments
 
 
@@ -24,21 +24,21 @@ cdef inline void fetch_summed(int kind, const Summed* p, Py_ssize_t s) noexcept 
     prefetch(p.x + s + p.x_ahead, p.fetch)
     if kind & WITH_X:
         prefetch(p.dy + s + p.dy_ahead, p.fetch)
-    if kind & GATED:
+    if kind & ACTIVATION_GRAD:
         prefetch(p.y + s + p.y_ahead, p.fetch)
 
 
 cdef inline void add(int kind, const Summed* p, Py_ssize_t s, Py_ssize_t n, wide shift, wide unit,
                      wide* first, wide* second) noexcept nogil:
     """Add n values to the moments or, with dy beside x, to the sums of gradients."""
-    if kind & SELECTED and kind & WITH_X:
-        add_picked_gradients(p.dy + s, p.x + s, p.y + s, p.some, n, shift,
-                             &p.activation if kind & GATED else NULL, first, second)
-    elif kind & SELECTED:
-        add_picked_moments(p.x + s, p.some, p.weight, n, shift, unit, first, second)
+    if kind & MASKED and kind & WITH_X:
+        add_masked_gradients(p.dy + s, p.x + s, p.y + s, p.some, n, shift,
+                             &p.activation if kind & ACTIVATION_GRAD else NULL, first, second)
+    elif kind & MASKED:
+        add_masked_moments(p.x + s, p.some, p.weight, n, shift, unit, first, second)
     elif not kind & WITH_X:
         add_moments(p.x + s, n, shift, unit, first, second)
-    elif kind & GATED:
+    elif kind & ACTIVATION_GRAD:
         add_gradients(p.dy + s, p.x + s, p.y + s, n, shift, &p.activation, first, second)
     else:
         add_gradients(p.dy + s, p.x + s, p.x, n, shift, NULL, first, second)
@@ -49,13 +49,13 @@ cdef inline Summed summed_at(const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize
     cdef Summed p
     p.x, p.dy, p.y = at(&t.x, g, n, c) + s, at(&t.source, g, n, c) + s, at(&t.other, g, n, c) + s
     p.x_row, p.dy_row, p.y_row = t.x.n, t.source.n, t.other.n
-    p.fetch, p.activation = t.fetch, bends_of(t.slope, t.top)
+    p.fetch, p.activation = t.fetch, activation_params(t.slope, t.top)
     return p
 
 
 cdef inline void sum_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
                             Py_ssize_t j) noexcept nogil:
-    """Channels outside: the sums of channels [c0, c1) over chunk j."""
+    """Planes: the sums of channels [c0, c1) over chunk j."""
     cdef Chunk k = chunk(t, j)
     cdef Py_ssize_t c, n, s, size = k.s1 - k.s0, whole = size // 16 * 16
     cdef const double* shift = t.shift + g * t.pitch
@@ -71,17 +71,17 @@ cdef inline void sum_planes(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0
             p = summed_at(t, g, n, c, k.s0)
             p.x_ahead, p.dy_ahead = later(t, &t.x, n), later(t, &t.source, n)
             p.y_ahead = later(t, &t.other, n)
-            if kind & SELECTED:
+            if kind & MASKED:
                 selected = selected_at(t, g, n, k.s0)
                 p.weight = wsplat(selected.weighs.first[0])
             for s in range(0, whole, 16):
                 fetch_summed(kind, &p, s)
-                if kind & SELECTED:
-                    p.some = picks_of(selected.mask + s)
+                if kind & MASKED:
+                    p.some = mask_load(selected.mask + s)
                 add(kind, &p, s, 16, shifts, units, &first, &second)
             if whole < size:
-                if kind & SELECTED:
-                    p.some = picks_before(selected.mask_end, selected.mask + whole)
+                if kind & MASKED:
+                    p.some = mask_load_before(selected.mask_end, selected.mask + whole)
                 add(kind, &p, whole, size - whole, shifts, units, &first, &second)
         sum[c], sum[t.pitch + c] = wsum(first), wsum(second)
 
@@ -96,10 +96,10 @@ cdef inline void sum_columns(int kind, Summed p, Selected selected, const Marked
     p.weight = wsplat(1)
     for r in range(rows):
         fetch_summed(kind, &p, 0)
-        if kind & SELECTED and marked != NULL:
+        if kind & MASKED and marked != NULL:
             p.some, p.weight = marked.some[r], wsplat(marked.weight[r])
-        elif kind & SELECTED:
-            p.some = picks_at(&selected)
+        elif kind & MASKED:
+            p.some = mask_at(&selected)
             if not kind & WITH_X and selected.weighed:
                 p.weight = weights_by(&selected.weighs, selected.numbers)
             pass_samples(&selected, selected.samples)
@@ -127,7 +127,7 @@ cdef inline void sum_one_row(int kind, const Summed* p, Py_ssize_t width, const 
 cdef inline void sum_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t n, Py_ssize_t rows,
                           Py_ssize_t c0, Py_ssize_t width, double* sum,
                           Py_ssize_t ahead) noexcept nogil:
-    """Channels inside: add a few rows to the sums of `width` columns from c0 on; meanwhile the
+    """Channels last: add a few rows to the sums of `width` columns from c0 on; meanwhile the
     rows `ahead` are fetched."""
     cdef const double* shift = t.shift + g * t.pitch
     cdef const double* unit = t.unit + g * t.pitch
@@ -138,14 +138,14 @@ cdef inline void sum_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t n, P
     cdef Py_ssize_t c, end = c0 + width, whole = end - width % 16
     cdef double* second = sum + t.pitch
     p.x_ahead, p.dy_ahead, p.y_ahead = ahead * p.x_row, ahead * p.dy_row, ahead * p.y_row
-    if kind & SELECTED:
+    if kind & MASKED:
         row = selected_at(t, g, n, 0)
         known = mark(t, row, rows, &marked)
     elif rows == 1:
         sum_one_row(kind, &p, width, shift + c0, unit + c0, sum + c0, second + c0)
         return
     for c in range(c0, whole, 16):
-        if kind & SELECTED and not known:
+        if kind & MASKED and not known:
             selected = at_columns(t, &row, c)
         sum_columns(kind, p, selected, &marked if known else NULL, rows, 16, shift + c, unit + c,
                     sum + c, second + c)
@@ -153,7 +153,7 @@ cdef inline void sum_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t n, P
         p.dy += 16
         p.y += 16
     if whole < end:
-        if kind & SELECTED and not known:
+        if kind & MASKED and not known:
             selected = at_columns(t, &row, whole)
         sum_columns(kind, p, selected, &marked if known else NULL, rows, end - whole, shift + whole,
                     unit + whole, sum + whole, second + whole)
@@ -161,24 +161,24 @@ cdef inline void sum_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t n, P
 
 cdef inline void sum_chunk_rows(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
                                 Py_ssize_t j) noexcept nogil:
-    """Channels inside: the sums of columns [c0, c1) over chunk j, a few whole rows at a time."""
+    """Channels last: the sums of columns [c0, c1) over chunk j, a few whole rows at a time."""
     cdef Chunk k = chunk(t, j)
     cdef double* sum = sums(t, g, j)
     cdef Py_ssize_t n = k.n0, rows, padded = (c1 - c0 + 15) // 16 * 16
-    cdef Py_ssize_t ahead = (ahead_values() // (t.few * padded) + 1) * t.few    # in whole steps
+    cdef Py_ssize_t ahead = (ahead_values() // (t.reduce_rows * padded) + 1) * t.reduce_rows    # in whole steps
     memset(sum + c0, 0, padded * sizeof(double))
     memset(sum + t.pitch + c0, 0, padded * sizeof(double))
     while n < k.n1:
-        rows = min(t.few, k.n1 - n)
+        rows = min(t.reduce_rows, k.n1 - n)
         sum_rows(kind, t, g, n, rows, c0, c1 - c0, sum, ahead)
         n += rows
-    if k.n1 == t.N and c0 < t.tail:
-        sum_rows(kind, t, g, t.N, 1, c0, min(c1, t.tail) - c0, sum, 0)
+    if k.n1 == t.N and c0 < t.rest_columns:
+        sum_rows(kind, t, g, t.N, 1, c0, min(c1, t.rest_columns) - c0, sum, 0)
 
 
 cdef inline void sum_chunk(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
                            Py_ssize_t j) noexcept nogil:
-    if t.inside:
+    if t.channels_last:
         sum_chunk_rows(kind, t, g, c0, c1, j)
     else:
         sum_planes(kind, t, g, c0, c1, j)
@@ -187,15 +187,15 @@ cdef inline void sum_chunk(int kind, const Task* t, Py_ssize_t g, Py_ssize_t c0,
 cdef void reduce_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
                        Py_ssize_t j) noexcept nogil:
     if t.mask != NULL and t.reduce == MOMENTS:
-        sum_chunk(SELECTED, t, g, c0, c1, j)
-    elif t.mask != NULL and t.kind & GATED:
-        sum_chunk(WITH_X | GATED | SELECTED, t, g, c0, c1, j)
+        sum_chunk(MASKED, t, g, c0, c1, j)
+    elif t.mask != NULL and t.kind & ACTIVATION_GRAD:
+        sum_chunk(WITH_X | ACTIVATION_GRAD | MASKED, t, g, c0, c1, j)
     elif t.mask != NULL:
-        sum_chunk(WITH_X | SELECTED, t, g, c0, c1, j)
+        sum_chunk(WITH_X | MASKED, t, g, c0, c1, j)
     elif t.reduce == MOMENTS:
         sum_chunk(0, t, g, c0, c1, j)
-    elif t.kind & GATED:
-        sum_chunk(WITH_X | GATED, t, g, c0, c1, j)
+    elif t.kind & ACTIVATION_GRAD:
+        sum_chunk(WITH_X | ACTIVATION_GRAD, t, g, c0, c1, j)
     else:
         sum_chunk(WITH_X, t, g, c0, c1, j)
 
@@ -221,7 +221,7 @@ cdef void add_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1,
                     Py_ssize_t j) noexcept nogil:
     """Chunk j's sums, where only they are kept, onto those of the chunks before."""
     cdef double* total = t.total + g * 2 * t.pitch
-    cdef double* gone = t.lost + g * 2 * t.pitch
+    cdef double* gone = t.compensation + g * 2 * t.pitch
     cdef Py_ssize_t row, c, count
     cdef wide s, lost, p
     for row in range(2):
@@ -247,9 +247,9 @@ cdef void merge(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexc
     for row in range(2):
         for c in range(c0, c1, 16):
             count = min(16, c1 - c)
-            if t.kept < t.chunks:
+            if t.n_partials < t.chunks:
                 s = wload_table_part(total + row * t.pitch + c, count)
-                lost = wload_table_part(t.lost + (g * 2 + row) * t.pitch + c, count)
+                lost = wload_table_part(t.compensation + (g * 2 + row) * t.pitch + c, count)
             else:
                 s = wload_table_part(sums(t, g, 0) + row * t.pitch + c, count)
                 lost = wsplat(0)

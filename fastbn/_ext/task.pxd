@@ -1,8 +1,8 @@
 # One call, as the kernels see it: `entry` fills a Task in, the compiled variants run it.
 
 cdef struct Operand:
-    # A (G, N, C, S) array; strides count elements. S has stride 1 (channels outside), or S is 1
-    # and C has stride 1 (channels inside).
+    # A (G, N, C, S) array; strides count elements. S has stride 1 (planes), or S is 1
+    # and C has stride 1 (channels last).
     char* data
     Py_ssize_t g, n, c
 
@@ -28,10 +28,10 @@ cdef enum:
     # What the loops of a map do, and of a sum.
     WITH_X = 1          # the gradient of the input, or its sums: x beside dy
     RESIDUAL = 2        # a residual is added
-    ACTIVE = 4          # then comes an activation
-    GATED = 8           # dy is multiplied by the slope of the activation where it gave y
-    KEEPS = 16          # that product is stored, as the residual's gradient
-    SELECTED = 32       # places are masked and, in moments and their gradient, samples weighed
+    ACTIVATION = 4          # then comes an activation
+    ACTIVATION_GRAD = 8           # dy is multiplied by the slope of the activation where it gave y
+    DRESIDUAL = 16          # that product is stored, as the residual's gradient
+    MASKED = 32       # places are masked and, in moments and their gradient, samples weighed
     BY_COLUMN = 64      # gamma and beta are of places in a plane, not of planes
     GENERAL = 128       # extreme scales, and so all of these: see elementwise.pxi
     KINDS = 256         # above all sums of these
@@ -40,10 +40,10 @@ cdef struct Task:
     Reduce reduce
     Map map
     # Shape. C counts the columns of a row in memory: `fold` samples of `channels` each where
-    # channels inside are few, else fold = 1 and C = channels. Then `tail` columns make a last,
+    # channels last are few, else fold = 1 and C = channels. Then `rest_columns` make a last,
     # shorter row after the N whole ones. count = values of a channel.
-    bint inside
-    Py_ssize_t G, N, C, S, channels, fold, tail
+    bint channels_last
+    Py_ssize_t G, N, C, S, channels, fold, rest_columns
     double count, eps
     # Consecutive channels that share their statistics, 1 or more; gamma and beta are their own. What
     # is `grouped` is summed as planes of whole groups, which are cut into chunks of their own.
@@ -52,16 +52,16 @@ cdef struct Task:
     Py_ssize_t group_size, group_chunks, group_rows, group_pieces, group_piece, group_pitch
     # NULL data where there is none: y gates dy, and dresidual is what it lets through.
     Operand x, dy, out, residual, y, dresidual
-    # Which places count, a byte each; NULL: all. Channels outside: byte s of sample n at n*S + s.
+    # Which places count, a byte each; NULL: all. Planes: byte s of sample n at n*S + s.
     # Inside: one a sample. Of each `weight_samples` samples a weight; NULL: 1.
     const unsigned char* mask
     Py_ssize_t mask_g
     const double* weights
     Py_ssize_t weights_g, weight_samples
     # By column: plane c goes by row (c + phase) % period of gamma, as doubles, and of gamma and beta,
-    # as reals, each (period, places). Back, the planes are cut into pieces of `deep`, each with its
+    # as reals, each (period, places). Back, the planes are cut into pieces of `rows_per_piece`, each with its
     # own sums of dy * xhat and dy, (pieces, 2, period, places), which are added up into the first.
-    Py_ssize_t period, phase, places, deep
+    Py_ssize_t period, phase, places, rows_per_piece
     const double* gamma_wide
     const char* columns
     double* column_sums
@@ -82,16 +82,16 @@ cdef struct Task:
     # Chunks: pieces of the samples, fixed by shape and element type alone. A chunk is `rows`
     # samples or, of one sample that is longer, `piece` values.
     Py_ssize_t chunks, rows, pieces, piece
-    # Channels outside: planes from one to the one to be fetched meanwhile; 0: in the same plane.
+    # Planes: planes from one to the one to be fetched meanwhile; 0: in the same plane.
     Py_ssize_t planes_ahead
     # Order of work, kind of store, size of the team: decided by the machine; no bit depends on it.
-    # Blocks are of channels; the map of a split trip has its own. Large: rows beyond the caches.
+    # Blocks are of channels; the map of split passes has its own. Large: rows beyond the caches.
     # Fetch: values before they are needed, where the processor's own fetching is not enough.
     # Not split: each thread takes blocks of its own, and the tables below are threads', of a block.
     bint split, shared, large, stream, stream_dresidual, joined, lookahead, fetch
     Py_ssize_t block, map_block
-    # Channels inside: columns and rows that are summed together, and rows that are mapped together.
-    Py_ssize_t stretch, few, together
+    # Channels last: columns and rows that are summed together, and rows that are mapped together.
+    Py_ssize_t column_tile, reduce_rows, map_rows
     int threads
     long next_block
     # Scratch, `pitch` (C rounded up to whole vectors) apart: (G, ...) tables. Those of sums are
@@ -99,19 +99,19 @@ cdef struct Task:
     Py_ssize_t pitch
     double* shift       # (G, pitch): what is subtracted from x before summing
     double* unit        # (G, pitch): a power of two that keeps float64 squares in range
-    # (G, kept, 2, pitch): each chunk's two sums; who sums all chunks adds them up one by one.
+    # (G, n_partials, 2, pitch): each chunk's two sums; who sums all chunks adds them up one by one.
     double* partial
-    Py_ssize_t kept
+    Py_ssize_t n_partials
     double* total       # (G, 2, pitch): the merged sums; `partial` itself where one chunk is all
-    double* lost        # (G, 2, pitch): what roundings have taken from them, where one is kept
-    double* each        # (G, 2, pitch): mean and var of channels that are pooled
+    double* compensation        # (G, 2, pitch): what roundings have taken from them, where one is kept
+    double* channel_moments        # (G, 2, pitch): mean and var of channels that are pooled
     Py_ssize_t* starts  # (G): the first place that weighs anything
     # (pitch + 16): which of a folded row's samples a column is of, and the same modulo 256.
     unsigned short* samples
     unsigned char* numbers
     char* packed        # (G, PACKED, pitch) reals: the coefficients of the map
     unsigned char* extreme  # (G): whether they take powers of two, which are 1 elsewhere
-    # Coefficients that were packed before, for unfolded rows: then there is no small step.
+    # Coefficients that were packed before, for unfolded rows: then there is nothing to finalize.
     char* prepared
 
 
@@ -125,5 +125,5 @@ ctypedef void (*Run)(Task*) noexcept nogil
 cdef enum:
     PACKED = 8          # the most coefficients that a map has
     WIDE = 48           # columns; rows at least as wide are masked one by one
-    ROWS_PICKED = 16    # the most rows that are worked on together where a mask picks places
+    MOST_MASKED_ROWS = 16    # the most rows that are worked on together where a mask mask16 places
     AHEAD = 4096        # bytes from a value to the one fetched meanwhile; rows are mapped with twice that

@@ -1,21 +1,23 @@
-"""What a backend is: four passes over memory and four trips, on (G, N, C, S) views.
+"""What a backend is: four passes over memory and four fused walks, on (G, N, C, S) views.
 
-1. Arrays come as views made by `fastbn.layouts`: native, aligned, not empty, all of one shape and
-   element type, and of one of two kinds: channels outside (S contiguous) or channels inside
-   (S = 1, C contiguous). N and G may have any strides, and axes of length 1 those of a dense array.
-2. Statistics, parameters and sums are (G, C) float64 tables with any strides, so that a vector
+1. The passes are moments, normalize, gradient moments and the input gradient. Fused forward is the
+   first two, fused backward the last two; each of these has a form for rows (7).
+2. Arrays come as views made by `fastbn.layouts`: native, aligned, not empty, all of one shape and
+   element type, and of one of two families: *planes* (S contiguous) or *channels last* (S = 1, C
+   contiguous). N and G may have any strides, and axes of length 1 those of a dense array.
+3. Statistics, parameters and sums are (G, C) float64 tables with any strides, so that a vector
    shared by all runs is the same table with a stride of 0.
-3. Passes write into arrays that the caller made, in place too: then `out` is the same view as one
+4. Passes write into arrays that the caller made, in place too: then `out` is the same view as one
    of the inputs.
-4. Between the two passes of a trip stands one small float64 step, from sums to coefficients; it
-   is `normal_scale` and `gradient_coefficients` below. There channels may be *pooled*: so many
-   consecutive ones share their statistics, and tables of them are (G, C / pool).
-5. What follows normalization in a network is fused: a `Tail` adds a residual to y and applies an
-   activation; on the way back a `Gate` lets dy through where the activation did.
-6. A `Selection` tells which places count, and how much in statistics. What stands at another place
+5. Between two passes, *finalize* makes coefficients of sums, in float64: `normal_scale` and
+   `gradient_coefficients` below. There channels may be *pooled*: so many consecutive ones share
+   their statistics, and tables of them are (G, C / pool).
+6. What stands beside normalization in a network is fused: an `Epilogue` adds a residual to y and
+   applies an activation; on the way back `ActivationGrad` multiplies dy by the activation's slope.
+   A `Selection` tells which places count, and how much in statistics. What stands at another place
    is not looked at; the result there is 0.
 7. Where a sample's pooled channels follow each other in memory, they are a *row* with statistics of
-   its own: views (1, 1, R, S) of the first kind, scaled and shifted by place. Rows have trips only.
+   its own: planes of a view (1, 1, R, S), scaled and shifted by column.
 """
 
 from __future__ import annotations
@@ -52,6 +54,28 @@ class GradientCoefficients(NamedTuple):
     rest: Table | None = None
 
 
+class ForwardTables(NamedTuple):
+    """What fused forward is given: y = gamma * (x - mean) / sqrt(var + eps) + beta."""
+
+    gamma: Table
+    beta: Table
+    eps: float
+    pool: int = 1
+    """Consecutive channels that share their statistics."""
+
+
+class BackwardTables(NamedTuple):
+    """What fused backward is given; tables of statistics are (G, C / pool)."""
+
+    mean: Table
+    var: Table
+    gamma: Table
+    eps: float
+    is_fixed: bool = False
+    """Whether the statistics are constants, and let no gradient through."""
+    pool: int = 1
+
+
 class Part(NamedTuple):
     """Some runs and channels, which are worked on at once."""
 
@@ -63,28 +87,28 @@ class Part(NamedTuple):
         return None if a is None else a[self.runs, :, self.channels]
 
 
-class Tail(NamedTuple):
+class Epilogue(NamedTuple):
     """y = activation((x - mean) * scale + beta + residual)."""
 
     activation: Activation
     residual: Array | None
 
-    def part(self, part: Part) -> Tail:
+    def part(self, part: Part) -> Epilogue:
         """The same on some runs and channels."""
-        return Tail(self.activation, part.of(self.residual))
+        return Epilogue(self.activation, part.of(self.residual))
 
 
-class Gate(NamedTuple):
+class ActivationGrad(NamedTuple):
     """In place of dy stands dy times the slope of the activation where it gave y."""
 
     activation: Activation
     y: Array
     dresidual: Array | None
-    """Where the gated dy is written, by whatever writes dx; perhaps dy itself."""
+    """Where dy times the slope is written, by whatever writes dx; perhaps dy itself."""
 
-    def part(self, part: Part) -> Gate:
+    def part(self, part: Part) -> ActivationGrad:
         """The same on some runs and channels."""
-        return Gate(self.activation, part.of(self.y), part.of(self.dresidual))
+        return ActivationGrad(self.activation, part.of(self.y), part.of(self.dresidual))
 
 
 class Selection(NamedTuple):
@@ -177,14 +201,14 @@ def pooled_coefficients(
 
 
 RUN_BYTES = 32
-"""Of a call's tables, for a channel of each of many runs: what a trip takes and gives."""
+"""Of a call's tables, for a channel of each of many runs: what a fused walk takes and gives."""
 SUM_BYTES = 16
 """The same where statistics are read where they lie."""
 ROW_BYTES = 24
 """The same of rows, for a row."""
 
 
-def depth(period: int, size: int, rows: int) -> int:
+def rows_per_piece(period: int, size: int, rows: int) -> int:
     """How many rows have sums of columns together, by their shape alone: about a sixty-fourth of
     them, but not so few that the sums outgrow 1.6 % of the rows, or half a MiB where that is more,
     nor so many that roundings do."""
@@ -198,13 +222,14 @@ def _never_plain(*arguments: Any) -> None:
 
 
 class Backend(ABC):
-    """The eight functions, with the trips as their two passes; faster backends override them.
+    """The eight functions, fused walks as their two passes; faster backends override them.
 
     A backend may have plain entries as well: the whole public call for plain arguments. Each takes
     the verb's arguments in order (`plain_backward` one more, `frozen`) and the number of
-    threads; those of group, instance and layer norm take what shares statistics after the arrays.
-    None means "not plain": nothing was touched, and the caller checks, arranges and calls the eight
-    functions instead.
+    threads; those of samples (virtual batches, group, instance and layer norm) take after the
+    arrays how many groups of channels share statistics, and how many samples. None means "not
+    plain": nothing was touched, and the caller checks, arranges and calls the eight functions
+    instead.
     """
 
     name: str
@@ -226,6 +251,11 @@ class Backend(ABC):
         all that its calls have in common."""
         return _never_plain
 
+    def walks(self, view: Array, pool: int = 1) -> bool:
+        """Whether a view of one of the two families is computed on where it lies, in a call that
+        pools so many channels."""
+        return True
+
     def channel_bytes(self, shape: tuple[int, int, int, int]) -> int:
         """Bytes of tables that a call takes for each channel of a (G, N, C, S) view, where it does
         not see to it itself that they stay small."""
@@ -244,10 +274,10 @@ class Backend(ABC):
         affine: Affine,
         out: Array,
         threads: int,
-        tail: Tail | None = None,
+        epilogue: Epilogue | None = None,
         selection: Selection | None = None,
     ) -> None:
-        """out = (x - mean) * scale + beta, and what a tail adds."""
+        """out = (x - mean) * scale + beta, and what an epilogue adds."""
 
     @abstractmethod
     def gradient_moments(
@@ -256,10 +286,11 @@ class Backend(ABC):
         x: Array,
         mean: Table,
         threads: int,
-        gate: Gate | None = None,
+        activation_grad: ActivationGrad | None = None,
         selection: Selection | None = None,
     ) -> tuple[Table, Table]:
-        """Sums over N and S of dy, gated, and of dy * (x - mean); nothing weighs."""
+        """Sums over N and S of dy, after an activation's gradient, and of dy * (x - mean); nothing
+        weighs."""
 
     @abstractmethod
     def input_gradient(
@@ -269,24 +300,22 @@ class Backend(ABC):
         coefficients: GradientCoefficients,
         out: Array,
         threads: int,
-        gate: Gate | None = None,
+        activation_grad: ActivationGrad | None = None,
         selection: Selection | None = None,
     ) -> None:
-        """out = a * (dy - w * dy_mean) + w * b * xhat + rest, of a gated dy and, where a selection
-        has weights, a sample's w, else 1; without x, out = a * dy."""
+        """out = a * (dy - w * dy_mean) + w * b * xhat + rest, of dy after an activation's gradient
+        and, where a selection has weights, a sample's w, else 1; without x, out = a * dy."""
 
     @abstractmethod
     def forward_rows(
         self,
         x: Array,
-        gamma: Table,
-        beta: Table,
-        eps: float,
+        tables: ForwardTables,
         out: Array,
         threads: int,
-        tail: Tail | None = None,
+        epilogue: Epilogue | None = None,
     ) -> tuple[Table, Table]:
-        """The forward trip on (1, 1, R, S) rows: row r is scaled by row r % P of the (P, S) table
+        """Fused forward on (1, 1, R, S) rows: row r is scaled by row r % P of the (P, S) table
         gamma, and so shifted; gives mean and variance, (1, R)."""
 
     @abstractmethod
@@ -294,36 +323,31 @@ class Backend(ABC):
         self,
         dy: Array,
         x: Array,
-        mean: Table,
-        var: Table,
-        gamma: Table,
-        eps: float,
+        tables: BackwardTables,
         out: Array,
         threads: int,
-        gate: Gate | None = None,
+        activation_grad: ActivationGrad | None = None,
     ) -> tuple[Table, Table]:
-        """The backward trip on rows; mean and var are (1, R), and what it gives are the sums over
+        """Fused backward on rows; mean and var are (1, R), and what it gives are the sums over
         all rows with the same place in gamma, dgamma and dbeta, (P, S)."""
 
     def forward(
         self,
         x: Array,
-        gamma: Table,
-        beta: Table,
-        eps: float,
+        tables: ForwardTables,
         out: Array,
         threads: int,
-        tail: Tail | None = None,
+        epilogue: Epilogue | None = None,
         selection: Selection | None = None,
-        pool: int = 1,
     ) -> tuple[Table, Table]:
-        """The forward trip: moments, then normalize; gives mean and variance."""
+        """Fused forward: moments, then normalize; gives mean and variance."""
+        gamma, beta, eps, pool = tables
         found = mean, var = self.moments(x, threads, selection)
         if pool > 1:
             found = pooled_moments(mean, var, pool)
             mean, var = (np.repeat(a, pool, 1) for a in found)
         affine = Affine(mean, normal_scale(gamma, var, eps), beta)
-        self.normalize(x, affine, out, threads, tail, selection)
+        self.normalize(x, affine, out, threads, epilogue, selection)
         return found
 
     @quiet
@@ -331,32 +355,29 @@ class Backend(ABC):
         self,
         dy: Array,
         x: Array,
-        mean: Table,
-        var: Table,
-        gamma: Table,
-        eps: float,
-        frozen: bool,
+        tables: BackwardTables,
         out: Array,
         threads: int,
-        gate: Gate | None = None,
+        activation_grad: ActivationGrad | None = None,
         selection: Selection | None = None,
-        pool: int = 1,
     ) -> tuple[Table, Table]:
-        """The backward trip: gradient moments, then the gradient of the input.
+        """Fused backward: gradient moments, then the gradient of the input.
 
-        `frozen` statistics let no gradient through: dx = gamma * rstd * dy. Gives dgamma, dbeta,
-        (G, C) whatever is pooled.
+        By fixed statistics dx = gamma * rstd * dy. Gives dgamma, dbeta, (G, C) whatever is pooled.
         """
+        mean, var, gamma, eps, is_fixed, pool = tables
         if pool > 1:
             mean, var = (np.repeat(a, pool, 1) for a in (mean, var))
         rstd = inverse_deviation(var, eps)
-        sum_dy, sum_dy_centred = self.gradient_moments(dy, x, mean, threads, gate, selection)
+        sum_dy, sum_dy_centred = self.gradient_moments(
+            dy, x, mean, threads, activation_grad, selection
+        )
         dgamma = sum_dy_centred * rstd
         count = x.shape[1] * x.shape[3] if selection is None else selection.count
         sums = sum_dy, dgamma, count, mean, rstd, gamma
         coefficients = gradient_coefficients(*sums)
         if pool > 1:
             coefficients = pooled_coefficients(*sums, pool)
-        of_x = None if frozen else x
-        self.input_gradient(dy, of_x, coefficients, out, threads, gate, selection)
+        of_x = None if is_fixed else x
+        self.input_gradient(dy, of_x, coefficients, out, threads, activation_grad, selection)
         return dgamma, sum_dy

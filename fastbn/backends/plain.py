@@ -12,19 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from fastbn._caches import scratch
 from fastbn.activations import LINEAR, Activation, of
 from fastbn.backends.base import (
+    ActivationGrad,
     Affine,
     Array,
     Backend,
-    Gate,
+    BackwardTables,
+    Epilogue,
+    ForwardTables,
     GradientCoefficients,
     Table,
-    Tail,
     normal_scale,
     quiet,
 )
+from fastbn.backends.tuning import scratch
 from fastbn.elements import SINGLE, arithmetic, is_bfloat16
 from fastbn.layouts import SHORT, reshaped
 
@@ -105,30 +107,30 @@ def _table(vector: Any, default: float) -> Any:
     return np.full((1, 1), default) if vector is None else vector[None]
 
 
-def _plain_tail(activation: Activation | None, residual: Any, x: Array, view: Array) -> Any:
-    """The tail of a plain call; False if it is not plain."""
+def _plain_epilogue(activation: Activation | None, residual: Any, x: Array, view: Array) -> Any:
+    """The epilogue of a plain call; False if it is not plain."""
     if activation is None or not (residual is None or _plain_like(residual, x)):
         return False
-    return Tail(activation, None if residual is None else reshaped(residual, view.shape))
+    return Epilogue(activation, None if residual is None else reshaped(residual, view.shape))
 
 
-def _plain_gate(
+def _plain_activation_grad(
     activation: Any, y: Any, dresidual: Any, dy: Array, view: Array, *apart: Any
 ) -> Any:
-    """The gate of a plain call, and what it writes or None; False if it is not plain."""
+    """The activation gradient of a plain call, and what it writes or None; False if not plain."""
     asked = of(activation)
     if asked is None or (activation is None) != (y is None):
         return False
     if not (y is None or _plain_like(y, dy)):
         return False
     if dresidual is False:
-        return Gate(asked, reshaped(y, view.shape), None), None
+        return ActivationGrad(asked, reshaped(y, view.shape), None), None
     fresh = dresidual is True
     wanted = _plain_output(None if fresh else dresidual, dy, apart=(y, *apart))
     if dresidual is None or wanted is None:
         return False
     own = dy if y is None else y
-    return Gate(asked, reshaped(own, view.shape), reshaped(wanted, view.shape)), wanted
+    return ActivationGrad(asked, reshaped(own, view.shape), reshaped(wanted, view.shape)), wanted
 
 
 @quiet
@@ -140,7 +142,7 @@ def _scale(gamma: Any, var: Array, eps: float, nan: bool) -> Table | None:
 
 
 class PlainCalls(Backend):
-    """The plain entries, by the passes and trips."""
+    """The plain entries, by the passes and fused walks."""
 
     def __init__(self) -> None:
         self.plain_moments = self._plain_moments
@@ -154,15 +156,15 @@ class PlainCalls(Backend):
         tables = Affine(*(np.ascontiguousarray(vector)[None] for vector in affine))
 
         def normalize(x: Any, residual: Any, out: Any, threads: int) -> Array | None:
-            view, tail = _plain_view(self, x, layout), None
+            view, epilogue = _plain_view(self, x, layout), None
             if view is None or view.shape[2] != tables.mean.size:
                 return None
             if activation != LINEAR or residual is not None:
-                tail = _plain_tail(activation, residual, x, view)
-            y = None if tail is False else _plain_output(out, x, residual)
+                epilogue = _plain_epilogue(activation, residual, x, view)
+            y = None if epilogue is False else _plain_output(out, x, residual)
             if y is None:
                 return None
-            self.normalize(view, tables, reshaped(y, view.shape), threads, tail)
+            self.normalize(view, tables, reshaped(y, view.shape), threads, epilogue)
             return y
 
         return normalize
@@ -179,14 +181,14 @@ class PlainCalls(Backend):
         view, parameters = _plain_view(self, x, layout), _given(gamma, beta)
         if view is None or not _plain_eps(eps) or not _plain_vectors(view.shape[2], *parameters):
             return None
-        tail = None
+        epilogue = None
         if activation is not None or residual is not None:
-            tail = _plain_tail(of(activation), residual, x, view)
-        y = None if tail is False else _plain_output(out, x, residual, *parameters)
+            epilogue = _plain_epilogue(of(activation), residual, x, view)
+        y = None if epilogue is False else _plain_output(out, x, residual, *parameters)
         if y is None:
             return None
-        tables, target = (_table(gamma, 1.0), _table(beta, 0.0)), reshaped(y, view.shape)
-        mean, var = self.forward(view, *tables, eps, target, threads, tail)
+        tables = ForwardTables(_table(gamma, 1.0), _table(beta, 0.0), eps)
+        mean, var = self.forward(view, tables, reshaped(y, view.shape), threads, epilogue)
         return y, mean[0], var[0]
 
     def _plain_normalize(self, *arguments: Any) -> Array | None:
@@ -194,15 +196,15 @@ class PlainCalls(Backend):
         view, vectors = _plain_view(self, x, layout), [mean, var, *_given(gamma, beta)]
         if view is None or not _plain_eps(eps) or not _plain_vectors(view.shape[2], *vectors):
             return None
-        tail = None
+        epilogue = None
         if activation is not None or residual is not None:
-            tail = _plain_tail(of(activation), residual, x, view)
-        y = None if tail is False else _plain_output(out, x, residual, *vectors)
+            epilogue = _plain_epilogue(of(activation), residual, x, view)
+        y = None if epilogue is False else _plain_output(out, x, residual, *vectors)
         scale = None if y is None else _scale(gamma, var, eps, False)
         if y is None or scale is None:
             return None
         affine = Affine(mean[None], scale, _table(beta, 0.0))
-        self.normalize(view, affine, reshaped(y, view.shape), threads, tail)
+        self.normalize(view, affine, reshaped(y, view.shape), threads, epilogue)
         return y
 
     def _plain_backward(
@@ -218,12 +220,12 @@ class PlainCalls(Backend):
         lone = frozen and not params
         if not (lone and x is None) and not _plain_like(x, dy):
             return None
-        gate = through = None
+        activation_grad = through = None
         if activation is not None or y is not None or dresidual is not False:
-            gated = _plain_gate(activation, y, dresidual, dy, view, x, *vectors)
+            gated = _plain_activation_grad(activation, y, dresidual, dy, view, x, *vectors)
             if gated is False:
                 return None
-            gate, through = gated
+            activation_grad, through = gated
         dx = _plain_output(out, dy, x, *vectors, apart=(y, through))
         scale = None if dx is None else _scale(gamma, var, eps, not frozen)
         if dx is None or scale is None:
@@ -231,10 +233,11 @@ class PlainCalls(Backend):
         target = reshaped(dx, view.shape)
         if lone:
             coefficients = GradientCoefficients(scale, *[np.zeros((1, 1))] * 4)
-            self.input_gradient(view, None, coefficients, target, threads, gate)
+            self.input_gradient(view, None, coefficients, target, threads, activation_grad)
             return dx, None, None, through
-        given = reshaped(x, view.shape), mean[None], var[None], _table(gamma, 1.0), eps
-        sums = self.backward(view, *given, frozen, target, threads, gate)
+        tables = BackwardTables(mean[None], var[None], _table(gamma, 1.0), eps, frozen)
+        of_x = reshaped(x, view.shape)
+        sums = self.backward(view, of_x, tables, target, threads, activation_grad)
         if not params:
             return dx, None, None, through
         single = (arithmetic(dy.dtype) if gamma is None else gamma.dtype) == SINGLE

@@ -17,14 +17,16 @@ import numpy as np
 
 from fastbn.activations import Activation
 from fastbn.backends.base import (
+    ActivationGrad,
     Affine,
     Array,
     Backend,
-    Gate,
+    BackwardTables,
+    Epilogue,
+    ForwardTables,
     GradientCoefficients,
     Selection,
     Table,
-    Tail,
     inverse_deviation,
     quiet,
 )
@@ -57,14 +59,14 @@ class ReferenceBackend(Backend):
         affine: Affine,
         out: Array,
         threads: int,
-        tail: Tail | None = None,
+        epilogue: Epilogue | None = None,
         selection: Selection | None = None,
     ) -> None:
         mean, scale, beta = affine
         for channel in _channels(x):
             centred = _doubles(x, channel) - mean[channel]
             y = centred * scale[channel] + beta[channel]
-            y = y if tail is None else _finished(y, tail, channel)
+            y = y if epilogue is None else _finished(y, epilogue, channel)
             _plane(out, channel)[...] = _kept(y, channel, selection)
 
     @quiet
@@ -74,12 +76,12 @@ class ReferenceBackend(Backend):
         x: Array,
         mean: Table,
         threads: int,
-        gate: Gate | None = None,
+        activation_grad: ActivationGrad | None = None,
         selection: Selection | None = None,
     ) -> tuple[Table, Table]:
         sum_dy, sum_dy_centred = _table(x), _table(x)
         for channel in _channels(x):
-            dy_values = _kept(_gated(dy, gate, channel), channel, selection)
+            dy_values = _kept(_gated(dy, activation_grad, channel), channel, selection)
             centred = _kept(_doubles(x, channel) - mean[channel], channel, selection)
             sum_dy[channel] = dy_values.sum()
             sum_dy_centred[channel] = (dy_values * centred).sum()
@@ -93,14 +95,14 @@ class ReferenceBackend(Backend):
         coefficients: GradientCoefficients,
         out: Array,
         threads: int,
-        gate: Gate | None = None,
+        activation_grad: ActivationGrad | None = None,
         selection: Selection | None = None,
     ) -> None:
         a, b, dy_mean, mean, rstd, rest = coefficients
         for channel in _channels(dy):
-            dx = _kept(_gated(dy, gate, channel), channel, selection)
-            if gate is not None and gate.dresidual is not None:
-                _plane(gate.dresidual, channel)[...] = dx
+            dx = _kept(_gated(dy, activation_grad, channel), channel, selection)
+            if activation_grad is not None and activation_grad.dresidual is not None:
+                _plane(activation_grad.dresidual, channel)[...] = dx
             weights = None if selection is None else selection.rows(channel[0])
             w = 1.0 if weights is None else weights
             if x is not None:
@@ -116,20 +118,19 @@ class ReferenceBackend(Backend):
     def forward_rows(
         self,
         x: Array,
-        gamma: Table,
-        beta: Table,
-        eps: float,
+        tables: ForwardTables,
         out: Array,
         threads: int,
-        tail: Tail | None = None,
+        epilogue: Epilogue | None = None,
     ) -> tuple[Table, Table]:
+        gamma, beta, eps, _ = tables
         mean, var = self.moments(x, threads)
         rstd = inverse_deviation(var, eps)
         for row in _channels(x):
             place = row[1] % len(gamma)
             xhat = (_doubles(x, row) - mean[row]) * rstd[row]
             y = xhat * gamma[place] + beta[place]
-            _plane(out, row)[...] = y if tail is None else _finished(y, tail, row)
+            _plane(out, row)[...] = y if epilogue is None else _finished(y, epilogue, row)
         return mean, var
 
     @quiet
@@ -137,21 +138,19 @@ class ReferenceBackend(Backend):
         self,
         dy: Array,
         x: Array,
-        mean: Table,
-        var: Table,
-        gamma: Table,
-        eps: float,
+        tables: BackwardTables,
         out: Array,
         threads: int,
-        gate: Gate | None = None,
+        activation_grad: ActivationGrad | None = None,
     ) -> tuple[Table, Table]:
-        rstd = inverse_deviation(var, eps)
+        mean, gamma = tables.mean, tables.gamma
+        rstd = inverse_deviation(tables.var, tables.eps)
         dgamma, dbeta = np.zeros((2, *gamma.shape))
         for row in _channels(x):
             place = row[1] % len(gamma)
-            dy_values = _gated(dy, gate, row)
-            if gate is not None and gate.dresidual is not None:
-                _plane(gate.dresidual, row)[...] = dy_values
+            dy_values = _gated(dy, activation_grad, row)
+            if activation_grad is not None and activation_grad.dresidual is not None:
+                _plane(activation_grad.dresidual, row)[...] = dy_values
             xhat = (_doubles(x, row) - mean[row]) * rstd[row]
             dgamma[place] += (dy_values * xhat)[0]
             dbeta[place] += dy_values[0]
@@ -201,21 +200,21 @@ def _kept(values: Table, channel: tuple[int, int], selection: Selection | None) 
     return values if selection is None else np.where(selection.mask[channel[0]], values, 0.0)
 
 
-def _finished(y: Table, tail: Tail, channel: tuple[int, int]) -> Table:
+def _finished(y: Table, epilogue: Epilogue, channel: tuple[int, int]) -> Table:
     """What follows normalization."""
-    if tail.residual is not None:
-        y = y + _doubles(tail.residual, channel)
-    return np.where(y <= 0, _times(tail.activation, y), np.minimum(y, tail.activation.top))
+    if epilogue.residual is not None:
+        y = y + _doubles(epilogue.residual, channel)
+    return np.where(y <= 0, _times(epilogue.activation, y), np.minimum(y, epilogue.activation.top))
 
 
-def _gated(dy: Array, gate: Gate | None, channel: tuple[int, int]) -> Table:
+def _gated(dy: Array, activation_grad: ActivationGrad | None, channel: tuple[int, int]) -> Table:
     """dy, where an activation stands between it and the normalization: times its slope."""
     values = _doubles(dy, channel)
-    if gate is None:
+    if activation_grad is None:
         return values
-    y = _doubles(gate.y, channel)
-    gated = np.where(y <= 0, _times(gate.activation, values), values)
-    top = gate.activation.top
+    y = _doubles(activation_grad.y, channel)
+    gated = np.where(y <= 0, _times(activation_grad.activation, values), values)
+    top = activation_grad.activation.top
     return np.where((y >= top) & (top < np.inf), 0, gated)
 
 

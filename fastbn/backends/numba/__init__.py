@@ -1,4 +1,4 @@
-"""The Numba backend: passes and trips, compiled when first used.
+"""The Numba backend: passes and fused walks, compiled when first used.
 
 `call` prepares a job of arrays, and `jobs` tells in which order its bodies come: those of `planes`
 and `rows`, the two families of memory, made of the inner loops in `reduce` and `elementwise`, and
@@ -15,18 +15,20 @@ import numpy as np
 
 from fastbn.activations import LINEAR
 from fastbn.backends.base import (
+    ActivationGrad,
     Affine,
     Array,
     Backend,
-    Gate,
+    BackwardTables,
+    Epilogue,
+    ForwardTables,
     GradientCoefficients,
     Selection,
     Table,
-    Tail,
-    depth,
+    rows_per_piece,
 )
 from fastbn.backends.numba import jobs, team
-from fastbn.backends.numba.call import Call, channel_bytes, deliver
+from fastbn.backends.numba.call import Call, channel_bytes, walks
 from fastbn.backends.plain import PlainCalls
 from fastbn.errors import BackendError
 
@@ -38,6 +40,9 @@ class NumbaBackend(PlainCalls):
     """Compiled by Numba."""
 
     name = "numba"
+
+    def walks(self, view: Array, pool: int = 1) -> bool:
+        return walks(view)
 
     def channel_bytes(self, shape: tuple[int, int, int, int]) -> int:
         return channel_bytes(shape)
@@ -57,51 +62,46 @@ class NumbaBackend(PlainCalls):
         affine: Affine,
         out: Array,
         threads: int,
-        tail: Tail | None = None,
+        epilogue: Epilogue | None = None,
         selection: Selection | None = None,
     ) -> None:
         call = Call(x, selection)
         for row, values in zip((jobs.MEAN, jobs.SCALE, jobs.BETA), affine, strict=True):
             call.give(row, values)
-        _forward(call, x, out, threads, tail, sums=False)
+        _forward(call, x, out, threads, epilogue, sums=False)
 
     def forward(
         self,
         x: Array,
-        gamma: Table,
-        beta: Table,
-        eps: float,
+        tables: ForwardTables,
         out: Array,
         threads: int,
-        tail: Tail | None = None,
+        epilogue: Epilogue | None = None,
         selection: Selection | None = None,
-        pool: int = 1,
     ) -> tuple[Table, Table]:
-        if pool > 1:
-            return super().forward(x, gamma, beta, eps, out, threads, tail, selection, pool)
+        if tables.pool > 1:
+            return super().forward(x, tables, out, threads, epilogue, selection)
         call = Call(x, selection)
-        call.with_eps(eps)
-        call.give(jobs.GAMMA, gamma)
-        call.give(jobs.BETA, beta)
-        _forward(call, x, out, threads, tail, sums=True)
+        call.with_eps(tables.eps)
+        call.give(jobs.GAMMA, tables.gamma)
+        call.give(jobs.BETA, tables.beta)
+        _forward(call, x, out, threads, epilogue, sums=True)
         return call.take(jobs.MEAN), call.take(jobs.VAR)
 
     def forward_rows(
         self,
         x: Array,
-        gamma: Table,
-        beta: Table,
-        eps: float,
+        tables: ForwardTables,
         out: Array,
         threads: int,
-        tail: Tail | None = None,
+        epilogue: Epilogue | None = None,
     ) -> tuple[Table, Table]:
         call = Call(x, placed=True)
-        call.with_eps(eps)
+        call.with_eps(tables.eps)
         call.give(jobs.GAMMA, 1.0)
-        call.places("gamma", gamma)
-        call.places("beta", beta)
-        _forward(call, x, out, threads, tail, sums=True)
+        call.places("gamma", tables.gamma)
+        call.places("beta", tables.beta)
+        _forward(call, x, out, threads, epilogue, sums=True)
         return call.take(jobs.MEAN), call.take(jobs.VAR)
 
     def gradient_moments(
@@ -110,13 +110,13 @@ class NumbaBackend(PlainCalls):
         x: Array,
         mean: Table,
         threads: int,
-        gate: Gate | None = None,
+        activation_grad: ActivationGrad | None = None,
         selection: Selection | None = None,
     ) -> tuple[Table, Table]:
         call = Call(x, selection)
         for row, values in ((jobs.MEAN, mean), (jobs.VAR, 1.0), (jobs.GAMMA, 1.0)):
             call.give(row, values)
-        _backward(call, dy, x, None, threads, gate, sums=True)
+        _backward(call, dy, x, None, threads, activation_grad, sums=True)
         return call.take(jobs.DBETA), call.take(jobs.DGAMMA)
 
     def input_gradient(
@@ -126,7 +126,7 @@ class NumbaBackend(PlainCalls):
         coefficients: GradientCoefficients,
         out: Array,
         threads: int,
-        gate: Gate | None = None,
+        activation_grad: ActivationGrad | None = None,
         selection: Selection | None = None,
     ) -> None:
         call = Call(dy, selection)
@@ -138,48 +138,41 @@ class NumbaBackend(PlainCalls):
             given = (jobs.B, b), (jobs.DY_MEAN, dy_mean), (jobs.MEAN, mean), (jobs.RSTD, rstd)
             for row, values in (*given, (jobs.REST, 0.0 if rest is None else rest)):
                 call.give(row, values)
-        _backward(call, dy, dy if x is None else x, out, threads, gate, sums=False)
+        _backward(call, dy, dy if x is None else x, out, threads, activation_grad, sums=False)
 
     def backward(
         self,
         dy: Array,
         x: Array,
-        mean: Table,
-        var: Table,
-        gamma: Table,
-        eps: float,
-        frozen: bool,
+        tables: BackwardTables,
         out: Array,
         threads: int,
-        gate: Gate | None = None,
+        activation_grad: ActivationGrad | None = None,
         selection: Selection | None = None,
-        pool: int = 1,
     ) -> tuple[Table, Table]:
-        if pool > 1:
-            tables, fused = (mean, var, gamma), (gate, selection, pool)
-            return super().backward(dy, x, *tables, eps, frozen, out, threads, *fused)
+        if tables.pool > 1:
+            return super().backward(dy, x, tables, out, threads, activation_grad, selection)
+        mean, var, gamma, eps, is_fixed, _ = tables
         call = Call(x, selection)
         call.with_eps(eps)
-        call.set(frozen=frozen)
+        call.set(frozen=is_fixed)
         for row, values in ((jobs.MEAN, mean), (jobs.VAR, var), (jobs.GAMMA, gamma)):
             call.give(row, values)
-        _backward(call, dy, x, out, threads, gate, sums=True)
+        _backward(call, dy, x, out, threads, activation_grad, sums=True)
         return call.take(jobs.DGAMMA), call.take(jobs.DBETA)
 
     def backward_rows(
         self,
         dy: Array,
         x: Array,
-        mean: Table,
-        var: Table,
-        gamma: Table,
-        eps: float,
+        tables: BackwardTables,
         out: Array,
         threads: int,
-        gate: Gate | None = None,
+        activation_grad: ActivationGrad | None = None,
     ) -> tuple[Table, Table]:
+        mean, var, gamma, eps, *_ = tables
         (period, size), rows = gamma.shape, mean.size
-        block = depth(period, size, rows)
+        block = rows_per_piece(period, size, rows)
         call = Call(x, placed=True, block=block)
         call.with_eps(eps)
         for row, values in ((jobs.MEAN, mean), (jobs.VAR, var), (jobs.GAMMA, 1.0)):
@@ -187,43 +180,47 @@ class NumbaBackend(PlainCalls):
         sums = np.zeros((-(-rows // block), 2, period, size))
         call.places("gamma", gamma)
         call.set(parameters=sums.ctypes.data)
-        _backward(call, dy, x, out, threads, gate, sums=True)
+        _backward(call, dy, x, out, threads, activation_grad, sums=True)
         dgamma, dbeta = sums.sum(0)
         return dgamma, dbeta
 
 
-def _forward(call: Call, x: Array, out: Array, threads: int, tail: Tail | None, sums: bool) -> None:
-    """y, and what a tail adds."""
+def _forward(
+    call: Call, x: Array, out: Array, threads: int, epilogue: Epilogue | None, sums: bool
+) -> None:
+    """y, and what an epilogue adds."""
     call.array(x, "x", "dy", "beside", "kept")
-    written = call.array(out, "out")
-    if tail is not None:
-        call.activate(*tail.activation)
-        if tail.residual is not None:
-            call.array(tail.residual, "beside")
+    call.array(out, "out")
+    if epilogue is not None:
+        call.activate(*epilogue.activation)
+        if epilogue.residual is not None:
+            call.array(epilogue.residual, "beside")
             call.set(adds=True)
     call.run(threads, backward=False, sums=sums, writes=True)
-    deliver(written, out)
 
 
 def _backward(
-    call: Call, dy: Array, x: Array, out: Array | None, threads: int, gate: Gate | None, sums: bool
+    call: Call,
+    dy: Array,
+    x: Array,
+    out: Array | None,
+    threads: int,
+    activation_grad: ActivationGrad | None,
+    sums: bool,
 ) -> None:
-    """dx, after a gate; without an activation y does not matter."""
+    """dx, after the gradient through an activation; without one y does not matter."""
     call.array(x, "x")
     call.array(dy, "dy", "beside", "out", "kept")
-    written = None if out is None else call.array(out, "out")
-    kept = through = None
-    if gate is not None and gate.activation != LINEAR:
-        slope, top = gate.activation
+    if out is not None:
+        call.array(out, "out")
+    if activation_grad is not None and activation_grad.activation != LINEAR:
+        slope, top = activation_grad.activation
         call.activate(slope, math.nan if top == math.inf else top)
-        call.array(gate.y, "beside")
-    if gate is not None and gate.dresidual is not None and out is not None:
-        through = gate.dresidual
-        kept = call.array(through, "kept")
+        call.array(activation_grad.y, "beside")
+    if activation_grad is not None and activation_grad.dresidual is not None and out is not None:
+        call.array(activation_grad.dresidual, "kept")
         call.set(keeps=True)
     call.run(threads, backward=True, sums=sums, writes=out is not None)
-    deliver(written, out)
-    deliver(kept, through)
 
 
 def load() -> Backend:

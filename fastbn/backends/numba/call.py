@@ -9,12 +9,19 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from fastbn._caches import FETCH, SERIAL_BELOW, STREAM_MAPS, STREAM_PLANES, STREAM_ROWS, TRIP
 from fastbn.backends.base import Array, Selection, Table
 from fastbn.backends.numba import finalize, planes, rows, team
 from fastbn.backends.numba.compiling import body
 from fastbn.backends.numba.elementwise import TILE
 from fastbn.backends.numba.jobs import AGAIN, ALL, FINISH, JOB, ROWS, START, SUM, WRITE, cut, drive
+from fastbn.backends.tuning import (
+    FUSED_BLOCK,
+    PREFETCH_FROM,
+    SERIAL_BELOW,
+    STREAM_MAPS,
+    STREAM_PLANES,
+    STREAM_ROWS,
+)
 
 AHEAD = 4096
 """Bytes from what is read to what is fetched meanwhile."""
@@ -76,6 +83,12 @@ def _bodies(
         body(finish, _DOUBLE, *plain) if sums else 0,
         body(getattr(family, "write_" + way), dtype, *kinds) if writes else 0,
     )
+
+
+def walks(view: Array) -> bool:
+    """Whether what makes a row lies side by side."""
+    shape = _shape_of(view.shape, False, False)
+    return shape.fold * shape.spread == 1 or bool(view[0].flags.c_contiguous)
 
 
 def channel_bytes(shape: tuple[int, ...]) -> int:
@@ -153,11 +166,9 @@ class Call:
         self.set(**{name: values.ctypes.data}, period=len(values))
         self._kept.append(values)
 
-    def array(self, a: Array, *names: str) -> Array:
-        """Point at an array, or at a copy in which what makes a row lies side by side."""
+    def array(self, a: Array, *names: str) -> None:
+        """Point at an array that is walked where it lies."""
         shape = self.shape
-        if shape.fold * shape.spread > 1 and not a[0].flags.c_contiguous:
-            a = np.ascontiguousarray(a)
         run, row, column, _ = a.strides
         place = a.ctypes.data, run, row * shape.fold, a.itemsize if shape.is_rows else column
         for name in names:
@@ -165,7 +176,6 @@ class Call:
             self._words[first : first + 4] = place
         self._kept.append(a)
         self._total += a.nbytes
-        return a
 
     def run(self, threads: int, backward: bool, sums: bool, writes: bool) -> None:
         """Bring the parts of the work in order."""
@@ -188,7 +198,8 @@ class Call:
             tall = max(tall, -(-shape.rows // (1 if whole else 2 * threads)))
         self.set(tall=tall, written=-(-shape.rows // tall) * shape.pieces)
         self.set(
-            sums=partial.ctypes.data if sums else 0, fetch=AHEAD if total >= threads * FETCH else 0
+            sums=partial.ctypes.data if sums else 0,
+            fetch=AHEAD if total >= threads * PREFETCH_FROM else 0,
         )
         job = np.array(self._words)
         job[-4:].view(np.float64)[:] = self._numbers
@@ -206,13 +217,13 @@ class Call:
             block = (
                 columns if shape.fold > 1 else min(-(-columns // (blocks * whole)) * whole, columns)
             )
-            held = shape.rows * block * self._words[_PLACE["itemsize"]] * inputs <= TRIP
+            held = shape.rows * block * self._words[_PLACE["itemsize"]] * inputs <= FUSED_BLOCK
             even = threads == 1 or runs * -(-columns // block) % threads == 0
             return block, sums and held and even
         groups = runs * columns
         if sums and 10 * groups >= 9 * -(-groups // threads) * threads:
             channel = shape.rows * shape.size * self._words[_PLACE["itemsize"]] * inputs
-            blocks, parts = -(-columns // max(TRIP // channel, 1)), -(-threads // runs)
+            blocks, parts = -(-columns // max(FUSED_BLOCK // channel, 1)), -(-threads // runs)
             return -(-columns // min(-(-blocks // parts) * parts, columns)), True
         spare = 4 * threads // (runs * shape.chunks)
         return -(-columns // min(max(spare, 1), columns)), False
@@ -230,9 +241,3 @@ def _run(here: int, threads: int, whole: bool, sums: bool, writes: bool) -> None
             drive(here, AGAIN, 0, 1)
     if writes:
         team.share(here, WRITE, threads)
-
-
-def deliver(written: Array | None, out: Array | None) -> None:
-    """Copy back what was written to a copy."""
-    if written is not None and out is not None and written is not out:
-        out[...] = written

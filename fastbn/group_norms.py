@@ -1,36 +1,27 @@
-"""The siblings of batch norm: group, instance and layer norm, by statistics of each sample.
+"""Group, instance and layer norm: batch norm by statistics of each sample.
 
 1. Group norm normalizes each sample by the statistics of groups of consecutive channels; instance
    norm by those of each channel, layer norm by those of all. They are the passes of batch norm on
    virtual batches of one sample, whose channels are pooled in groups. gamma and beta are of
    channels, always.
-2. Where a sample has one place, as in (N, C), its groups are rows of memory, and the trips over
-   rows do the work: statistics of a row, gamma and beta by column.
+2. Where a sample has one place, as in (N, C), its groups are rows of memory, and a backend's
+   functions on rows do the work: statistics of a row, gamma and beta by column.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks
-from fastbn.backends.base import Gate, Table, Tail, quiet
-from fastbn.call import Call, Sharing, SharingOf, returned
+from fastbn import _run, checks
+from fastbn._call import Call
 from fastbn.config import current
-from fastbn.functional import (
-    ActivationName,
-    named,
-    round_into,
-    run_backward,
-    run_forward,
-)
+from fastbn.functional import ActivationName
+from fastbn.layouts import ALL_CHANNELS, EACH_CHANNEL
 from fastbn.results import BatchNormResult, Gradients, ResidualGradients
 
 Array = NDArray[Any]
-
-STATISTICS = "mean", "var"
 
 
 def group_norm(
@@ -79,7 +70,7 @@ def group_norm(
     ((4, 2), True, 1.0)
     """
     fused = eps, layout, activation, residual, out
-    return _forward(x, _by_groups(groups), gamma, beta, *fused)
+    return _forward(x, checks.options.groups(groups), gamma, beta, *fused)
 
 
 def instance_norm(
@@ -122,7 +113,7 @@ def instance_norm(
     array([[[-1.,  1.],
             [-1.,  1.]]], dtype=float32)
     """
-    return _forward(x, _by_channel, gamma, beta, eps, layout, activation, residual, out)
+    return _forward(x, EACH_CHANNEL, gamma, beta, eps, layout, activation, residual, out)
 
 
 def layer_norm(
@@ -166,7 +157,7 @@ def layer_norm(
     BatchNormResult(y=array([[-1.,  1.],
            [-1.,  1.]], dtype=float32), mean=array([ 2., 20.]), var=array([  1., 100.]))
     """
-    return _forward(x, _by_sample, gamma, beta, eps, layout, activation, residual, out)
+    return _forward(x, ALL_CHANNELS, gamma, beta, eps, layout, activation, residual, out)
 
 
 def group_norm_backward(
@@ -225,7 +216,7 @@ def group_norm_backward(
     (True, True)
     """
     arguments = dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual, out
-    return _backward(_by_groups(groups), *arguments)
+    return _backward(checks.options.groups(groups), *arguments)
 
 
 def instance_norm_backward(
@@ -279,7 +270,7 @@ def instance_norm_backward(
     True
     """
     arguments = dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual, out
-    return _backward(_by_channel, *arguments)
+    return _backward(EACH_CHANNEL, *arguments)
 
 
 def layer_norm_backward(
@@ -333,147 +324,30 @@ def layer_norm_backward(
     True
     """
     arguments = dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual, out
-    return _backward(_by_sample, *arguments)
+    return _backward(ALL_CHANNELS, *arguments)
 
 
-def _by_groups(groups: int) -> SharingOf:
-    """Consecutive channels, in as many groups."""
-
-    def sharing(samples: int, channels: int) -> Sharing:
-        of = checks.channel_groups(groups, channels)
-        return Sharing(of, max(channels // of, 1), (samples, of))
-
-    return sharing
-
-
-def _by_channel(samples: int, channels: int) -> Sharing:
-    return Sharing(channels, 1, (samples, channels))
-
-
-def _by_sample(samples: int, channels: int) -> Sharing:
-    return Sharing(1, max(channels, 1), (samples,))
-
-
-def _forward(
-    x: Array,
-    sharing: SharingOf,
-    gamma: Any,
-    beta: Any,
-    eps: Any,
-    layout: Any,
-    activation: Any,
-    residual: Any,
-    out: Any,
-) -> BatchNormResult:
-    """All forward functions; what shares statistics is what tells them apart."""
-    backend, threads = current()
-    fused = activation, residual, out
-    plain = backend.plain_samples(x, sharing, gamma, beta, eps, layout, *fused, threads)
+def _forward(x: Array, groups: int, gamma: Any, beta: Any, *options: Any) -> BatchNormResult:
+    """All forward functions; the groups of channels are what tells them apart."""
+    backend, threads = on = current()
+    plain = backend.plain_samples(x, groups, 1, gamma, beta, *options, threads)
     if plain is not None:
         return BatchNormResult(*plain)
-    call = Call(x, "x", layout, sharing=sharing, gamma=gamma, beta=beta)
-    eps = checks.epsilon(eps)
-    tail = call.tail(activation, residual)
-    y = call.output("out", out, {"x": call.array, "residual": tail and tail.residual})
-    run = _rows_forward if _by_row(call) else run_forward
-    mean, var = run(call, eps, tail, y)
-    return BatchNormResult(returned(out, y), call.shaped(mean), call.shaped(var))
+    eps, layout, activation, residual, out = options
+    call = Call(on, x, "x", layout, groups=groups, gamma=gamma, beta=beta)
+    return _run.batch_norm(call, eps, activation, residual, out)
 
 
-def _backward(
-    sharing: SharingOf,
-    dy: Any,
-    x: Any,
-    mean: Any,
-    var: Any,
-    gamma: Any,
-    eps: Any,
-    layout: Any,
-    params: Any,
-    activation: Any,
-    y: Any,
-    dresidual: Any,
-    out: Any,
-) -> Gradients | ResidualGradients:
+def _backward(groups: int, dy: Any, x: Any, *options: Any) -> Gradients | ResidualGradients:
     """All backward functions."""
-    params = checks.flag("params", params)
-    backend, threads = current()
-    fused = activation, y, dresidual, out
-    arguments = dy, x, sharing, mean, var, gamma, eps, layout, params, *fused, threads
-    plain = backend.plain_samples_backward(*arguments)
+    backend, threads = on = current()
+    plain = backend.plain_samples_backward(dy, x, groups, 1, *options, threads)
     if plain is not None:
-        return named(*plain)
+        return _run.named(*plain)
+    mean, var, gamma, eps, layout, params, activation, y, dresidual, out = options
+    params = checks.options.flag("params", params)
     vectors = {"gamma": gamma, "mean": mean, "var": var}
-    call = Call(x, "x", layout, sharing=sharing, single=False, **vectors)
-    dy = checks.companion("dy", dy, "x", call.array)
-    eps = checks.epsilon(eps)
-    gate, dx = call.backward_outputs(activation, y, dresidual, out, dy, call.array)
-    parameters = [call.gradient(), call.gradient()] if params else []
-    run = _rows_backward if _by_row(call) else run_backward
-    run(call, dy, eps, gate, dx, parameters)
-    dgamma, dbeta = parameters or (None, None)
-    return named(returned(out, dx), dgamma, dbeta, gate and returned(dresidual, gate.dresidual))
-
-
-# ---- Rows ----
-
-
-def _by_row(call: Call) -> bool:
-    return any(span.arrangement.by_row for span in call.spans)
-
-
-@quiet
-def _add(totals: list[Table], found: tuple[Table, Table]) -> None:
-    """Add the sums of some rows to those of all."""
-    for total, sums in zip(totals, found, strict=True):
-        total += sums
-
-
-def _by_column(call: Call, name: str, default: float) -> Table:
-    """gamma or beta as a row of float64 for each group."""
-    vector, shape = call.vectors[name], (-1, call.pool)
-    if vector is None:
-        return np.full(call.channels, default).reshape(shape)
-    return vector.astype(np.float64).reshape(shape)
-
-
-def _rows_forward(call: Call, eps: float, tail: Tail | None, y: Array) -> tuple[Table, Table]:
-    """Write y; gives the tables of mean and variance."""
-    backend, threads = current()
-    (span,) = call.spans
-    gamma, beta = _by_column(call, "gamma", 1.0), _by_column(call, "beta", 0.0)
-    statistics = mean, var = call.statistics(), call.statistics()
-    view, target, of_span = span.view(call.array), span.target(y), span.tail(tail)
-    for part in span.row_parts(backend, call.array.nbytes, len(gamma)):
-        of_part = of_span and of_span.part(part)
-        arrays = part.of(view), gamma, beta, eps, part.of(target)
-        found = backend.forward_rows(*arrays, threads, of_part)
-        for table, rows in zip(statistics, found, strict=True):
-            table.reshape(-1)[part.channels] = rows[0]
-    span.deliver(target, y)
-    return mean, var
-
-
-def _rows_backward(
-    call: Call, dy: Array, eps: float, gate: Gate | None, dx: Array, parameters: list[Array]
-) -> None:
-    """Write dx, the gate's dresidual and, where they are listed, dgamma and dbeta."""
-    backend, threads = current()
-    (span,) = call.spans
-    gamma = _by_column(call, "gamma", 1.0)
-    mean, var = (
-        np.require(call.vectors[name], np.float64, ["ALIGNED"]).reshape(1, -1)
-        for name in STATISTICS
+    call = Call(on, x, "x", layout, groups=groups, single=False, **vectors)
+    return _run.gradients(
+        call, dy, _run.BackwardOptions(eps, params, activation, y, dresidual, out)
     )
-    totals = [np.full_like(gamma, -0.0), np.full_like(gamma, -0.0)]  # to which -0.0 may be added
-    dy_view, x, target = span.view(dy), span.view(call.array), span.target(dx)
-    through = span.gate(gate)
-    for part in span.row_parts(backend, call.array.nbytes, len(gamma)):
-        of_part = through and through.part(part)
-        arrays = part.of(dy_view), part.of(x), mean[:, part.channels], var[:, part.channels], gamma
-        found = backend.backward_rows(*arrays, eps, part.of(target), threads, of_part)
-        _add(totals, found)
-    span.deliver(target, dx)
-    if gate and through and gate.dresidual is not None and through.dresidual is not None:
-        span.deliver(through.dresidual, gate.dresidual)
-    round_into(parameters, [total.reshape(-1) for total in totals])

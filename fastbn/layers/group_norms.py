@@ -1,4 +1,4 @@
-"""Group, instance and layer norm as layers: the verbs of siblings.py with parameters and gradients.
+"""Group, instance and layer norm as layers: the verbs with parameters and gradients.
 
 1. One base does all; its layers differ in the verbs, which differ in what shares statistics.
 2. There are no running statistics. Training and evaluation are the same, and a state that says
@@ -15,10 +15,8 @@ from typing import Any, NamedTuple, Self
 from numpy.typing import DTypeLike, NDArray
 
 from fastbn import checks
-from fastbn.affine_layer import AffineLayer
 from fastbn.functional import ActivationName
-from fastbn.results import BatchNormResult, Gradients, ResidualGradients
-from fastbn.siblings import (
+from fastbn.group_norms import (
     group_norm,
     group_norm_backward,
     instance_norm,
@@ -26,6 +24,8 @@ from fastbn.siblings import (
     layer_norm,
     layer_norm_backward,
 )
+from fastbn.layers.base import AffineLayer
+from fastbn.results import BatchNormResult, Gradients, ResidualGradients
 
 Array = NDArray[Any]
 Forward = Callable[..., BatchNormResult]
@@ -104,7 +104,7 @@ class SampleNorm(AffineLayer, ABC):
         TypeError, ValueError
             An argument has a wrong type, shape or value. Nothing has been written.
         """
-        x = checks.batch_of(type(self).__name__, x, self.channels, self.layout)
+        x = checks.arrays.batch_of(type(self).__name__, x, self.channels, self.layout)
         forward, _ = self._verbs
         y, mean, var = forward(
             x,
@@ -116,7 +116,7 @@ class SampleNorm(AffineLayer, ABC):
             residual=residual,
             out=out,
         )
-        x_kept = None if out is not None and checks.share(out, x) else x
+        x_kept = None if out is not None and checks.memory.share(out, x) else x
         y_kept = None if self.activation is None else y
         self._forward = _Forward(x.shape, x_kept, mean, var, y_kept)
         return y
@@ -146,7 +146,7 @@ class SampleNorm(AffineLayer, ABC):
             through. Nothing has been written.
         """
         params = self._wants_parameters()
-        last: _Forward = checks.forward(self._forward, dy, params)
+        last: _Forward = checks.layers.last_call(self._forward, dy, params)
         _, backward = self._verbs
         found = backward(
             dy,
@@ -185,8 +185,8 @@ class SampleNorm(AffineLayer, ABC):
             (elementwise ones are) or holds no numbers. Nothing has been changed.
         """
         own = self._arrays()
-        checks.sample_state(state, own, type(self).__name__)
-        self._restore(checks.state(state, own, "scale and shift"))
+        checks.states.sample_state(state, own, type(self).__name__)
+        self._restore(checks.states.state(state, own, "scale and shift"))
 
 
 class GroupNorm(SampleNorm):
@@ -262,7 +262,7 @@ class GroupNorm(SampleNorm):
         common: dict[str, Any] = {"eps": eps, "scale": scale, "shift": shift, "layout": layout}
         common |= {"frozen_affine": frozen_affine, "activation": activation, "dtype": dtype}
         super().__init__(channels, **common)
-        self.groups = checks.channel_groups(groups, self.channels)
+        self.groups = checks.options.divisor(checks.options.groups(groups), self.channels)
 
     @property
     def _verbs(self) -> tuple[Forward, Backward]:

@@ -96,16 +96,16 @@ class FrozenBatchNorm:
         layout: str = "NCHW",
         activation: ActivationName = None,
     ) -> None:
-        owner = checks.statistics(mean)
+        owner = checks.vectors.owner_of(mean)
         given = fixed.checked(mean, var, gamma, beta, owner)
-        eps = checks.epsilon(eps)
+        eps = checks.options.epsilon(eps)
         affine = Affine(*map(fixed.locked, fixed.affine(given, eps, owner.channels)))
         mine: dict[str, Any] = {
             **{name: None if v is None else fixed.locked(v) for name, v in given.items()},
             "eps": eps,
-            "layout": checks.layout(layout),
-            "activation": checks.activation_name(activation),
-            "_activation": checks.activation(activation),
+            "layout": checks.options.layout(layout),
+            "activation": checks.options.activation_name(activation),
+            "_activation": checks.options.activation(activation),
             "_affine": affine,
             "scale": affine.scale,
             "shift": fixed.locked(_shift(affine)),
@@ -150,7 +150,7 @@ class FrozenBatchNorm:
             y = plain(x, residual, out, threads)
             if y is not None:
                 return y
-        x = checks.batch_of("FrozenBatchNorm", x, len(self.mean), self.layout)
+        x = checks.arrays.batch_of("FrozenBatchNorm", x, len(self.mean), self.layout)
         return apply_affine(x, self._affine, self.layout, self.activation, residual, out, where)
 
     @overload

@@ -73,13 +73,16 @@ class AffineLayer:
         activation: ActivationName,
         dtype: DTypeLike,
     ) -> None:
-        self.channels = checks.channels(channels)
-        self.eps = checks.epsilon(eps)
-        self.layout = checks.layout(layout)
-        self.activation: ActivationName = checks.activation_name(activation)
-        of_type = checks.parameter_type(dtype)
+        self.channels = checks.layers.channels(channels)
+        self.eps = checks.options.epsilon(eps)
+        self.layout = checks.options.layout(layout)
+        self.activation: ActivationName = checks.options.activation_name(activation)
+        of_type = checks.layers.parameter_type(dtype)
         self._dtype_name = of_type.name
-        has_scale, has_shift = checks.flag("scale", scale), checks.flag("shift", shift)
+        has_scale, has_shift = (
+            checks.options.flag("scale", scale),
+            checks.options.flag("shift", shift),
+        )
         self.gamma: Array | None = np.ones(self.channels, of_type) if has_scale else None
         self.beta: Array | None = np.zeros(self.channels, of_type) if has_shift else None
         self._dgamma, self._dbeta = (np.zeros(self.channels, of_type) for _ in range(2))
@@ -95,7 +98,7 @@ class AffineLayer:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._is_made and name not in vars(self) and not name.startswith("_"):
-            checks.attribute(self, name, value, self._state_names)
+            checks.layers.attribute(self, name, value, self._state_names)
         super().__setattr__(name, value)
 
     @property
@@ -104,7 +107,7 @@ class AffineLayer:
 
     @training.setter
     def training(self, value: bool) -> None:
-        self._training = checks.flag("training", value)
+        self._training = checks.options.flag("training", value)
 
     @property
     def frozen_affine(self) -> bool:
@@ -112,7 +115,7 @@ class AffineLayer:
 
     @frozen_affine.setter
     def frozen_affine(self, value: bool) -> None:
-        is_frozen = checks.flag("frozen_affine", value)
+        is_frozen = checks.options.flag("frozen_affine", value)
         if is_frozen:  # for an optimizer that holds them
             write([self._dgamma, self._dbeta], [0, 0])
         self._frozen_affine = is_frozen
@@ -123,7 +126,7 @@ class AffineLayer:
 
     @dgamma.setter
     def dgamma(self, value: Array) -> None:
-        self._dgamma = checks.gradient("dgamma", value, self.channels)
+        self._dgamma = checks.layers.gradient("dgamma", value, self.channels)
 
     @property
     def dbeta(self) -> Array | None:
@@ -131,10 +134,10 @@ class AffineLayer:
 
     @dbeta.setter
     def dbeta(self, value: Array) -> None:
-        self._dbeta = checks.gradient("dbeta", value, self.channels)
+        self._dbeta = checks.layers.gradient("dbeta", value, self.channels)
 
     def _set_mode(self, mode: Any) -> Self:
-        self.training = checks.flag("mode", mode)
+        self.training = checks.options.flag("mode", mode)
         return self
 
     def _scale(self) -> Array:
@@ -146,7 +149,7 @@ class AffineLayer:
         held = {"dgamma": self.dgamma, "dbeta": self.dbeta}
         for name, a in held.items():
             if a is not None:
-                checks.writeable(name, a, "a backward writes it; assign a copy")
+                checks.memory.writeable(name, a, "a backward writes it; assign a copy")
         return any(a is not None for a in held.values())
 
     def _leave(self, found: Any, dgamma: Array | None, dbeta: Array | None) -> Array:
@@ -160,7 +163,9 @@ class AffineLayer:
 
     def _arrays(self) -> dict[str, Array]:
         own = {ours: getattr(self, ours) for ours in self._state_names.values()}
-        held = checks.arrays({ours: array for ours, array in own.items() if array is not None})
+        held = checks.states.arrays(
+            {ours: array for ours, array in own.items() if array is not None}
+        )
         return {name: held[ours] for name, ours in self._state_names.items() if ours in held}
 
     def _copied(self) -> dict[str, Array]:

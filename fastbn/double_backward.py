@@ -19,21 +19,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import checks
+from fastbn._call import Call, Span
 from fastbn.activations import LINEAR
 from fastbn.backends.base import (
     Affine,
     Backend,
+    BackwardTables,
+    Epilogue,
     GradientCoefficients,
     Part,
     Table,
-    Tail,
     frozen_coefficients,
     gradient_coefficients,
     inverse_deviation,
     normal_scale,
     quiet,
 )
-from fastbn.call import Call, Span
 from fastbn.config import current
 from fastbn.results import SecondGradients
 
@@ -168,15 +169,14 @@ def normalize_double_backward(
 def _double_backward(arguments: tuple[Any, ...], *, frozen: bool) -> SecondGradients:
     """Both functions; `frozen` is what tells them apart."""
     ddx, ddgamma, ddbeta, dy, x, mean, var, gamma, eps, layout, activation = arguments
-    backend, threads = current()
     vectors = {"mean": mean, "var": var, "gamma": gamma, "ddgamma": ddgamma, "ddbeta": ddbeta}
-    call = Call(x, "x", layout, single=frozen, **vectors)
-    dy = checks.companion("dy", dy, "x", call.array)
+    call = Call(current(), x, "x", layout, single=frozen, **vectors)
+    dy = checks.arrays.companion("dy", dy, "x", call.array)
     if ddx is not None:
-        ddx = checks.companion("ddx", ddx, "x", call.array)
-    checks.some_gradient(ddx=ddx, ddgamma=ddgamma, ddbeta=ddbeta)
-    eps = checks.epsilon(eps)
-    checks.no_activation(activation)
+        ddx = checks.arrays.companion("ddx", ddx, "x", call.array)
+    checks.arrays.some_gradient(ddx=ddx, ddgamma=ddgamma, ddbeta=ddbeta)
+    eps = checks.options.epsilon(eps)
+    checks.options.no_activation(activation)
     ddy, dx, dgamma = call.output("ddy", None, {}), call.output("dx", None, {}), call.gradient()
     if call.is_empty:
         ddy.fill(0)
@@ -184,9 +184,9 @@ def _double_backward(arguments: tuple[Any, ...], *, frozen: bool) -> SecondGradi
         return SecondGradients(ddy, dx, dgamma)
     (span,) = call.spans
     views = [None if a is None else span.view(a) for a in (ddx, dy, call.array, ddy, dx)]
-    for part in span.parts(backend, call.array.nbytes):
+    for part in span.parts(call.array.nbytes):
         work = _work(call, span, part, views, eps)
-        _differentiate(work, frozen, dgamma[part.channels], backend, threads)
+        _differentiate(work, frozen, dgamma[part.channels], call.backend, call.threads)
     return SecondGradients(ddy, dx, dgamma)
 
 
@@ -237,7 +237,8 @@ def _without_ddx(w: _Work, frozen: bool, backend: Backend, threads: int) -> None
         return
     scale = normal_scale(w.ddgamma, w.var, w.eps)
     backend.normalize(w.x, Affine(w.mean, scale, ddbeta), w.ddy, threads)
-    backend.backward(w.dy, w.x, w.mean, w.var, w.ddgamma, w.eps, frozen, w.dx, threads)
+    tables = BackwardTables(w.mean, w.var, w.ddgamma, w.eps, frozen)
+    backend.backward(w.dy, w.x, tables, w.dx, threads)
 
 
 def _through_constants(w: _Work, ddx: Array, backend: Backend, threads: int) -> Table:
@@ -272,7 +273,7 @@ def _through_statistics(w: _Work, ddx: Array, backend: Backend, threads: int) ->
     of_xhat = -(p * ddx_xhat + q * dy_xhat + of_ddy.a * dgamma) / n
     backend.input_gradient(ddx, w.x, of_ddy._replace(a=p, b=of_xhat), w.dx, threads)
     of_dy = Affine(mean_dy, q, np.zeros_like(q))
-    backend.normalize(w.dy, of_dy, w.dx, threads, Tail(LINEAR, w.dx))
+    backend.normalize(w.dy, of_dy, w.dx, threads, Epilogue(LINEAR, w.dx))
     return np.asarray(dgamma)
 
 

@@ -73,9 +73,13 @@ class Renormalization:
 
     def __post_init__(self) -> None:
         checked = {
-            "r_max": checks.limit("r_max", self.r_max, 1, "that r is within 1 / r_max and r_max"),
-            "d_max": checks.limit("d_max", self.d_max, 0, "that d is within -d_max and d_max"),
-            **checks.schedule(self.start, r_end=self.r_end, d_end=self.d_end),
+            "r_max": checks.layers.limit(
+                "r_max", self.r_max, 1, "that r is within 1 / r_max and r_max"
+            ),
+            "d_max": checks.layers.limit(
+                "d_max", self.d_max, 0, "that d is within -d_max and d_max"
+            ),
+            **checks.layers.schedule(self.start, r_end=self.r_end, d_end=self.d_end),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)

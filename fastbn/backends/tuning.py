@@ -27,8 +27,8 @@ def cache_bytes(
 L2 = cache_bytes(2, 1 << 20)
 """A core's own cache."""
 
-TRIP = max(L2 // 2, min(L2, 512 << 10))
-"""Operands of a block that goes through a whole trip, of which the second walk should find most in
+FUSED_BLOCK = max(L2 // 2, min(L2, 512 << 10))
+"""Operands of a block that goes through both passes, of which the second walk should find most in
 a core's own cache. Where that is 512 KiB, all of it: a quarter was 8 to 45 % slower, forward and
 backward in NCHW, at all sizes. What lies together in memory is short then, and each block costs its
 beginning.
@@ -41,13 +41,13 @@ LAST = min(96 << 20, cache_bytes(3, 96 << 20))
 """The cache that cores share."""
 
 LOOKAHEAD = LAST // 2
-"""While a block of a trip is written the next is fetched, if the two blocks of all threads stay
-below this: (32, 256, 56, 56) forward in NCHW 8.5 -> 7.7 ms.
+"""While a block of a fused walk is written the next is fetched, if the two blocks of all threads
+stay below this: (32, 256, 56, 56) forward in NCHW 8.5 -> 7.7 ms.
 """
 
 STREAM_PLANES = LAST // 2
-"""Operands of a trip over planes this large: results go past the caches, which x and dy need for
-themselves.
+"""Operands of a fused walk over planes this large: results go past the caches, which x and dy need
+for themselves.
 
 With 32 MiB of last cache, streaming lost 20 % at 15 MiB of operands, was level at 18 and gained
 24 to 30 % at 23.
@@ -63,18 +63,18 @@ STREAM_MAPS = LAST
 leave the result where its reader finds it (24 MiB: 220 to 270 against 305 us).
 """
 
-STRETCH = 1024
+COLUMN_TILE = 1024
 """Values of a row, of all operands, whose tables stay in L1: so many columns are summed together,
 in so many rows that there are about as many values; they share the fetching of the tables.
 """
 
-SPARSE = 128
+COLUMN_TILE_STREAMING = 128
 """The same values for rows beyond the caches: several rows at once are more streams than the memory
 follows (39 against 70 GB/s for the sums of gradients, which read two arrays). Twice as many of half
 types (bfloat16 rows of 64: 8.8 -> 7.7 ms).
 """
 
-FETCH = 8 * L2
+PREFETCH_FROM = 8 * L2
 """Operands of a thread this large are fetched before they are needed. Below, the processor's own
 fetching is enough, and ours only takes the time of loads: without it sums of gradients in L2 take
 1.2 to 1.7 ns for 16 pairs instead of 1.9 to 2.2, and at 13 MB of operands two threads are 5 to 20 %

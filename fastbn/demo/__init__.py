@@ -1,6 +1,6 @@
 """The demonstration: what batch norm does for training, and what fastbn does for batch norm.
 
-It trains the network of `fastbn._network` on scikit-learn's handwritten digits with and without
+It trains the network of `fastbn.demo.network` on scikit-learn's handwritten digits with and without
 batch norm, times every backend against plain NumPy, and draws both. Run it with
 ``python -m fastbn demo``.
 """
@@ -20,7 +20,7 @@ import numpy as np
 
 import fastbn
 from fastbn import backends
-from fastbn._network import Array, BatchNorm, perceptron
+from fastbn.demo.network import Array, BatchNorm, perceptron
 
 if TYPE_CHECKING:  # the `demo` extra: each is imported where it is used
     from matplotlib.axes import Axes

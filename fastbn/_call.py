@@ -13,7 +13,7 @@ before anything is written, and then asks it for views, tables and results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
@@ -22,11 +22,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import checks
-from fastbn._caches import CALLS_SHARE, CHANNEL_BYTES, parts, scratch
 from fastbn.activations import LINEAR
-from fastbn.backends.base import ROW_BYTES, RUN_BYTES, Backend, Gate, Part, Selection, Table, Tail
+from fastbn.backends.base import (
+    ROW_BYTES,
+    RUN_BYTES,
+    ActivationGrad,
+    Backend,
+    Epilogue,
+    Part,
+    Selection,
+    Table,
+)
+from fastbn.backends.tuning import CALLS_SHARE, CHANNEL_BYTES, parts, scratch
 from fastbn.elements import arithmetic
-from fastbn.layouts import Arrangement, channel_axis
+from fastbn.layouts import ALL_CHANNELS, EACH_CHANNEL, Arrangement, channel_axis
 from fastbn.results import GradientSums
 from fastbn.weights import Weights, scaled, times_power, values
 
@@ -38,7 +47,7 @@ SMALLEST = 1 << 20
 
 def returned(given: Any, written: Any) -> Any:
     """What a function gives: the very array that it was handed to be written, if any."""
-    return written if checks.plain(given) is None else given
+    return written if checks.arrays.plain(given) is None else given
 
 
 @dataclass(frozen=True)
@@ -50,37 +59,40 @@ class Span:
     """Their rows in tables of statistics."""
     arrangement: Arrangement
     selection: Selection | None
+    backend: Backend
 
-    def view(self, a: Array) -> Array:
-        """Its part of `a`, of x's shape, as a (G, N, C, S) view."""
-        return self.arrangement.view(a[self.samples])
+    def view(self, a: Array, pool: int = 1) -> Array:
+        """Its part of `a`, of x's shape, as a (G, N, C, S) view that the backend walks."""
+        return self.arrangement.view(a[self.samples], lambda v: self.backend.walks(v, pool))
 
     def target(self, out: Array) -> Array:
-        """A view to write: of `out` itself if it can be walked, else a fresh array."""
-        return self.arrangement.target(out[self.samples])
+        """A view to write: of `out` itself if the backend walks it, else a fresh array."""
+        return self.arrangement.target(out[self.samples], self.backend.walks)
 
     def deliver(self, result: Array, out: Array) -> None:
         """Bring `result`, what `target(out)` gave, home into `out`."""
         self.arrangement.deliver(result, out[self.samples])
 
-    def tail(self, tail: Tail | None) -> Tail | None:
-        """A tail on views."""
-        if tail is None or tail.residual is None:
-            return tail
-        return Tail(tail.activation, self.view(tail.residual))
+    def epilogue(self, epilogue: Epilogue | None) -> Epilogue | None:
+        """An epilogue on views."""
+        if epilogue is None or epilogue.residual is None:
+            return epilogue
+        return Epilogue(epilogue.activation, self.view(epilogue.residual))
 
-    def gate(self, gate: Gate | None) -> Gate | None:
-        """A gate on views, and its dresidual on one to write."""
-        if gate is None:
+    def activation_grad(self, activation_grad: ActivationGrad | None) -> ActivationGrad | None:
+        """The gradient through an activation on views, and its dresidual on one to write."""
+        if activation_grad is None:
             return None
-        wanted = None if gate.dresidual is None else self.target(gate.dresidual)
-        return Gate(gate.activation, self.view(gate.y), wanted)
+        wanted = (
+            None if activation_grad.dresidual is None else self.target(activation_grad.dresidual)
+        )
+        return ActivationGrad(activation_grad.activation, self.view(activation_grad.y), wanted)
 
-    def parts(self, backend: Backend, array_bytes: int, pool: int = 1) -> list[Part]:
+    def parts(self, array_bytes: int, pool: int = 1) -> list[Part]:
         """All runs and channels, in parts whose tables stay small beside the array; mostly one."""
         shape = self.arrangement.view_shape
         runs, _, channels, size = shape
-        each = CHANNEL_BYTES + backend.channel_bytes(shape)
+        each = CHANNEL_BYTES + self.backend.channel_bytes(shape)
         limit = scratch(array_bytes, CALLS_SHARE)
         if runs == 1:
             return [Part(slice(0, 1), some) for some in parts(channels, size, limit, each, pool)]
@@ -89,11 +101,11 @@ class Span:
         starts = range(0, runs, at_once)
         return [Part(slice(i, min(i + at_once, runs)), slice(0, channels)) for i in starts]
 
-    def row_parts(self, backend: Backend, array_bytes: int, period: int) -> list[Part]:
+    def row_parts(self, array_bytes: int, period: int) -> list[Part]:
         """All rows, in parts of whole periods."""
         shape = self.arrangement.view_shape
         rows, limit = shape[2], scratch(array_bytes, CALLS_SHARE)
-        each = period * (ROW_BYTES + backend.channel_bytes(shape))
+        each = period * (ROW_BYTES + self.backend.channel_bytes(shape))
         at_once = max(limit // each, SMALLEST * rows // array_bytes // period, 1) * period
         starts = range(0, rows, at_once)
         return [Part(slice(0, 1), slice(i, min(i + at_once, rows))) for i in starts]
@@ -106,28 +118,22 @@ class Span:
 
 
 class Sharing(NamedTuple):
-    """What shares statistics: groups of `pool` consecutive channels, of so many samples; the shape
-    of a table of them as the caller sees it."""
+    """What shares statistics in each sample: groups of `pool` consecutive channels; the shape of a
+    table of them as the caller sees it."""
 
     groups: int
     pool: int
     shape: tuple[int, ...]
-    samples: int = 1
 
-
-SharingOf = Callable[[int, int], Sharing]
-"""From the numbers of samples and channels."""
-
-
-def by_virtual_batch(size: Any) -> Callable[[int, int], Sharing | None]:
-    """Whole virtual batches; None where what is left of the samples is another one."""
-
-    def sharing(samples: int, channels: int) -> Sharing | None:
-        if type(size) is not int or size < 1 or samples % size:
-            return None
-        return Sharing(channels, 1, (samples // size, channels), size)
-
-    return sharing
+    @staticmethod
+    def of(groups: int, samples: int, channels: int) -> Sharing:
+        """By a number of groups, or one of the words of `layouts` for it."""
+        if groups == EACH_CHANNEL:
+            return Sharing(channels, 1, (samples, channels))
+        if groups == ALL_CHANNELS:
+            return Sharing(1, max(channels, 1), (samples,))
+        checks.options.divisor(groups, channels)
+        return Sharing(groups, max(channels // groups, 1), (samples, groups))
 
 
 class Call:
@@ -135,6 +141,7 @@ class Call:
 
     def __init__(
         self,
+        on: tuple[Backend, int],
         x: Any,
         name: str,
         layout: Any,
@@ -142,16 +149,19 @@ class Call:
         weights: Any = None,
         *,
         virtual_batch: Any = None,
-        sharing: SharingOf | None = None,
+        groups: int | None = None,
         single: bool = True,
         is_part: bool = False,
         **vectors: Any,
     ) -> None:
-        x, layout = checks.batch(name, x), checks.layout(layout)
+        self.backend, self.threads = on
+        x, layout = checks.arrays.batch(name, x), checks.options.layout(layout)
         self.array, self.name, self.layout = x, name, layout
         self.channels = x.shape[channel_axis(layout, x.ndim)]
-        self.virtual_batch = checks.virtual_batch(virtual_batch, where=where, weights=weights)
-        self.sharing = None if sharing is None else sharing(len(x), self.channels)
+        self.virtual_batch = checks.options.virtual_batch(
+            virtual_batch, where=where, weights=weights
+        )
+        self.sharing = None if groups is None else Sharing.of(groups, len(x), self.channels)
         self.pool = 1
         if self.sharing is not None:
             self.virtual_batch, self.pool = 1, self.sharing.pool
@@ -161,9 +171,9 @@ class Call:
             if key in ("mean", "var"):
                 self.vectors[key] = self._statistic(key, value, single)
             else:
-                self.vectors[key] = checks.parameter(key, value, name, x, layout)
-        selected = None if where is None else checks.where(where, name, x, layout)
-        weights = None if weights is None else checks.weights(weights, name, x)
+                self.vectors[key] = checks.vectors.parameter(key, value, name, x, layout)
+        selected = None if where is None else checks.arrays.where(where, name, x, layout)
+        weights = None if weights is None else checks.arrays.weights(weights, name, x)
         self.apart = {"where": selected, "weights": weights}
         self.places = values(x, self.channels, selected)
         self.count: float = self.places
@@ -182,12 +192,12 @@ class Call:
         """mean or var as given: of the whole batch, each run, or what shares it in each sample."""
         shared, x = self.sharing, self.array
         if shared is not None:
-            given = checks.sample_statistic(key, value, self.name, x, shared.shape)
+            given = checks.vectors.sample_statistic(key, value, self.name, x, shared.shape)
         else:
             options: dict[str, Any] = {"single": single, "groups": self.runs}
-            given = checks.statistic(key, value, self.name, x, self.layout, **options)
+            given = checks.vectors.statistic(key, value, self.name, x, self.layout, **options)
         if key == "var":
-            checks.variance(given, nan=not single)
+            checks.vectors.variance(given, nan=not single)
         return given if shared is None else given.reshape(len(x), shared.groups)
 
     def _spans(self, where: Array | None) -> Iterator[Span]:
@@ -195,7 +205,7 @@ class Call:
         n, k, start, run = len(self.array), self.virtual_batch, 0, 0
         if k is None:
             selection = self._selected(where)
-            yield Span(slice(0, n), slice(0, 1), self.arrangement, selection)
+            yield Span(slice(0, n), slice(0, 1), self.arrangement, selection, self.backend)
             return
         while start < n:
             runs = max((n - start) // k, 1)
@@ -203,8 +213,13 @@ class Call:
             some = self.array[samples]
             order: dict[str, Any] = {"whole": self.array, "runs": runs, "pool": self.pool}
             of_runs = Arrangement.of(some, self.layout, **order)
-            yield Span(samples, slice(run, run + runs), of_runs, None)
+            yield Span(samples, slice(run, run + runs), of_runs, None, self.backend)
             start, run = samples.stop, run + runs
+
+    @property
+    def by_row(self) -> bool:
+        """Whether what shares statistics is rows of memory."""
+        return any(span.arrangement.by_row for span in self.spans)
 
     def output(
         self,
@@ -217,7 +232,7 @@ class Call:
         x = self.array
         if out is not None:
             apart = self.vectors | self.apart | (apart or {})
-            return checks.output(name, out, self.name, x, in_place=in_place, apart=apart)
+            return checks.memory.output(name, out, self.name, x, in_place=in_place, apart=apart)
         dtype = x.dtype.newbyteorder("=")
         if self.is_empty:
             return np.empty_like(x, dtype, subok=False)
@@ -244,32 +259,34 @@ class Call:
         """Those of a whole batch, checked, as a backend takes them; None of None."""
         if given is None:
             return None
-        known = checks.gradient_sums(given, self.count, self.name, self.array, self.layout)
+        known = checks.statistics.gradient_sums(
+            given, self.count, self.name, self.array, self.layout
+        )
         return known._replace(count=self._scaled(known.count))
 
-    def tail(self, activation: Any, residual: Any) -> Tail | None:
+    def epilogue(self, activation: Any, residual: Any) -> Epilogue | None:
         """What follows normalization, on arrays; None for nothing."""
         if residual is not None:
-            residual = checks.companion("residual", residual, self.name, self.array)
-        asked = checks.activation(activation)
-        return None if residual is None and asked == LINEAR else Tail(asked, residual)
+            residual = checks.arrays.companion("residual", residual, self.name, self.array)
+        asked = checks.options.activation(activation)
+        return None if residual is None and asked == LINEAR else Epilogue(asked, residual)
 
     def backward_outputs(
         self, activation: Any, y: Any, dresidual: Any, out: Any, dy: Array, x: Array | None
-    ) -> tuple[Gate | None, Array]:
+    ) -> tuple[ActivationGrad | None, Array]:
         """What stands before the normalization on the way back, on arrays, None for nothing; and
         where dx goes.
 
-        Where only the residual's gradient is wanted, dy is its own gate.
+        Where only the residual's gradient is wanted, dy is its own activation_grad.
         """
-        known, y = checks.gate(y, activation, self.name, self.array)
-        gate = None if y is None else Gate(known, y, None)
-        given = None if checks.plain(dresidual) is None else dresidual
-        if given is not None or checks.flag("dresidual", dresidual):
+        known, y = checks.arrays.activation_grad(y, activation, self.name, self.array)
+        activation_grad = None if y is None else ActivationGrad(known, y, None)
+        given = None if checks.arrays.plain(dresidual) is None else dresidual
+        if given is not None or checks.options.flag("dresidual", dresidual):
             wanted = self.output("dresidual", given, {"dy": dy}, {"x": x, "y": y})
-            gate = Gate(known, dy if y is None else y, wanted)
-        apart = {"y": y, "dresidual": gate and gate.dresidual}
-        return gate, self.output("out", out, {"dy": dy, "x": x}, apart)
+            activation_grad = ActivationGrad(known, dy if y is None else y, wanted)
+        apart = {"y": y, "dresidual": activation_grad and activation_grad.dresidual}
+        return activation_grad, self.output("out", out, {"dy": dy, "x": x}, apart)
 
     def table(self, name: str, default: float, span: Span, part: Part) -> Table:
         """A part's statistics, parameter, or its default, as a (G, C) table."""

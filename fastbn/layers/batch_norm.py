@@ -19,9 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fastbn import checks
-from fastbn.affine_layer import PARAMETERS, AffineLayer, write
 from fastbn.backends.base import Affine, normal_scale, quiet
-from fastbn.frozen import FrozenBatchNorm
 from fastbn.functional import (
     ActivationName,
     apply_affine,
@@ -31,7 +29,9 @@ from fastbn.functional import (
     normalize,
     normalize_backward,
 )
-from fastbn.renormalization import Correction, Renormalization, correction
+from fastbn.layers.base import PARAMETERS, AffineLayer, write
+from fastbn.layers.frozen import FrozenBatchNorm
+from fastbn.layers.renormalization import Correction, Renormalization, correction
 from fastbn.results import BatchNormResult
 from fastbn.statistics import Moments
 from fastbn.weights import Size, size
@@ -195,20 +195,20 @@ class BatchNorm(AffineLayer):
         common: dict[str, Any] = {"eps": eps, "scale": scale, "shift": shift, "layout": layout}
         common |= {"frozen_affine": frozen_affine, "activation": activation, "dtype": dtype}
         super().__init__(channels, **common)
-        self._momentum, self._decay = checks.momentum(momentum, decay, MOMENTUM)
-        self.unbiased = checks.flag("unbiased", unbiased)
-        tracks = checks.flag("track_running_stats", track_running_stats)
-        self.virtual_batch = checks.virtual_batch(virtual_batch)
-        self.renormalization = checks.renormalization(
+        self._momentum, self._decay = checks.layers.momentum(momentum, decay, MOMENTUM)
+        self.unbiased = checks.options.flag("unbiased", unbiased)
+        tracks = checks.options.flag("track_running_stats", track_running_stats)
+        self.virtual_batch = checks.options.virtual_batch(virtual_batch)
+        self.renormalization = checks.layers.renormalization(
             renormalization, Renormalization, tracks, self.virtual_batch
         )
-        self.one_value = checks.one_value(one_value, tracks, self.virtual_batch)
-        self.nonfinite = checks.option("nonfinite", nonfinite, checks.NONFINITE)
+        self.one_value = checks.layers.one_value(one_value, tracks, self.virtual_batch)
+        self.nonfinite = checks.options.option("nonfinite", nonfinite, checks.layers.NONFINITE)
         of_type = self._dtype_name
         self.running_mean: Array | None = np.zeros(self.channels, of_type) if tracks else None
         self.running_var: Array | None = np.ones(self.channels, of_type) if tracks else None
         self.num_batches_tracked = 0 if tracks else None
-        self.frozen_statistics = checks.frozen_statistics(frozen_statistics, tracks)
+        self.frozen_statistics = checks.layers.frozen_statistics(frozen_statistics, tracks)
         self._observe: Callable[[Moments], None] | None = None
         """While statistics are estimated anew: takes a call's moments; there is no update then."""
 
@@ -231,7 +231,7 @@ class BatchNorm(AffineLayer):
         >>> fastbn.BatchNorm.like("keras", 8)
         BatchNorm(8, eps=0.001, decay=0.99, unbiased=False, layout='NHWC')
         """
-        given = CONVENTIONS[checks.option("library", library, tuple(CONVENTIONS))]
+        given = CONVENTIONS[checks.options.option("library", library, tuple(CONVENTIONS))]
         if "momentum" in options or "decay" in options:
             given = {name: v for name, v in given.items() if name not in ("momentum", "decay")}
         return cls(channels, **(given | options))
@@ -242,7 +242,7 @@ class BatchNorm(AffineLayer):
 
     @momentum.setter
     def momentum(self, value: float | None) -> None:
-        self._momentum, self._decay = checks.momentum(value, None, MOMENTUM)
+        self._momentum, self._decay = checks.layers.momentum(value, None, MOMENTUM)
 
     @property
     def decay(self) -> float | None:
@@ -252,7 +252,7 @@ class BatchNorm(AffineLayer):
     def decay(self, value: float | None) -> None:
         if value is None and self._decay is None:
             return  # as where a layer's options are copied to another
-        self._momentum, self._decay = None, checks.weight_of_old(value)
+        self._momentum, self._decay = None, checks.layers.weight_of_old(value)
 
     @property
     def frozen_statistics(self) -> bool:
@@ -260,7 +260,7 @@ class BatchNorm(AffineLayer):
 
     @frozen_statistics.setter
     def frozen_statistics(self, value: bool) -> None:
-        self._frozen_statistics = checks.flag("frozen_statistics", value)
+        self._frozen_statistics = checks.options.flag("frozen_statistics", value)
 
     @property
     def num_batches_tracked(self) -> Array | None:
@@ -268,7 +268,7 @@ class BatchNorm(AffineLayer):
 
     @num_batches_tracked.setter
     def num_batches_tracked(self, value: Array | int | None) -> None:
-        self._tracked = None if value is None else checks.counter(value)
+        self._tracked = None if value is None else checks.layers.counter(value)
 
     def train(self, mode: bool = True) -> Self:
         """Use the batch's own statistics from now on, or the running ones; gives the layer."""
@@ -307,13 +307,13 @@ class BatchNorm(AffineLayer):
             An argument has a wrong type, shape or value, the running statistics are no statistics,
             or a policy says so. Nothing has been written.
         """
-        x = checks.batch_of("BatchNorm", x, self.channels, self.layout)
+        x = checks.arrays.batch_of("BatchNorm", x, self.channels, self.layout)
         counted = size(x, self.layout, where, weights)
         runs = self._by_running(counted.effective)
         trains = self.training or self._observe is not None
         k, corrected = None, None
         if trains and not runs:
-            k = checks.virtual_batch(self.virtual_batch)
+            k = checks.options.virtual_batch(self.virtual_batch)
         selected: dict[str, Any] = {"layout": self.layout, "where": where}
         options: dict[str, Any] = {
             "activation": self.activation,
@@ -327,7 +327,7 @@ class BatchNorm(AffineLayer):
         else:
             selected |= {"weights": weights, "virtual_batch": k}
             (y, mean, var), corrected = self._by_batch(x, counted, selected, options)
-        x_kept = None if out is not None and checks.share(out, x) else x
+        x_kept = None if out is not None and checks.memory.share(out, x) else x
         y_kept = None if self.activation is None else y
         statistics = mean, var, y_kept, runs
         self._forward = _Forward(x.shape, x_kept, *statistics, where, weights, k, corrected)
@@ -337,9 +337,9 @@ class BatchNorm(AffineLayer):
         self, x: Array, counted: Size, selected: dict[str, Any], options: dict[str, Any]
     ) -> tuple[BatchNormResult, Correction | None]:
         """Normalize by the batch's own statistics, and see to the running ones."""
-        checks.option("nonfinite", self.nonfinite, checks.NONFINITE)
+        checks.options.option("nonfinite", self.nonfinite, checks.layers.NONFINITE)
         k = selected["virtual_batch"]
-        checks.renormalization(self.renormalization, Renormalization, True, k)
+        checks.layers.renormalization(self.renormalization, Renormalization, True, k)
         counts = _counts(len(x), counted.effective, k)
         updates = self._updates(counts)
         corrected = None
@@ -364,7 +364,7 @@ class BatchNorm(AffineLayer):
         """r and d of a batch with these statistics, by the running ones as they are."""
         assert self.renormalization is not None
         running = self._running(writes=True)
-        limits = self.renormalization.at(checks.batches(self.num_batches_tracked))
+        limits = self.renormalization.at(checks.layers.batches(self.num_batches_tracked))
         return correction(mean, var, *running, self.eps, limits)
 
     @quiet
@@ -421,7 +421,7 @@ class BatchNorm(AffineLayer):
             through. Nothing has been written.
         """
         params = self._wants_parameters()
-        last: _Forward = checks.forward(self._forward, dy, params)
+        last: _Forward = checks.layers.last_call(self._forward, dy, params)
         verb: Callable[..., Any] = normalize_backward if last.is_frozen else batch_norm_backward
         gamma = self._scale()
         if last.correction is not None:
@@ -481,7 +481,7 @@ class BatchNorm(AffineLayer):
             running statistics are NaN or a negative variance, by which evaluation could not go
             either. Nothing has been changed.
         """
-        self._restore(checks.state(state, self._arrays()))
+        self._restore(checks.states.state(state, self._arrays()))
 
     def to_frozen(self) -> FrozenBatchNorm:
         """A `FrozenBatchNorm` that does what the layer does in evaluation; it has copies of all.
@@ -514,7 +514,7 @@ class BatchNorm(AffineLayer):
     def _is_one(self, n: Any) -> Any:
         """Whether an effective number of values is that of one or, where n / (n - 1) is asked for,
         cannot be told from it."""
-        return n <= (1 + checks.ROUNDING if self.unbiased else 1)
+        return n <= (1 + checks.statistics.ROUNDING if self.unbiased else 1)
 
     def _updates(self, counts: Array) -> bool:
         """Whether this call, by the batch's own statistics, may renew the running ones."""
@@ -523,7 +523,7 @@ class BatchNorm(AffineLayer):
         one = self._is_one(counts)
         if one.any():
             tracks = self.running_mean is not None
-            checks.several_values(self.one_value, counts, tracks, self.virtual_batch)
+            checks.layers.several_values(self.one_value, counts, tracks, self.virtual_batch)
         if one.all() or (self.running_mean is None and self.renormalization is None):
             return False
         self._running(writes=True)
@@ -542,7 +542,7 @@ class BatchNorm(AffineLayer):
         mean, var, runs = (_over_groups(a, counts) for a in (mean, each, unbiased))
         renewed = self._average(mean, runs) if updates else {}
         if self.nonfinite == "raise":
-            checks.finite({"mean": mean, "variance": var}, renewed)
+            checks.layers.finite({"mean": mean, "variance": var}, renewed)
         elif self.nonfinite == "skip":
             is_finite = all(np.isfinite(a).all() for a in (mean, var, *renewed.values()))
             return renewed if is_finite else {}
@@ -551,7 +551,7 @@ class BatchNorm(AffineLayer):
     def _running(self, *, writes: bool, nan: bool = False) -> tuple[Array, Array]:
         """The running statistics, checked; what is not finite is let in where an update may have
         brought it."""
-        return checks.running(
+        return checks.layers.running(
             self.running_mean,
             self.running_var,
             self.num_batches_tracked,
@@ -564,7 +564,7 @@ class BatchNorm(AffineLayer):
     def _average(self, mean: Array, var: Array) -> dict[str, Array]:
         """running = old * running + new * statistic, rounded once."""
         tracked = self.num_batches_tracked
-        batches = 1 if tracked is None else min(int(tracked) + 1, checks.MOST_BATCHES)
+        batches = 1 if tracked is None else min(int(tracked) + 1, checks.layers.MOST_BATCHES)
         if self.decay is not None:
             new, old = 1 - self.decay, self.decay
         else:

@@ -1,0 +1,112 @@
+# What C gives to the kernels, header by header.
+
+cdef extern from "simd.h" nogil:
+    ctypedef float real     # or double: C knows; so mixed expressions are double here
+    ctypedef float element  # what memory holds: a real, or a half type
+    ctypedef struct vec:
+        pass
+    ctypedef struct wide:
+        pass
+    vec vload(const element* p)
+    vec vload_some(const element* p, long n)
+    vec vload_any(const element* p, long n)
+    void vstore(element* p, vec v)
+    void vstore_part(element* p, vec v, long n)
+    void vstore_some(element* p, vec v, long n)
+    void vstore_any(element* p, vec v, long n)
+    void vstream(element* p, vec v)
+    void stream_fence()
+    const int BOUND         # bytes; streaming starts at a multiple
+    void vsplat_each(vec* v, const real* p, long pitch, int count)
+    void vload_each(vec* v, const real* p, long pitch, int count)
+    vec vsplat(real a)
+    vec affine(vec x, const vec* k)
+    vec gradient_weighed(vec dy, vec x, vec w, const vec* k)
+    vec gradient(vec dy, vec x, const vec* k)
+    vec vadd(vec a, vec b)
+    vec vmul(vec a, vec b)
+    wide wload_table(const double* p)
+    wide wload_table_part(const double* p, long n)
+    void wstore_table(double* p, wide w)
+    wide wsplat(double a)
+    wide wadd(wide a, wide b)
+    wide wsub(wide a, wide b)
+    double wsum(wide a)
+    double value_of(const element* p)
+    bint is_finite(double a)
+
+cdef extern from "masks.h" nogil:
+    ctypedef struct mask16:     # which of sixteen places count
+        pass
+    ctypedef struct lanes:      # the same, as a mask of lanes
+        pass
+    mask16 mask_load(const unsigned char* p)
+    mask16 mask_broadcast(const unsigned char* p)
+    mask16 mask_load_before(const unsigned char* end, const unsigned char* p)
+    mask16 mask_permute(mask16 numbers, mask16 some)
+    mask16 sample_numbers(const unsigned char* p)
+    lanes lanes_of(mask16 some)
+    vec vand(vec v, lanes mask)
+    ctypedef struct weights:    # what samples weigh
+        const double* first
+        const double* end
+        long left, each
+    wide weights_by(const weights* p, mask16 numbers)
+    vec vweights_by(const weights* p, mask16 numbers)
+
+cdef extern from "epilogue.h" nogil:
+    ctypedef struct ActivationParams:
+        pass
+    ActivationParams activation_params(double slope, double top)
+    vec activate(vec v, const ActivationParams* b)
+    vec activation_grad(vec dy, vec y, const ActivationParams* b)
+
+cdef extern from "sums.h" nogil:
+    void add_moments(const element* x, long n, wide shift, wide unit, wide* first, wide* second)
+    void add_gradients(const element* dy, const element* x, const element* y, long n, wide mean,
+                       const ActivationParams* b, wide* first, wide* second)
+    void add_row_gradients(const element* dy, const element* x, const element* y, long n,
+                           double mean, double rstd, const double* gamma,
+                           const ActivationParams* b, wide* first, wide* second,
+                           double* column_first, double* column_second)
+    void add_masked_moments(const element* x, mask16 some, wide weight, long n, wide shift,
+                            wide unit, wide* first, wide* second)
+    void add_masked_gradients(const element* dy, const element* x, const element* y, mask16 some,
+                              long n, wide mean, const ActivationParams* b, wide* first,
+                              wide* second)
+
+cdef extern from "finalize.h" nogil:
+    ctypedef double doubles "f64_register"   # C knows how many
+    const int DOUBLES
+    doubles load(const double* p, long i)
+    void store(double* p, long i, doubles a)
+    void store_reals(real* p, long i, doubles a)
+    doubles rounded_to_real(doubles a)
+    doubles splat(double a)
+    doubles inverse_root(doubles a)
+    doubles divide(doubles a, double n, double inverse)
+    double exact_inverse(double n)
+    doubles not_negative(doubles a)
+    doubles product(doubles difference, doubles factor)
+    ctypedef long long marks "i64_register"
+    marks all_marks()
+    bint are_all(marks mask)
+    marks usual_scales(doubles a)
+    marks usual_slopes(doubles a)
+    marks usual_means(doubles a)
+    doubles sqrt_pow2(doubles a)
+    doubles gradient_pow2(doubles b, doubles rstd, doubles mean)
+    doubles inverse_of_power(doubles a)
+    doubles saturated(doubles a)
+
+cdef extern from "machine.h" nogil:
+    ctypedef struct fp_mode:
+        pass
+    fp_mode usual_mode()
+    void restore_mode(fp_mode mode)
+    void prefetch(const element* p, bint wanted)
+    void set_flag(unsigned char* flag)
+    long fetch_add(long* counter, long by)
+    int thread_number()
+    int team_size()
+    void team_barrier()

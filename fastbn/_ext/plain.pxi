@@ -1,0 +1,272 @@
+# Plain calls: arguments as most calls have them, read by NumPy's C interface in a few nanoseconds each.
+#
+# None of these functions says why something is not plain: that is for fastbn.checks. Nothing has been
+# touched when one says no.
+
+cdef Py_ssize_t short_plane = SHORT, row_bytes = ROW_BYTES
+
+
+cdef bint set_plain_shape(Task* t, object x, object layout):
+    """Whether x is a contiguous, native array that is not empty, of a known layout."""
+    cdef int ndim, axis
+    cdef Py_ssize_t N, C, S
+    if not cnp.PyArray_CheckExact(x) or not cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> x):
+        return False
+    if element_of(x) == NO_ELEMENT or type(layout) is not str:
+        return False
+    ndim = cnp.PyArray_NDIM(x)
+    if ndim < 2 or cnp.PyArray_SIZE(x) == 0:
+        return False
+    known = LAYOUTS.get(layout)
+    if known is None:
+        return False
+    axis = known
+    if axis < 0:
+        C, S = cnp.PyArray_DIM(x, ndim - 1), 1
+        N = cnp.PyArray_SIZE(x) // C
+    else:
+        N, C = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1)
+        S = cnp.PyArray_SIZE(x) // (N * C)
+    if C == 1 and S < short_plane:
+        N, S = 1, N * S
+    set_shape(t, 1, N, C, S, S == 1)
+    return True
+
+
+cdef object set_plain_samples(Task* t, object x, object layout, object groups, object samples):
+    """A plain shape with runs of some samples, or with rows, of `groups` of channels: the shape of a
+    table of what shares statistics. None where these are not plain, or where tables of all rows
+    would not be small."""
+    cdef Py_ssize_t N, C, S, of_run, count, pool
+    cdef bint last
+    cdef tuple shape
+    if not set_plain_shape(t, x, layout) or type(groups) is not int or type(samples) is not int:
+        return None
+    set_element(t, element_of(x))
+    N, C, last = cnp.PyArray_DIM(x, 0), t.channels, LAYOUTS[layout] < 0
+    if not 1 <= samples <= N or groups > C:
+        return None
+    of_run, count = samples, C if groups == EACH_CHANNEL else 1 if groups == ALL_CHANNELS else groups
+    if N % of_run != 0 or C % count != 0:
+        return None
+    S, pool = cnp.PyArray_SIZE(x) // (N * C), C // count
+    shape = (N // of_run, count)
+    if groups == ALL_CHANNELS:
+        shape = (N // of_run,)
+    if of_run * S == 1 and are_rows(count, pool):
+        if N * count * row_bytes > calls_limit(t):
+            return None
+        set_shape(t, 1, 1, N * count, pool, False)
+        t.period = count
+        return shape
+    if C == 1 and (last or S < short_plane):
+        set_shape(t, N // of_run, 1, 1, of_run * S, of_run * S == 1)
+    elif S == 1 or last:
+        set_shape(t, N // of_run, of_run * S, C, 1, is_channels_last(of_run * S, 1, pool))
+    else:
+        set_shape(t, N // of_run, of_run, C, S, False)
+    t.pool = pool
+    return shape
+
+
+cdef bint are_statistics(object a, tuple shape):
+    """Whether these are contiguous, native float64 statistics of that shape."""
+    cdef int i
+    if not cnp.PyArray_CheckExact(a) or cnp.PyArray_NDIM(a) != len(shape):
+        return False
+    for i in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_DIM(a, i) != shape[i]:
+            return False
+    return cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT64 and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> a)
+
+
+cdef bint fits(Task* t, object v):
+    """Whether v is a native (C,) array of float32 or float64."""
+    return (cnp.PyArray_CheckExact(v) and cnp.PyArray_NDIM(v) == 1
+            and cnp.PyArray_DIM(v, 0) == parameters_of(t)
+            and cnp.PyArray_ISBEHAVED_RO(<cnp.ndarray> v)
+            and (cnp.PyArray_TYPE(v) == cnp.NPY_FLOAT32 or cnp.PyArray_TYPE(v) == cnp.NPY_FLOAT64))
+
+
+cdef bint is_like(object a, object x):
+    """Whether a is a contiguous native array of x's shape and type."""
+    return (cnp.PyArray_CheckExact(a) and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> a)
+            and cnp.PyArray_TYPE(a) == cnp.PyArray_TYPE(x) and cnp.PyArray_SAMESHAPE(a, x))
+
+
+cdef bint is_valid_variance(Task* t, bint nan):
+    """Whether no variance is negative or, unless allowed, NaN."""
+    cdef Py_ssize_t g, entries = t.channels // t.pool
+    cdef bint valid = True
+    for g in range(t.G):
+        if t.var.single:
+            valid &= are_variances(<float*> (t.var.data + g * t.var.g), entries,
+                                   t.var.c // <Py_ssize_t> sizeof(float), nan)
+        else:
+            valid &= are_variances(<double*> (t.var.data + g * t.var.g), entries,
+                                   t.var.c // <Py_ssize_t> sizeof(double), nan)
+    return valid
+
+
+cdef bint are_variances(const floating* var, Py_ssize_t entries, Py_ssize_t step,
+                        bint nan) noexcept nogil:
+    cdef Py_ssize_t c
+    cdef int valid = 1
+    if step == 1:
+        for c in range(entries):
+            valid &= (var[c] >= 0) | (nan & (var[c] != var[c]))
+    else:
+        for c in range(entries):
+            valid &= (var[c * step] >= 0) | (nan & (var[c * step] != var[c * step]))
+    return valid
+
+
+cdef bint is_valid_eps(object eps):
+    return type(eps) is float and 0 <= <double> eps and isfinite(<double> eps)
+
+
+cdef bint apart(object out, object a):
+    """Whether the contiguous `out` and an array behind any strides lie apart."""
+    cdef char* first = <char*> cnp.PyArray_DATA(a)
+    cdef char* last = first
+    cdef Py_ssize_t step
+    cdef int i
+    for i in range(cnp.PyArray_NDIM(a)):
+        step = (cnp.PyArray_DIM(a, i) - 1) * cnp.PyArray_STRIDE(a, i)
+        if step < 0:
+            first += step
+        else:
+            last += step
+    return (last + cnp.PyArray_ITEMSIZE(a) <= <char*> cnp.PyArray_DATA(out)
+            or <char*> cnp.PyArray_DATA(out) + cnp.PyArray_NBYTES(out) <= first)
+
+
+cdef bint is_plain_out(object out, object x):
+    """Whether `out` is like x, and writeable."""
+    return is_like(out, x) and cnp.PyArray_ISCARRAY(<cnp.ndarray> out)
+
+
+cdef bint in_place_or_apart(object out, object a):
+    return a is None or cnp.PyArray_DATA(out) == cnp.PyArray_DATA(a) or apart(out, a)
+
+
+cdef bint all_apart(object out, object mean, object var, object gamma, object beta):
+    cdef object vector
+    for vector in (mean, var, gamma, beta):
+        if vector is not None and not apart(out, vector):
+            return False
+    return True
+
+
+cdef bint set_activation(Task* t, object activation):
+    """The activation, by its public name."""
+    if activation is None:
+        t.slope, t.top = 1, INFINITY
+        return True
+    known = activations.of(activation)
+    if known is None:
+        return False
+    t.slope, t.top = known
+    return True
+
+
+cdef bint set_residual(Task* t, object residual, object x):
+    if residual is None:
+        return True
+    if not is_like(residual, x):
+        return False
+    t.residual = dense(t, residual)
+    return True
+
+
+cdef bint set_activation_grad(Task* t, object activation, object y, object dy):
+    """The activation, and the y that it needs. Without one only where y lies is asked, which
+    outputs are compared with: any array like dy will do, and Python ignores all else."""
+    if not set_activation(t, activation):
+        return False
+    if activation is None:
+        return y is None or is_like(y, dy)
+    if y is None or not is_like(y, dy):
+        return False
+    t.y = dense(t, y)
+    return True
+
+
+cdef void set_parameters(Task* t, object gamma, object beta):
+    if t.period > 0:
+        return      # by column
+    if gamma is not None:
+        t.gamma = table(gamma)
+    if beta is not None:
+        t.beta = table(beta)
+
+
+cdef void keep_dresidual(Task* t, Operand dresidual) noexcept:
+    """Store dy as the activation lets it through; without one, dy itself."""
+    t.dresidual = dresidual
+    if t.y.data == NULL:
+        t.y = t.dy
+
+
+cdef object set_plain_forward(Task* t, object x, object gamma, object beta, object eps,
+                              object activation, object residual, object out):
+    """A training forward on a shape that is set: its output, or None."""
+    if not is_valid_eps(eps):
+        return None
+    if not (gamma is None or fits(t, gamma)) or not (beta is None or fits(t, beta)):
+        return None
+    if not set_activation(t, activation) or not set_residual(t, residual, x):
+        return None
+    if out is None:
+        out = empty_like(x)
+    elif not (is_plain_out(out, x) and in_place_or_apart(out, x)
+              and in_place_or_apart(out, residual) and all_apart(out, None, None, gamma, beta)):
+        return None
+    t.reduce, t.map, t.eps = MOMENTS, AFFINE, eps
+    t.x, t.out = dense(t, x), dense(t, out)
+    set_parameters(t, gamma, beta)
+    return out
+
+
+cdef tuple set_plain_backward(Task* t, object dy, object x, object mean, object var, object gamma,
+                              object eps, object activation, object y, object dresidual,
+                              bint frozen, bint lone, object out):
+    """A backward on dy's shape, which is set, by statistics that are: dx and dresidual, or None.
+    `lone` is that of dx alone by fixed statistics."""
+    if not is_valid_eps(eps) or not (gamma is None or fits(t, gamma)):
+        return None
+    if not (lone and x is None) and not is_like(x, dy):
+        return None
+    if not is_valid_variance(t, not frozen) or not set_activation_grad(t, activation, y, dy):
+        return None
+    if dresidual is True:
+        dresidual = empty_like(dy)
+    elif dresidual is False:
+        dresidual = None
+    elif not (is_plain_out(dresidual, dy) and in_place_or_apart(dresidual, dy)
+              and (x is None or apart(dresidual, x)) and (y is None or apart(dresidual, y))
+              and all_apart(dresidual, mean, var, gamma, None)):
+        return None
+    if out is None:
+        out = empty_like(dy)
+    elif not (is_plain_out(out, dy) and in_place_or_apart(out, dy) and in_place_or_apart(out, x)
+              and all_apart(out, mean, var, gamma, y)
+              and (dresidual is None or apart(out, dresidual))):
+        return None
+    t.reduce = NO_REDUCE if lone else GRADIENT_MOMENTS
+    t.map = AFFINE if frozen else INPUT_GRADIENT
+    t.eps = eps
+    t.dy, t.out = dense(t, dy), dense(t, out)
+    set_parameters(t, gamma, None)
+    if lone:
+        memset(&t.mean, 0, sizeof(Table))   # dy is not centred
+    else:
+        t.x = dense(t, x)
+    if dresidual is not None:
+        keep_dresidual(t, dense(t, dresidual))
+    return out, dresidual
+
+
+cdef bint may_cut_sums(Task* t) noexcept:
+    """Whether the sums of a run may be taken some channels at a time, or need not."""
+    return t.fold == 1 and t.pool == 1 or t.channels * sum_bytes <= calls_limit(t)

@@ -1,0 +1,333 @@
+"""Drives a backend's passes over a checked call: its spans, and their parts.
+
+The first half is the verbs as far as they have something in common, from a `Call` to a public
+result; the second half takes views, tables and parts to the backend and brings home what it wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn import checks
+from fastbn._call import Call, Span, returned
+from fastbn.backends.base import (
+    ActivationGrad,
+    Affine,
+    BackwardTables,
+    Epilogue,
+    ForwardTables,
+    GradientCoefficients,
+    Part,
+    Table,
+    frozen_coefficients,
+    gradient_coefficients,
+    inverse_deviation,
+    quiet,
+)
+from fastbn.results import BatchNormResult, Gradients, GradientSums, ResidualGradients
+
+Array = NDArray[Any]
+Scale = Callable[[Span, Part], Table]
+"""gamma / sqrt(var + eps) of a part."""
+
+
+# ---- From a call to a result ----
+
+
+def batch_norm(call: Call, eps: Any, activation: Any, residual: Any, out: Any) -> BatchNormResult:
+    """Normalize by the statistics of the batch, or of what shares them in it."""
+    eps = checks.options.epsilon(eps)
+    epilogue = call.epilogue(activation, residual)
+    y = call.output("out", out, {"x": call.array, "residual": epilogue and epilogue.residual})
+    run = _forward_rows if call.by_row else _forward
+    mean, var = run(call, eps, epilogue, y)
+    return BatchNormResult(returned(out, y), call.shaped(mean), call.shaped(var))
+
+
+def normalize(call: Call, scale: Scale, activation: Any, residual: Any, out: Any) -> Array:
+    """Normalize by given statistics, once it is known what each channel's scale is."""
+    epilogue = call.epilogue(activation, residual)
+    y = call.output("out", out, {"x": call.array, "residual": epilogue and epilogue.residual})
+    if call.is_empty:
+        y.fill(0)
+    for span in call.spans:
+        view, target, of_span = span.view(call.array), span.target(y), span.epilogue(epilogue)
+        for part in span.parts(call.array.nbytes):
+            mean, beta = call.table("mean", 0.0, span, part), call.table("beta", 0.0, span, part)
+            affine, of_part = Affine(mean, scale(span, part), beta), of_span and of_span.part(part)
+            on = part.of(view), affine, part.of(target), call.threads, of_part, span.selection
+            call.backend.normalize(*on)
+        span.deliver(target, y)
+    result: Array = returned(out, y)
+    return result
+
+
+def moments(call: Call) -> tuple[Table, Table]:
+    """Tables of mean and variance."""
+    mean, var = call.statistics(), call.statistics()
+    for span in call.spans:
+        view = span.view(call.array)
+        for part in span.parts(call.array.nbytes):
+            found = call.backend.moments(part.of(view), call.threads, span.selection)
+            mean[span.at(part)], var[span.at(part)] = found
+    return mean, var
+
+
+class BackwardOptions(NamedTuple):
+    """What the backward functions are asked for, as the caller gave it."""
+
+    eps: Any
+    params: bool
+    activation: Any
+    y: Any
+    dresidual: Any
+    out: Any
+
+
+class _Work(NamedTuple):
+    """What a backward reads, and where it writes."""
+
+    dy: Array
+    x: Array | None
+    """None where it is not read."""
+    eps: float
+    activation_grad: ActivationGrad | None
+    dx: Array
+    parameters: list[Array]
+    """dgamma and dbeta, where they are wanted."""
+    is_fixed: bool
+    total: GradientSums | None
+    """The sums of a whole batch of which this is a part."""
+
+
+def gradients(
+    call: Call, dy: Any, options: BackwardOptions, *, is_fixed: bool = False, sums: Any = None
+) -> Gradients | ResidualGradients:
+    """Go back through the batch's statistics, or through what shares them, or by fixed ones."""
+    dy = checks.arrays.companion("dy", dy, call.name, call.array)
+    eps, total = checks.options.epsilon(options.eps), call.sums(sums)
+    x = call.array if call.name == "x" else None
+    _, params, activation, y, dresidual, out = options
+    grad, dx = call.backward_outputs(activation, y, dresidual, out, dy, x)
+    parameters = [call.gradient(), call.gradient()] if params else []
+    read = None if is_fixed and not params else x
+    work = _Work(dy, read, eps, grad, dx, parameters, is_fixed, total)
+    (_backward_rows if call.by_row else _backward)(call, work)
+    dgamma, dbeta = parameters or (None, None)
+    return named(returned(out, dx), dgamma, dbeta, grad and returned(dresidual, grad.dresidual))
+
+
+def named(
+    dx: Array, dgamma: Array | None, dbeta: Array | None, dresidual: Array | None
+) -> Gradients | ResidualGradients:
+    """The result, with a fourth field where it was asked for."""
+    if dresidual is None:
+        return Gradients(dx, dgamma, dbeta)
+    return ResidualGradients(dx, dgamma, dbeta, dresidual)
+
+
+def gradient_sums(call: Call, dy: Any, eps: Any, activation: Any, y: Any) -> GradientSums:
+    """dgamma, dbeta and count of a part of a batch."""
+    x, dy = call.array, checks.arrays.companion("dy", dy, "x", call.array)
+    eps = checks.options.epsilon(eps)
+    known, y = checks.arrays.activation_grad(y, activation, "x", x)
+    grad = None if y is None else ActivationGrad(known, y, None)
+    dgamma, dbeta = call.zeros(np.float64), call.zeros(np.float64)
+    if call.is_empty:
+        return GradientSums(dgamma, dbeta, 0)
+    (span,) = call.spans
+    dy_view, x_view, grad = span.view(dy), span.view(x), span.activation_grad(grad)
+    for part in span.parts(x.nbytes):
+        arrays = part.of(dy_view), part.of(x_view), call.table("mean", 0.0, span, part)
+        of_part = grad and grad.part(part)
+        found = call.backend.gradient_moments(*arrays, call.threads, of_part, span.selection)
+        rstd = inverse_deviation(call.table("var", 1.0, span, part), eps)
+        sum_dy, sum_dy_xmu = found
+        dgamma[part.channels], dbeta[part.channels] = _product(sum_dy_xmu, rstd)[0], sum_dy[0]
+    return GradientSums(dgamma, dbeta, call.count)
+
+
+# ---- Forward ----
+
+
+def _forward(call: Call, eps: float, epilogue: Epilogue | None, y: Array) -> tuple[Table, Table]:
+    """Write y; gives the tables of mean and variance."""
+    mean, var = call.statistics(), call.statistics()
+    if call.is_empty:
+        y.fill(0)
+    for span in call.spans:
+        view, target = span.view(call.array, call.pool), span.target(y)
+        of_span = span.epilogue(epilogue)
+        for part in span.parts(call.array.nbytes, call.pool):
+            gamma, beta = call.table("gamma", 1.0, span, part), call.table("beta", 0.0, span, part)
+            tables = ForwardTables(gamma, beta, eps, call.pool)
+            fused = of_span and of_span.part(part), span.selection
+            found = call.backend.forward(
+                part.of(view), tables, part.of(target), call.threads, *fused
+            )
+            at = span.at(part, call.pool)
+            mean[at], var[at] = found
+        span.deliver(target, y)
+    return mean, var
+
+
+def _forward_rows(
+    call: Call, eps: float, epilogue: Epilogue | None, y: Array
+) -> tuple[Table, Table]:
+    """The same of rows."""
+    (span,) = call.spans
+    tables = ForwardTables(_by_column(call, "gamma", 1.0), _by_column(call, "beta", 0.0), eps)
+    statistics = mean, var = call.statistics(), call.statistics()
+    view, target, of_span = span.view(call.array), span.target(y), span.epilogue(epilogue)
+    for part in span.row_parts(call.array.nbytes, len(tables.gamma)):
+        of_part = of_span and of_span.part(part)
+        arrays = part.of(view), tables, part.of(target)
+        found = call.backend.forward_rows(*arrays, call.threads, of_part)
+        for table, rows in zip(statistics, found, strict=True):
+            table.reshape(-1)[part.channels] = rows[0]
+    span.deliver(target, y)
+    return mean, var
+
+
+def _by_column(call: Call, name: str, default: float) -> Table:
+    """gamma or beta as a row of float64 for each group."""
+    vector, shape = call.vectors[name], (-1, call.pool)
+    if vector is None:
+        return np.full(call.channels, default).reshape(shape)
+    return vector.astype(np.float64).reshape(shape)
+
+
+# ---- Backward ----
+
+
+def _backward(call: Call, work: _Work) -> None:
+    """Write dx, dresidual, dgamma and dbeta, as far as they are wanted."""
+    if call.is_empty:
+        _clear(work)
+        return
+    totals = work.parameters if call.runs is None else _nothing(work.parameters)
+    for span in call.spans:
+        on_views, target = _on_views(work, span), span.target(work.dx)
+        for part in span.parts(call.array.nbytes, call.pool):
+            found = _part_backward(call, on_views, span, part, part.of(target))
+            _add_into(totals, part.channels, found, anew=call.runs is None)
+        _deliver(work, on_views, span, target)
+    if call.runs is not None:
+        _round_into(work.parameters, totals)
+
+
+def _backward_rows(call: Call, work: _Work) -> None:
+    """The same of rows."""
+    (span,) = call.spans
+    gamma = _by_column(call, "gamma", 1.0)
+    mean, var = (
+        np.require(call.vectors[name], np.float64, ["ALIGNED"]).reshape(1, -1)
+        for name in ("mean", "var")
+    )
+    totals = [np.full_like(gamma, -0.0), np.full_like(gamma, -0.0)]  # to which -0.0 may be added
+    on_views, target = _on_views(work, span), span.target(work.dx)
+    for part in span.row_parts(call.array.nbytes, len(gamma)):
+        rows = part.channels
+        tables = BackwardTables(mean[:, rows], var[:, rows], gamma, work.eps)
+        arrays = part.of(on_views.dy), part.of(on_views.x), tables, part.of(target)
+        of_part = on_views.activation_grad and on_views.activation_grad.part(part)
+        _add(totals, call.backend.backward_rows(*arrays, call.threads, of_part))
+    _deliver(work, on_views, span, target)
+    _round_into(work.parameters, [total.reshape(-1) for total in totals])
+
+
+def _clear(work: _Work) -> None:
+    """The gradients of what is empty, or of what does not count."""
+    for array in (work.dx, work.activation_grad and work.activation_grad.dresidual):
+        if array is not None:
+            array.fill(0)
+    if work.total is not None:
+        _round_into(work.parameters, (work.total.dgamma, work.total.dbeta))
+
+
+def _on_views(work: _Work, span: Span) -> _Work:
+    """The work on a span's views."""
+    dy, x = span.view(work.dy), None if work.x is None else span.view(work.x)
+    return work._replace(dy=dy, x=x, activation_grad=span.activation_grad(work.activation_grad))
+
+
+def _deliver(work: _Work, on_views: _Work, span: Span, target: Array) -> None:
+    """Bring home what was written of a span."""
+    span.deliver(target, work.dx)
+    grad, written = work.activation_grad, on_views.activation_grad
+    if grad and written and grad.dresidual is not None and written.dresidual is not None:
+        span.deliver(written.dresidual, grad.dresidual)
+
+
+def _part_backward(call: Call, work: _Work, span: Span, part: Part, dx: Array) -> tuple[Table, ...]:
+    """Write dx and dresidual of a part; gives dgamma and dbeta, if x was read for them."""
+    dy, x, total = part.of(work.dy), part.of(work.x), work.total
+    mean, var, gamma = (call.table(name, 1.0, span, part) for name in ("mean", "var", "gamma"))
+    fused = work.activation_grad and work.activation_grad.part(part), span.selection
+    if x is not None and total is None:
+        tables = BackwardTables(mean, var, gamma, work.eps, work.is_fixed, call.pool)
+        return call.backend.backward(dy, x, tables, dx, call.threads, *fused)
+    sums = None
+    if total is not None:
+        dgamma, dbeta = (a[None, part.channels] for a in (total.dgamma, total.dbeta))
+        sums = GradientSums(dgamma, dbeta, total.count)
+    # What weighs nothing has no part in the statistics.
+    coefficients = _coefficients(mean, var, gamma, work.eps, sums if call.count else None)
+    call.backend.input_gradient(dy, x, coefficients, dx, call.threads, *fused)
+    return () if sums is None else (sums.dgamma, sums.dbeta)
+
+
+@quiet
+def _coefficients(
+    mean: Table, var: Table, gamma: Table, eps: float, sums: GradientSums | None
+) -> GradientCoefficients:
+    """Of the input's gradient by known sums or, without, through fixed statistics."""
+    rstd = inverse_deviation(var, eps)
+    if sums is None:
+        return frozen_coefficients(mean, rstd, gamma)
+    return gradient_coefficients(sums.dbeta, sums.dgamma, sums.count, mean, rstd, gamma)
+
+
+# ---- Sums of parts ----
+
+
+@quiet
+def _product(a: Table, b: Table) -> Table:
+    return np.asarray(a * b)
+
+
+@quiet
+def _add(totals: list[Table], found: tuple[Table, Table]) -> None:
+    """Add the sums of some rows to those of all."""
+    for total, sums in zip(totals, found, strict=True):
+        total += sums
+
+
+@quiet
+def _add_into(totals: list[Array], at: slice, sums: tuple[Table, ...], *, anew: bool) -> None:
+    """Add the sums of some runs to those of channels, or put them there."""
+    for total, found in zip(totals, sums, strict=False):
+        total[at] = found[0] if anew else _in_turn(total[at], found)
+
+
+def _in_turn(total: Array, found: Table) -> Array:
+    """total + found[0] + found[1] + ... in this order, so that no bit depends on the parts in which
+    runs are worked on; `found` is used up. Of a single column `sum` would add up pairs."""
+    found[0] += total
+    return np.asarray(np.add.accumulate(found)[-1] if found.shape[1] == 1 else found.sum(0))
+
+
+def _nothing(parameters: list[Array]) -> list[Array]:
+    """Float64 totals of no runs, to which -0.0 may be added."""
+    return [np.full(parameter.shape, -0.0) for parameter in parameters]
+
+
+@quiet
+def _round_into(parameters: list[Array], totals: Sequence[Table]) -> None:
+    """Sums as the gradients of parameters, in their type."""
+    for parameter, total in zip(parameters, totals, strict=False):
+        parameter[...] = total

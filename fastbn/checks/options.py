@@ -1,0 +1,150 @@
+"""Options of the verbs: words, flags and numbers."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from fastbn import activations
+from fastbn.activations import Activation
+from fastbn.checks.words import as_float, described, whole_number, word_of, wrong_type_or_value
+from fastbn.errors import shown
+from fastbn.layouts import LAYOUTS
+
+MAX_THREADS = 1024
+METHODS = ("exact", "average")
+
+
+def layout(value: Any) -> str:
+    """One of the names in `LAYOUTS`."""
+    word = word_of(value)
+    if word in LAYOUTS:
+        return word
+    raise wrong_type_or_value(
+        value,
+        str,
+        f"layout is {shown(value)}, expected 'NCHW' (channels on axis 1) or 'NHWC' (channels "
+        "last); it names where the channels are, for arrays of any rank from 2 up",
+    )
+
+
+def activation(value: Any) -> Activation:
+    """What is done to y last; `activations.of` knows them."""
+    known = activations.of(value)
+    if known is None:
+        error = ValueError if isinstance(value, str | tuple) else TypeError
+        names = ", ".join(repr(name) for name in activations.NAMED)
+        raise error(
+            f"activation is {shown(value)}, expected None, {names} or ('{activations.LEAKY}', "
+            "slope) with 0 < slope < 1; apply any other activation to y afterwards"
+        )
+    return known
+
+
+def activation_name(value: Any) -> str | tuple[str, float] | None:
+    """The same as a layer keeps it: of Python's own types, which print as they are written."""
+    slope = activation(value).slope
+    if isinstance(value, tuple):
+        return activations.LEAKY, slope
+    return None if value is None else word_of(value)
+
+
+def no_activation(value: Any) -> None:
+    """None, where an activation would have to be differentiated twice."""
+    if value is not None:
+        error = ValueError if isinstance(value, str | tuple) else TypeError
+        raise error(
+            f"activation is {shown(value)}, expected None: an activation has no second derivative "
+            "at its kinks; apply it apart: multiply dy by its slope where it gave y, and "
+            "afterwards ddy too"
+        )
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, and not something that merely counts as one."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise TypeError(f"{name} is {described(value)}, expected True or False; pass one of them")
+
+
+def threads(name: str, value: Any) -> int:
+    """A number of threads: a whole number from 1 to `MAX_THREADS`."""
+    n = whole_number(name, value, "a whole number of threads", "pass an int, 1 for serial work")
+    if not 1 <= n <= MAX_THREADS:
+        raise ValueError(
+            f"{name} is {shown(n)}, expected a number of threads from 1 to {MAX_THREADS}; "
+            f"pass {'1 for serial work' if n < 1 else f'{MAX_THREADS} at most'}"
+        )
+    return n
+
+
+def option(name: str, value: Any, known: tuple[str, ...]) -> str:
+    """One of a few words."""
+    word = word_of(value)
+    if word in known:
+        return word
+    words = ", ".join(repr(word) for word in known)
+    raise wrong_type_or_value(
+        value, str, f"{name} is {shown(value)}, expected one of {words}; pass one of them"
+    )
+
+
+def epsilon(value: Any) -> float:
+    """eps: a finite number, zero or more."""
+    if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
+        raise TypeError(
+            f"eps is {described(value)}, expected a number, zero or more; pass a float, as 1e-5"
+        )
+    eps = as_float(value)
+    if not (eps >= 0 and math.isfinite(eps)):
+        raise ValueError(
+            f"eps is {eps}, expected a finite number, zero or more; it is added to the variance "
+            "before the square root, 1e-5 is usual"
+        )
+    return eps
+
+
+def virtual_batch(value: Any, **others: Any) -> int | None:
+    """How many samples have statistics of their own; None for all. Goes with nothing else."""
+    if value is None:
+        return None
+    remedy = "pass an int, or None for the batch as a whole"
+    n = whole_number("virtual_batch", value, "a whole number of samples", remedy)
+    if n < 1:
+        raise ValueError(
+            f"virtual_batch is {shown(n)}, expected 1 or more samples; pass None for the batch as "
+            "a whole"
+        )
+    for name, other in others.items():
+        if other is not None:
+            raise ValueError(
+                f"virtual_batch and {name} are both given, expected one of them: {name} is of the "
+                f"batch as a whole; call the function for each group of samples with its {name}"
+            )
+    return n
+
+
+def groups(value: Any) -> int:
+    """How many groups of channels: one or more."""
+    if type(value) is int and value > 0:
+        return value
+    n = whole_number("groups", value, "a whole number", "pass an int")
+    if n < 1:
+        raise ValueError(
+            f"groups is {shown(n)}, expected 1 or more; 1 is layer norm, and as many as "
+            "channels instance norm"
+        )
+    return n
+
+
+def divisor(groups: int, channels: int) -> int:
+    """Groups of as many channels each."""
+    if channels % groups != 0:
+        raise ValueError(
+            f"groups is {shown(groups)}, expected a divisor of {channels}, the number of channels: "
+            "groups have as many channels each; pass one, or another layout"
+        )
+    return groups

@@ -1,0 +1,1 @@
+"""Layers: the verbs with parameters, their gradients and a state."""
