@@ -87,10 +87,11 @@ def write_scaled(out: Array, dys: Any, a: Any, act: Slopes, fused: Any) -> None:
 
 @inline
 def is_usual(a: Any, mean: Any, rest: Any) -> Any:
-    """Whether float32 keeps (x - mean) * a + rest in range for all x, as far as the result is."""
+    """Whether float32 keeps (x - mean) * a + rest in range for all x, as far as the result is: the
+    factors are normal numbers, and the largest x less the mean rounds to itself."""
     size = abs(a)
-    scales = (size > 1e-18) & (size < 1e18) | (size == 0.0)
-    return scales & (abs(mean) < 1e18) & (abs(rest) < 1e36)
+    scales = (size > 1e-36) & (size < 1e36) | (size == 0.0)
+    return scales & (abs(mean) < 1e30) & (abs(rest) < 1e36)
 
 
 @inline
