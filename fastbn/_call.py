@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import checks
+from fastbn._batch import Batch
 from fastbn.activations import LINEAR
 from fastbn.backends.base import (
     ROW_BYTES,
@@ -37,7 +37,7 @@ from fastbn.backends.tuning import CALLS_SHARE, CHANNEL_BYTES, parts, scratch
 from fastbn.elements import arithmetic
 from fastbn.layouts import ALL_CHANNELS, EACH_CHANNEL, Arrangement, channel_axis
 from fastbn.results import GradientSums
-from fastbn.weights import Weights, scaled, times_power, values
+from fastbn.weights import times_power
 
 Array = NDArray[Any]
 
@@ -142,11 +142,7 @@ class Call:
     def __init__(
         self,
         on: tuple[Backend, int],
-        x: Any,
-        name: str,
-        layout: Any,
-        where: Any = None,
-        weights: Any = None,
+        batch: Batch,
         *,
         virtual_batch: Any = None,
         groups: int | None = None,
@@ -154,57 +150,53 @@ class Call:
         is_part: bool = False,
         **vectors: Any,
     ) -> None:
-        self.backend, self.threads = on
-        x, layout = checks.arrays.batch(name, x), checks.options.layout(layout)
-        self.array, self.name, self.layout = x, name, layout
-        self.channels = x.shape[channel_axis(layout, x.ndim)]
-        self.virtual_batch = checks.options.virtual_batch(
-            virtual_batch, where=where, weights=weights
-        )
+        (self.backend, self.threads), self.batch = on, batch
+        self.array = x = batch.array
+        self.channels, self.count = batch.channels, batch.count
+        given = {"where": batch.where, "weights": batch.weights}
+        self.virtual_batch = checks.options.virtual_batch(virtual_batch, **given)
         self.sharing = None if groups is None else Sharing.of(groups, len(x), self.channels)
         self.pool = 1
         if self.sharing is not None:
             self.virtual_batch, self.pool = 1, self.sharing.pool
         self.runs = None if self.virtual_batch is None else -(-len(x) // self.virtual_batch)
-        self.vectors: dict[str, Array | None] = {}
-        for key, value in vectors.items():
-            if key in ("mean", "var"):
-                self.vectors[key] = self._statistic(key, value, single)
-            else:
-                self.vectors[key] = checks.vectors.parameter(key, value, name, x, layout)
-        selected = None if where is None else checks.arrays.where(where, name, x, layout)
-        weights = None if weights is None else checks.arrays.weights(weights, name, x)
-        self.apart = {"where": selected, "weights": weights}
-        self.places = values(x, self.channels, selected)
-        self.count: float = self.places
-        self.weights: Weights | None = None
-        if weights is not None:
-            self.weights = scaled(weights, x, self.channels, selected)
-            self.count = self.weights.count
+        self.vectors = {key: self._vector(key, value, single) for key, value in vectors.items()}
         # Samples of a part may weigh nothing beside others, whose statistics normalize them.
-        self.is_empty = prod(x.shape) == 0 or (self.places if is_part else self.count) == 0
+        self.is_empty = x.size == 0 or (batch.places if is_part else self.count) == 0
         self.spans: list[Span] = []
         if not self.is_empty:
-            self.arrangement = Arrangement.of(x, layout, by_sample=weights is not None)
-            self.spans = list(self._spans(selected))
+            by_sample = batch.weights is not None
+            self.arrangement = Arrangement.of(x, batch.layout, by_sample=by_sample)
+            self.spans = list(self._spans())
+
+    def _vector(self, key: str, value: Any, single: bool) -> Array | None:
+        """A parameter or statistic, checked."""
+        if key in ("mean", "var"):
+            return self._statistic(key, value, single)
+        return checks.vectors.parameter(key, value, *self._of)
+
+    @property
+    def _of(self) -> tuple[str, Array, str]:
+        """What messages compare with."""
+        return self.batch.name, self.array, self.batch.layout
 
     def _statistic(self, key: str, value: Any, single: bool) -> Array:
         """mean or var as given: of the whole batch, each run, or what shares it in each sample."""
         shared, x = self.sharing, self.array
         if shared is not None:
-            given = checks.vectors.sample_statistic(key, value, self.name, x, shared.shape)
+            given = checks.vectors.sample_statistic(key, value, self.batch.name, x, shared.shape)
         else:
             options: dict[str, Any] = {"single": single, "groups": self.runs}
-            given = checks.vectors.statistic(key, value, self.name, x, self.layout, **options)
+            given = checks.vectors.statistic(key, value, *self._of, **options)
         if key == "var":
             checks.vectors.variance(given, nan=not single)
         return given if shared is None else given.reshape(len(x), shared.groups)
 
-    def _spans(self, where: Array | None) -> Iterator[Span]:
+    def _spans(self) -> Iterator[Span]:
         """All samples as one run; or whole virtual batches as so many, and what is left as one."""
         n, k, start, run = len(self.array), self.virtual_batch, 0, 0
         if k is None:
-            selection = self._selected(where)
+            selection = self._selected()
             yield Span(slice(0, n), slice(0, 1), self.arrangement, selection, self.backend)
             return
         while start < n:
@@ -212,7 +204,7 @@ class Call:
             samples = slice(start, min(start + runs * k, n))
             some = self.array[samples]
             order: dict[str, Any] = {"whole": self.array, "runs": runs, "pool": self.pool}
-            of_runs = Arrangement.of(some, self.layout, **order)
+            of_runs = Arrangement.of(some, self.batch.layout, **order)
             yield Span(samples, slice(run, run + runs), of_runs, None, self.backend)
             start, run = samples.stop, run + runs
 
@@ -231,43 +223,46 @@ class Call:
         """The checked `out`, or a fresh array in x's memory order."""
         x = self.array
         if out is not None:
-            apart = self.vectors | self.apart | (apart or {})
-            return checks.memory.output(name, out, self.name, x, in_place=in_place, apart=apart)
+            masks = {"where": self.batch.where, "weights": self.batch.weights}
+            apart = self.vectors | masks | (apart or {})
+            return checks.memory.output(
+                name, out, self.batch.name, x, in_place=in_place, apart=apart
+            )
         dtype = x.dtype.newbyteorder("=")
         if self.is_empty:
             return np.empty_like(x, dtype, subok=False)
         return self.arrangement.fresh(x.shape, dtype)
 
-    def _selected(self, where: Array | None) -> Selection | None:
+    def _selected(self) -> Selection | None:
         """What counts, as a backend takes it."""
-        if where is None and self.weights is None:
+        batch, where = self.batch, self.batch.where
+        if where is None and batch.scaled is None:
             return None
         if where is None:
             shape = list(self.array.shape)
-            shape[channel_axis(self.layout, self.array.ndim)] = 1
+            shape[channel_axis(batch.layout, self.array.ndim)] = 1
             where = np.broadcast_to(np.True_, shape)
         mask = self.arrangement.mask(where)
-        if self.weights is None or not self.count:
-            return Selection(mask, None, self.places)
-        return Selection(mask, self.weights.scaled[None], self._scaled(self.count))
+        if batch.scaled is None or not self.count:
+            return Selection(mask, None, batch.places)
+        return Selection(mask, batch.scaled.scaled[None], self._scaled(self.count))
 
     def _scaled(self, count: float) -> float:
         """A sum of weights as given, as one of weights as a backend takes them."""
-        return count if self.weights is None else times_power(count, self.weights.exponent)
+        weights = self.batch.scaled
+        return count if weights is None else times_power(count, weights.exponent)
 
     def sums(self, given: Any) -> GradientSums | None:
         """Those of a whole batch, checked, as a backend takes them; None of None."""
         if given is None:
             return None
-        known = checks.statistics.gradient_sums(
-            given, self.count, self.name, self.array, self.layout
-        )
+        known = checks.statistics.gradient_sums(given, self.count, *self._of)
         return known._replace(count=self._scaled(known.count))
 
     def epilogue(self, activation: Any, residual: Any) -> Epilogue | None:
         """What follows normalization, on arrays; None for nothing."""
         if residual is not None:
-            residual = checks.arrays.companion("residual", residual, self.name, self.array)
+            residual = checks.arrays.companion("residual", residual, self.batch.name, self.array)
         asked = checks.options.activation(activation)
         return None if residual is None and asked == LINEAR else Epilogue(asked, residual)
 
@@ -279,7 +274,7 @@ class Call:
 
         Where only the residual's gradient is wanted, dy is its own activation_grad.
         """
-        known, y = checks.arrays.activation_grad(y, activation, self.name, self.array)
+        known, y = checks.arrays.activation_grad(y, activation, self.batch.name, self.array)
         activation_grad = None if y is None else ActivationGrad(known, y, None)
         given = None if checks.arrays.plain(dresidual) is None else dresidual
         if given is not None or checks.options.flag("dresidual", dresidual):

@@ -6,7 +6,7 @@ result; the second half takes views, tables and parts to the backend and brings 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,13 +26,12 @@ from fastbn.backends.base import (
     frozen_coefficients,
     gradient_coefficients,
     inverse_deviation,
+    normal_scale,
     quiet,
 )
-from fastbn.results import BatchNormResult, Gradients, GradientSums, ResidualGradients
+from fastbn.results import BatchNormResult, Gradients, GradientSums, ResidualGradients, named
 
 Array = NDArray[Any]
-Scale = Callable[[Span, Part], Table]
-"""gamma / sqrt(var + eps) of a part."""
 
 
 # ---- From a call to a result ----
@@ -48,8 +47,9 @@ def batch_norm(call: Call, eps: Any, activation: Any, residual: Any, out: Any) -
     return BatchNormResult(returned(out, y), call.shaped(mean), call.shaped(var))
 
 
-def normalize(call: Call, scale: Scale, activation: Any, residual: Any, out: Any) -> Array:
-    """Normalize by given statistics, once it is known what each channel's scale is."""
+def normalize(call: Call, eps: Any, activation: Any, residual: Any, out: Any) -> Array:
+    """Normalize by given statistics, or by a given scale in place of gamma, var and eps."""
+    eps = 0.0 if "scale" in call.vectors else checks.options.epsilon(eps)
     epilogue = call.epilogue(activation, residual)
     y = call.output("out", out, {"x": call.array, "residual": epilogue and epilogue.residual})
     if call.is_empty:
@@ -58,12 +58,20 @@ def normalize(call: Call, scale: Scale, activation: Any, residual: Any, out: Any
         view, target, of_span = span.view(call.array), span.target(y), span.epilogue(epilogue)
         for part in span.parts(call.array.nbytes):
             mean, beta = call.table("mean", 0.0, span, part), call.table("beta", 0.0, span, part)
-            affine, of_part = Affine(mean, scale(span, part), beta), of_span and of_span.part(part)
+            affine = Affine(mean, _scale(call, eps, span, part), beta)
+            of_part = of_span and of_span.part(part)
             on = part.of(view), affine, part.of(target), call.threads, of_part, span.selection
             call.backend.normalize(*on)
         span.deliver(target, y)
     result: Array = returned(out, y)
     return result
+
+
+def _scale(call: Call, eps: float, *at: Any) -> Table:
+    """gamma / sqrt(var + eps) of a part."""
+    if "scale" in call.vectors:
+        return call.table("scale", 1.0, *at)
+    return normal_scale(call.table("gamma", 1.0, *at), call.table("var", 1.0, *at), eps)
 
 
 def moments(call: Call) -> tuple[Table, Table]:
@@ -108,9 +116,9 @@ def gradients(
     call: Call, dy: Any, options: BackwardOptions, *, is_fixed: bool = False, sums: Any = None
 ) -> Gradients | ResidualGradients:
     """Go back through the batch's statistics, or through what shares them, or by fixed ones."""
-    dy = checks.arrays.companion("dy", dy, call.name, call.array)
+    dy = checks.arrays.companion("dy", dy, call.batch.name, call.array)
     eps, total = checks.options.epsilon(options.eps), call.sums(sums)
-    x = call.array if call.name == "x" else None
+    x = call.array if call.batch.name == "x" else None
     _, params, activation, y, dresidual, out = options
     grad, dx = call.backward_outputs(activation, y, dresidual, out, dy, x)
     parameters = [call.gradient(), call.gradient()] if params else []
@@ -119,15 +127,6 @@ def gradients(
     (_backward_rows if call.by_row else _backward)(call, work)
     dgamma, dbeta = parameters or (None, None)
     return named(returned(out, dx), dgamma, dbeta, grad and returned(dresidual, grad.dresidual))
-
-
-def named(
-    dx: Array, dgamma: Array | None, dbeta: Array | None, dresidual: Array | None
-) -> Gradients | ResidualGradients:
-    """The result, with a fourth field where it was asked for."""
-    if dresidual is None:
-        return Gradients(dx, dgamma, dbeta)
-    return ResidualGradients(dx, dgamma, dbeta, dresidual)
 
 
 def gradient_sums(call: Call, dy: Any, eps: Any, activation: Any, y: Any) -> GradientSums:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import checks
+from fastbn._batch import Batch
 from fastbn._call import Call, Span
 from fastbn.activations import LINEAR
 from fastbn.backends.base import (
@@ -170,7 +171,7 @@ def _double_backward(arguments: tuple[Any, ...], *, frozen: bool) -> SecondGradi
     """Both functions; `frozen` is what tells them apart."""
     ddx, ddgamma, ddbeta, dy, x, mean, var, gamma, eps, layout, activation = arguments
     vectors = {"mean": mean, "var": var, "gamma": gamma, "ddgamma": ddgamma, "ddbeta": ddbeta}
-    call = Call(current(), x, "x", layout, single=frozen, **vectors)
+    call = Call(current(), Batch(x, layout), single=frozen, **vectors)
     dy = checks.arrays.companion("dy", dy, "x", call.array)
     if ddx is not None:
         ddx = checks.arrays.companion("ddx", ddx, "x", call.array)

@@ -7,14 +7,14 @@ checked, explained and arranged, by a `Call`, which `_run` takes through the bac
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal, overload
 
 from numpy.typing import NDArray
 
 from fastbn import _run, checks
+from fastbn._batch import Batch
 from fastbn._call import Call
-from fastbn.backends.base import Affine, Table, normal_scale
+from fastbn.backends.base import Affine
 from fastbn.config import current
 from fastbn.layouts import EACH_CHANNEL
 from fastbn.results import (
@@ -23,6 +23,7 @@ from fastbn.results import (
     GradientSums,
     ResidualGradients,
     Statistics,
+    named,
 )
 
 Array = NDArray[Any]
@@ -105,15 +106,19 @@ def batch_norm(
     """
     backend, threads = on = current()
     if where is None and weights is None:
-        given = gamma, beta, eps, layout, activation, residual, out, threads
         if virtual_batch is None:
-            plain = backend.plain_batch_norm(x, *given)
+            plain = backend.plain_batch_norm(
+                x, gamma, beta, eps, layout, activation, residual, out, threads
+            )
         else:
-            plain = backend.plain_samples(x, EACH_CHANNEL, virtual_batch, *given)
+            groups = EACH_CHANNEL, virtual_batch
+            plain = backend.plain_samples(
+                x, *groups, gamma, beta, eps, layout, activation, residual, out, threads
+            )
         if plain is not None:
             return BatchNormResult(*plain)
-    selected = layout, where, weights
-    call = Call(on, x, "x", *selected, virtual_batch=virtual_batch, gamma=gamma, beta=beta)
+    batch = Batch(x, layout, where, weights)
+    call = Call(on, batch, virtual_batch=virtual_batch, gamma=gamma, beta=beta)
     return _run.batch_norm(call, eps, activation, residual, out)
 
 
@@ -169,13 +174,9 @@ def normalize(
         )
         if plain is not None:
             return plain
-    call = Call(on, x, "x", layout, where, gamma=gamma, beta=beta, mean=mean, var=var)
-    eps = checks.options.epsilon(eps)
-
-    def scale(*at: Any) -> Table:
-        return normal_scale(call.table("gamma", 1.0, *at), call.table("var", 1.0, *at), eps)
-
-    return _run.normalize(call, scale, activation, residual, out)
+    vectors: dict[str, Any] = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
+    call = Call(on, Batch(x, layout, where), **vectors)
+    return _run.normalize(call, eps, activation, residual, out)
 
 
 def apply_affine(
@@ -188,9 +189,8 @@ def apply_affine(
     where: Any = None,
 ) -> Array:
     """What `normalize` does, by a layer's vectors, which need no checks."""
-    vectors: dict[str, Any] = {"mean": affine.mean, "scale": affine.scale, "beta": affine.beta}
-    call = Call(current(), x, "x", layout, where, **vectors)
-    return _run.normalize(call, partial(call.table, "scale", 1.0), activation, residual, out)
+    call = Call(current(), Batch(x, layout, where), **affine._asdict())
+    return _run.normalize(call, None, activation, residual, out)
 
 
 @overload
@@ -445,7 +445,7 @@ def moments(
         plain = backend.plain_moments(x, layout, threads)
         if plain is not None:
             return Statistics(*plain)
-    call = Call(on, x, "x", layout, where, weights, virtual_batch=virtual_batch)
+    call = Call(on, Batch(x, layout, where, weights), virtual_batch=virtual_batch)
     mean, var = _run.moments(call)
     return Statistics(call.shaped(mean), call.shaped(var))
 
@@ -498,8 +498,8 @@ def gradient_sums(
     >>> bool(np.allclose(dx, fastbn.batch_norm_backward(dy, x, mean, var).dx[:8]))
     True
     """
-    vectors: dict[str, Any] = {"mean": mean, "var": var}
-    call = Call(current(), x, "x", layout, where, weights, single=False, is_part=True, **vectors)
+    batch = Batch(x, layout, where, weights)
+    call = Call(current(), batch, single=False, is_part=True, mean=mean, var=var)
     return _run.gradient_sums(call, dy, eps, activation, y)
 
 
@@ -515,22 +515,22 @@ def _gradients(
 ) -> Gradients | ResidualGradients:
     """Both backward functions; `frozen` is what tells them apart."""
     backend, threads = on = current()
-    dy, x, *given = arguments
     if where is None and weights is None and sums is None:
         if virtual_batch is None:
-            plain = backend.plain_backward(dy, x, *given, frozen, out, threads)
+            plain = backend.plain_backward(*arguments, frozen, out, threads)
         else:
-            samples = dy, x, EACH_CHANNEL, virtual_batch
-            plain = backend.plain_samples_backward(*samples, *given, out, threads)
+            samples = *arguments[:2], EACH_CHANNEL, virtual_batch
+            plain = backend.plain_samples_backward(*samples, *arguments[2:], out, threads)
         if plain is not None:
-            return _run.named(*plain)
-    mean, var, gamma, eps, layout, params, activation, y, dresidual = given
+            return named(*plain)
+    dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual = arguments
     params = checks.options.flag("params", params)
     lone = checks.arrays.may_lack_x(x, frozen=frozen, params=params)
-    array, name = (dy, "dy") if lone else (x, "x")
     checks.options.virtual_batch(virtual_batch, sums=sums)
     kind = {"single": frozen, "is_part": sums is not None, "virtual_batch": virtual_batch}
     vectors = {"gamma": gamma, "mean": mean, "var": var}
-    call = Call(on, array, name, layout, where, weights, **kind, **vectors)
+    given = layout, where, weights
+    batch = Batch(dy, *given, name="dy") if lone else Batch(x, *given)
+    call = Call(on, batch, **kind, **vectors)
     options = _run.BackwardOptions(eps, params, activation, y, dresidual, out)
     return _run.gradients(call, dy, options, is_fixed=frozen, sums=sums)

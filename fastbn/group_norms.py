@@ -15,11 +15,12 @@ from typing import Any
 from numpy.typing import NDArray
 
 from fastbn import _run, checks
+from fastbn._batch import Batch
 from fastbn._call import Call
 from fastbn.config import current
 from fastbn.functional import ActivationName
 from fastbn.layouts import ALL_CHANNELS, EACH_CHANNEL
-from fastbn.results import BatchNormResult, Gradients, ResidualGradients
+from fastbn.results import BatchNormResult, Gradients, ResidualGradients, named
 
 Array = NDArray[Any]
 
@@ -334,7 +335,7 @@ def _forward(x: Array, groups: int, gamma: Any, beta: Any, *options: Any) -> Bat
     if plain is not None:
         return BatchNormResult(*plain)
     eps, layout, activation, residual, out = options
-    call = Call(on, x, "x", layout, groups=groups, gamma=gamma, beta=beta)
+    call = Call(on, Batch(x, layout), groups=groups, gamma=gamma, beta=beta)
     return _run.batch_norm(call, eps, activation, residual, out)
 
 
@@ -343,11 +344,11 @@ def _backward(groups: int, dy: Any, x: Any, *options: Any) -> Gradients | Residu
     backend, threads = on = current()
     plain = backend.plain_samples_backward(dy, x, groups, 1, *options, threads)
     if plain is not None:
-        return _run.named(*plain)
+        return named(*plain)
     mean, var, gamma, eps, layout, params, activation, y, dresidual, out = options
     params = checks.options.flag("params", params)
     vectors = {"gamma": gamma, "mean": mean, "var": var}
-    call = Call(on, x, "x", layout, groups=groups, single=False, **vectors)
+    call = Call(on, Batch(x, layout), groups=groups, single=False, **vectors)
     return _run.gradients(
         call, dy, _run.BackwardOptions(eps, params, activation, y, dresidual, out)
     )

@@ -76,25 +76,30 @@ def reestimate(
     checks.statistics.network(forward)
     walks = [[layer] for layer in layers] if sequential else [list(layers)]
     checks.statistics.reiterable(batches, len(walks))
-    restore_modes = at_once(dict.update, map(vars, layers), [_modes(layer) for layer in layers])
+    runnings = [layer._running for layer in layers]
+    restore_modes = at_once(
+        dict.update,
+        [*map(vars, layers), *map(vars, runnings)],
+        [*map(_modes, layers), *({"observe": None} for _ in runnings)],
+    )
     every = (a for layer in layers for a in layer._arrays().values())
     arrays = [a for a in every if a.flags.writeable]
     copies = [a.copy() for a in arrays]
     restore_arrays = at_once(np.ndarray.__setitem__, arrays, repeat(...), copies)
     # No function in Python stands between what is raised and these two calls.
     try:
-        for layer in layers:
-            layer._observe = _ignore
+        for running in runnings:
+            running.observe = _ignore
         for walk in walks:
             populations = [Population(method) for _ in walk]
             for layer, population in zip(walk, populations, strict=True):
-                layer._observe = population.add
+                layer._running.observe = population.add
             for batch in batches:
                 forward(batch)
             for layer, population in zip(walk, populations, strict=True):
                 found = population.statistics(f"layers[{layers.index(layer)}]")
-                layer._renew(found.mean, found.var)
-                layer._observe = None
+                layer._running.replace(found.mean, found.var)
+                layer._running.observe = None
                 layer.frozen_statistics = True  # whatever mode `forward` sets
     except BaseException:
         restore_arrays()
@@ -106,7 +111,7 @@ def reestimate(
 def _modes(layer: BatchNorm) -> dict[str, Any]:
     """What a layer has again afterwards."""
     names = "_training", "_frozen_statistics"
-    return {name: vars(layer)[name] for name in names} | {"_observe": None, "_forward": None}
+    return {name: vars(layer)[name] for name in names} | {"_forward": None}
 
 
 def _ignore(batch: Moments) -> None:

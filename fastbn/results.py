@@ -40,6 +40,18 @@ class ResidualGradients(NamedTuple):
     dresidual: NDArray[Any]
 
 
+def named(
+    dx: NDArray[Any],
+    dgamma: NDArray[Any] | None,
+    dbeta: NDArray[Any] | None,
+    dresidual: NDArray[Any] | None,
+) -> Gradients | ResidualGradients:
+    """The result, with a fourth field where it was asked for."""
+    if dresidual is None:
+        return Gradients(dx, dgamma, dbeta)
+    return ResidualGradients(dx, dgamma, dbeta, dresidual)
+
+
 class GradientSums(NamedTuple):
     """What `fastbn.gradient_sums` returns; those of parts add up to those of the whole."""
 

@@ -20,12 +20,15 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks
+from fastbn import _run, checks
+from fastbn._batch import Batch
+from fastbn._call import Call
 from fastbn.backends.base import quiet
+from fastbn.config import current
 from fastbn.fixed import added, locked
 from fastbn.functional import moments
 from fastbn.results import PopulationStatistics
-from fastbn.weights import SEVERAL, size
+from fastbn.weights import SEVERAL
 
 Array = NDArray[Any]
 Vector = NDArray[np.float64]
@@ -105,9 +108,13 @@ class Moments:
         >>> fastbn.Moments.of(np.float32([[1, 7], [3, 7]]))
         Moments(count=2, mean=array([2., 7.]), var=array([1., 0.]))
         """
-        mean, var = moments(x, layout=layout, where=where, weights=weights)
-        count, effective = size(x, layout, where, weights)
-        return cls._made(count, mean, var, effective)
+        batch = Batch(x, layout, where, weights)
+        if batch.counts_all:
+            mean, var = moments(batch.array, layout=batch.layout)
+        else:
+            call = Call(current(), batch)
+            mean, var = map(call.shaped, _run.moments(call))
+        return cls._made(batch.count, mean, var, batch.effective)
 
     @property
     @quiet

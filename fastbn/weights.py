@@ -13,14 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import checks
 from fastbn.backends.base import quiet
-from fastbn.layouts import channel_axis
 
 Array = NDArray[Any]
 
@@ -28,15 +27,6 @@ BLOCK = 16384
 """Samples whose weights are added up at a time."""
 SEVERAL = 1 + 2.0**-52
 """The least effective number of several values; 1 is that of a single one."""
-
-
-class Size(NamedTuple):
-    """How much of a channel counts."""
-
-    count: float  # type: ignore[assignment]  # in place of tuple.count, which nobody misses
-    """Values, or the sum of their weights."""
-    effective: float
-    """As many values that weigh the same have as little bias in their variance."""
 
 
 @dataclass(frozen=True)
@@ -113,26 +103,6 @@ def _places(x: Array, channels: int, where: Array | None) -> int | Array:
         return where[:, 0]
     # Counted as bits: a sum of bytes over one axis takes ten times as long.
     return np.asarray(np.bitwise_count(np.packbits(where, axis=1)).sum(1, dtype=np.int64))
-
-
-def values(x: Array, channels: int, where: Array | None) -> int:
-    """How many values of a channel count."""
-    if where is not None:
-        return int(np.count_nonzero(where))
-    return x.size // channels if channels else 0
-
-
-def size(x: Any, layout: Any, where: Any, weights: Any) -> Size:
-    """How much counts, of arguments as the verbs take them."""
-    x, layout = checks.arrays.batch("x", x), checks.options.layout(layout)
-    channels = x.shape[channel_axis(layout, x.ndim)]
-    selected = None if where is None else checks.arrays.where(where, "x", x, layout)
-    if weights is None:
-        number = values(x, channels, selected)
-        return Size(number, number)
-    known = scaled(checks.arrays.weights(weights, "x", x), x, channels, selected)
-    count = known.count
-    return Size(count, known.effective if count else 0)
 
 
 def times_power(number: float, exponent: int) -> float:

@@ -3,6 +3,7 @@
 # None of these functions says why something is not plain: that is for fastbn.checks. Nothing has been
 # touched when one says no.
 
+cdef dict layouts = LAYOUTS
 cdef Py_ssize_t short_plane = SHORT, row_bytes = ROW_BYTES
 
 
@@ -17,7 +18,7 @@ cdef bint set_plain_shape(Task* t, object x, object layout):
     ndim = cnp.PyArray_NDIM(x)
     if ndim < 2 or cnp.PyArray_SIZE(x) == 0:
         return False
-    known = LAYOUTS.get(layout)
+    known = layouts.get(layout)
     if known is None:
         return False
     axis = known
@@ -43,7 +44,7 @@ cdef object set_plain_samples(Task* t, object x, object layout, object groups, o
     if not set_plain_shape(t, x, layout) or type(groups) is not int or type(samples) is not int:
         return None
     set_element(t, element_of(x))
-    N, C, last = cnp.PyArray_DIM(x, 0), t.channels, LAYOUTS[layout] < 0
+    N, C, last = cnp.PyArray_DIM(x, 0), t.channels, layouts[layout] < 0
     if not 1 <= samples <= N or groups > C:
         return None
     of_run, count = samples, C if groups == EACH_CHANNEL else 1 if groups == ALL_CHANNELS else groups

@@ -6,7 +6,7 @@
 2. What a forward goes by is decided in one place, `_by_running`: the batch's own statistics, or the
    running ones (evaluation, `frozen_statistics`, `one_value="running"`). The backward follows it.
 3. A batch has groups, each normalized by itself: one or, in training, its virtual batches. Their
-   statistics enter the running ones together.
+   statistics enter the running ones together (running.py).
 4. Renormalization is batch norm with another scale and shift for each batch (renormalization.py).
 """
 
@@ -18,28 +18,27 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastbn import checks
-from fastbn.backends.base import Affine, normal_scale, quiet
+from fastbn import _run, checks
+from fastbn._batch import Batch
+from fastbn._call import Call
+from fastbn.backends.base import quiet
+from fastbn.config import current
 from fastbn.functional import (
     ActivationName,
-    apply_affine,
     batch_norm,
     batch_norm_backward,
     moments,
     normalize,
     normalize_backward,
 )
-from fastbn.layers.base import PARAMETERS, AffineLayer, write
+from fastbn.layers.base import PARAMETERS, AffineLayer
 from fastbn.layers.frozen import FrozenBatchNorm
 from fastbn.layers.renormalization import Correction, Renormalization, correction
+from fastbn.layers.running import MOMENTUM, NAMES, RunningStatistics
 from fastbn.results import BatchNormResult
 from fastbn.statistics import Moments
-from fastbn.weights import Size, size
 
 Array = NDArray[Any]
-
-MOMENTUM = 0.1
-"""The default, told from an explicit 0.1 by its identity."""
 
 CONVENTIONS: dict[str, dict[str, Any]] = {
     "pytorch": {"eps": 1e-5, "momentum": 0.1, "unbiased": True, "layout": "NCHW"},
@@ -48,9 +47,6 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
     "onnx": {"eps": 1e-5, "decay": 0.9, "unbiased": False, "layout": "NCHW"},
 }
 """What those libraries do where they are told nothing."""
-
-RUNNING = "running_mean", "running_var", "num_batches_tracked"
-"""PyTorch's names of what runs, and ours."""
 
 
 class _Forward(NamedTuple):
@@ -169,7 +165,7 @@ class BatchNorm(AffineLayer):
     (True, 1)
     """
 
-    _state_names: ClassVar[Mapping[str, str]] = PARAMETERS | {name: name for name in RUNNING}
+    _state_names: ClassVar[Mapping[str, str]] = PARAMETERS | {name: name for name in NAMES}
 
     def __init__(
         self,
@@ -195,22 +191,17 @@ class BatchNorm(AffineLayer):
         common: dict[str, Any] = {"eps": eps, "scale": scale, "shift": shift, "layout": layout}
         common |= {"frozen_affine": frozen_affine, "activation": activation, "dtype": dtype}
         super().__init__(channels, **common)
-        self._momentum, self._decay = checks.layers.momentum(momentum, decay, MOMENTUM)
-        self.unbiased = checks.options.flag("unbiased", unbiased)
         tracks = checks.options.flag("track_running_stats", track_running_stats)
+        kept = self.channels, self._dtype_name, tracks
+        self._running = RunningStatistics(*kept, momentum, decay)
+        self.unbiased = checks.options.flag("unbiased", unbiased)
         self.virtual_batch = checks.options.virtual_batch(virtual_batch)
         self.renormalization = checks.layers.renormalization(
             renormalization, Renormalization, tracks, self.virtual_batch
         )
         self.one_value = checks.layers.one_value(one_value, tracks, self.virtual_batch)
         self.nonfinite = checks.options.option("nonfinite", nonfinite, checks.layers.NONFINITE)
-        of_type = self._dtype_name
-        self.running_mean: Array | None = np.zeros(self.channels, of_type) if tracks else None
-        self.running_var: Array | None = np.ones(self.channels, of_type) if tracks else None
-        self.num_batches_tracked = 0 if tracks else None
         self.frozen_statistics = checks.layers.frozen_statistics(frozen_statistics, tracks)
-        self._observe: Callable[[Moments], None] | None = None
-        """While statistics are estimated anew: takes a call's moments; there is no update then."""
 
     @classmethod
     def like(cls, library: str, channels: int, **options: Any) -> Self:
@@ -238,21 +229,46 @@ class BatchNorm(AffineLayer):
 
     @property
     def momentum(self) -> float | None:
-        return self._momentum
+        return self._running.momentum
 
     @momentum.setter
     def momentum(self, value: float | None) -> None:
-        self._momentum, self._decay = checks.layers.momentum(value, None, MOMENTUM)
+        momentum, decay = checks.layers.momentum(value, None, MOMENTUM)
+        self._running.momentum, self._running.decay = momentum, decay
 
     @property
     def decay(self) -> float | None:
-        return self._decay
+        return self._running.decay
 
     @decay.setter
     def decay(self, value: float | None) -> None:
-        if value is None and self._decay is None:
+        if value is None and self.decay is None:
             return  # as where a layer's options are copied to another
-        self._momentum, self._decay = None, checks.layers.weight_of_old(value)
+        self._running.momentum, self._running.decay = None, checks.layers.weight_of_old(value)
+
+    @property
+    def running_mean(self) -> Array | None:
+        return self._running.mean
+
+    @running_mean.setter
+    def running_mean(self, value: Array | None) -> None:
+        self._running.mean = value
+
+    @property
+    def running_var(self) -> Array | None:
+        return self._running.var
+
+    @running_var.setter
+    def running_var(self, value: Array | None) -> None:
+        self._running.var = value
+
+    @property
+    def num_batches_tracked(self) -> Array | None:
+        return self._running.batches
+
+    @num_batches_tracked.setter
+    def num_batches_tracked(self, value: Array | int | None) -> None:
+        self._running.batches = None if value is None else checks.layers.counter(value)
 
     @property
     def frozen_statistics(self) -> bool:
@@ -261,14 +277,6 @@ class BatchNorm(AffineLayer):
     @frozen_statistics.setter
     def frozen_statistics(self, value: bool) -> None:
         self._frozen_statistics = checks.options.flag("frozen_statistics", value)
-
-    @property
-    def num_batches_tracked(self) -> Array | None:
-        return self._tracked
-
-    @num_batches_tracked.setter
-    def num_batches_tracked(self, value: Array | int | None) -> None:
-        self._tracked = None if value is None else checks.layers.counter(value)
 
     def train(self, mode: bool = True) -> Self:
         """Use the batch's own statistics from now on, or the running ones; gives the layer."""
@@ -308,25 +316,18 @@ class BatchNorm(AffineLayer):
             or a policy says so. Nothing has been written.
         """
         x = checks.arrays.batch_of("BatchNorm", x, self.channels, self.layout)
-        counted = size(x, self.layout, where, weights)
-        runs = self._by_running(counted.effective)
-        trains = self.training or self._observe is not None
+        batch = Batch(x, self.layout, where, weights)
+        effective = batch.effective
+        options = self.activation, residual, out
         k, corrected = None, None
-        if trains and not runs:
-            k = checks.options.virtual_batch(self.virtual_batch)
-        selected: dict[str, Any] = {"layout": self.layout, "where": where}
-        options: dict[str, Any] = {
-            "activation": self.activation,
-            "residual": residual,
-            "out": out,
-            "eps": self.eps,
-        }
-        if runs:
-            mean, var = (a.copy() for a in self._running(writes=False))
-            y = normalize(x, mean, var, self.gamma, self.beta, **selected, **options)
+        if runs := self._by_running(effective):
+            mean, var = (a.copy() for a in self._running.checked(writes=False))
+            vectors = {"mean": mean, "var": var, "gamma": self.gamma, "beta": self.beta}
+            y = self._normalized(batch, None, options, own=False, **vectors)
         else:
-            selected |= {"weights": weights, "virtual_batch": k}
-            (y, mean, var), corrected = self._by_batch(x, counted, selected, options)
+            if self.training or self._running.observe is not None:
+                k = checks.options.virtual_batch(self.virtual_batch)
+            (y, mean, var), corrected = self._by_batch(batch, effective, k, options)
         x_kept = None if out is not None and checks.memory.share(out, x) else x
         y_kept = None if self.activation is None else y
         statistics = mean, var, y_kept, runs
@@ -334,54 +335,69 @@ class BatchNorm(AffineLayer):
         return y
 
     def _by_batch(
-        self, x: Array, counted: Size, selected: dict[str, Any], options: dict[str, Any]
+        self, batch: Batch, effective: float, k: int | None, options: tuple[Any, ...]
     ) -> tuple[BatchNormResult, Correction | None]:
         """Normalize by the batch's own statistics, and see to the running ones."""
-        checks.options.option("nonfinite", self.nonfinite, checks.layers.NONFINITE)
-        k = selected["virtual_batch"]
+        nonfinite = checks.options.option("nonfinite", self.nonfinite, checks.layers.NONFINITE)
         checks.layers.renormalization(self.renormalization, Renormalization, True, k)
-        counts = _counts(len(x), counted.effective, k)
-        updates = self._updates(counts)
-        corrected = None
-        if updates and self.renormalization is not None:
-            statistics = moments(x, **selected)
-            renewed = self._renewed(*statistics, counts, updates)
-            corrected = self._correction(*statistics)
-            y = self._renormalized(x, *statistics, corrected, where=selected["where"], **options)
-            result = BatchNormResult(y, *statistics)
+        counts = _counts(len(batch.array), effective, k)
+        updates, corrected = self._updates(counts), None
+        renormalizes = updates and self.renormalization is not None
+        if renormalizes or (nonfinite == "raise" and options[-1] is not None and counts.any()):
+            mean, var = self._moments(batch, k)
+            renewed = self._renewed(mean, var, counts, updates)  # before y is written
+            gamma, beta = self.gamma, self.beta
+            if renormalizes:
+                corrected = self._correction(mean, var)
+                gamma, beta = self._parameters(corrected)
+            vectors = {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
+            y = self._normalized(batch, k, options, own=True, **vectors)
+            result = BatchNormResult(y, mean, var)
         else:
-            if self.nonfinite == "raise" and options["out"] is not None:
-                self._renewed(*moments(x, **selected), counts, updates)  # before y is written
-            result = batch_norm(x, self.gamma, self.beta, **selected, **options)
+            result = self._batch_norm(batch, k, options)
             renewed = self._renewed(result.mean, result.var, counts, updates)
-        write([getattr(self, name) for name in renewed], list(renewed.values()))
-        if self._observe is not None:
-            whole = result[1:] if k is None else moments(x, layout=self.layout)
-            self._observe(Moments(counted.count, *whole, effective_count=counted.effective))
+        self._running.renew(renewed)
+        if self._running.observe is not None:
+            mean, var = result[1:] if k is None else moments(batch.array, layout=self.layout)
+            self._running.observe(Moments(batch.count, mean, var, effective_count=effective))
         return result, corrected
+
+    # The verbs on a batch that is checked: where all of it counts, by their plain entries.
+
+    def _moments(self, batch: Batch, k: int | None) -> Any:
+        if batch.counts_all:
+            return moments(batch.array, layout=self.layout, virtual_batch=k)
+        call = Call(current(), batch, virtual_batch=k)
+        return map(call.shaped, _run.moments(call))
+
+    def _batch_norm(self, batch: Batch, k: int | None, options: tuple[Any, ...]) -> BatchNormResult:
+        if batch.counts_all:
+            activation, residual, out = options
+            given = batch.array, self.gamma, self.beta
+            fused: dict[str, Any] = {"activation": activation, "residual": residual, "out": out}
+            return batch_norm(*given, eps=self.eps, layout=self.layout, virtual_batch=k, **fused)
+        vectors: dict[str, Any] = {"gamma": self.gamma, "beta": self.beta}
+        call = Call(current(), batch, virtual_batch=k, **vectors)
+        return _run.batch_norm(call, self.eps, *options)
+
+    def _normalized(
+        self, batch: Batch, k: int | None, options: tuple[Any, ...], *, own: bool, **vectors: Any
+    ) -> Array:
+        """By given statistics; NaN stays in its channel where they are the batch's own."""
+        batch = batch.unweighed()
+        if batch.counts_all and not own:
+            activation, residual, out = options
+            fused: dict[str, Any] = {"activation": activation, "residual": residual, "out": out}
+            return normalize(batch.array, eps=self.eps, layout=self.layout, **vectors, **fused)
+        call = Call(current(), batch, virtual_batch=k, single=not own, **vectors)
+        return _run.normalize(call, self.eps, *options)
 
     def _correction(self, mean: Array, var: Array) -> Correction:
         """r and d of a batch with these statistics, by the running ones as they are."""
         assert self.renormalization is not None
-        running = self._running(writes=True)
+        running = self._running.checked(writes=True, nan=self.nonfinite == "update")
         limits = self.renormalization.at(checks.layers.batches(self.num_batches_tracked))
         return correction(mean, var, *running, self.eps, limits)
-
-    @quiet
-    def _renormalized(
-        self,
-        x: Array,
-        mean: Array,
-        var: Array,
-        corrected: Correction,
-        *,
-        eps: float,
-        **options: Any,
-    ) -> Array:
-        """Batch norm by the scale gamma * r and the shift gamma * d + beta."""
-        gamma, beta = self._parameters(corrected)
-        affine = Affine(mean, normal_scale(gamma, var, eps), beta)
-        return apply_affine(x, affine, self.layout, **options)
 
     @quiet
     def _parameters(self, corrected: Correction) -> tuple[Array, Array]:
@@ -491,23 +507,19 @@ class BatchNorm(AffineLayer):
         ValueError
             There are no running statistics, or they are no statistics.
         """
-        mean, var = self._running(writes=False)
+        mean, var = self._running.checked(writes=False)
         options: dict[str, Any] = {"eps": self.eps, "layout": self.layout}
         return FrozenBatchNorm(
             mean, var, self.gamma, self.beta, activation=self.activation, **options
         )
 
-    def _renew(self, mean: Array, var: Array) -> None:
-        """Put estimated statistics in place of the running ones, whatever those were."""
-        write(self._running(writes=True, nan=True), [mean, var])
-
     def _by_running(self, n: float) -> bool:
         """Whether this call normalizes by the running statistics."""
-        if self._observe is not None:
+        if self._running.observe is not None:
             return False
         if self.frozen_statistics:
             return True
-        tracks = self.running_mean is not None
+        tracks = self._running.exist
         one = n > 0 and self._is_one(n)
         return tracks and (not self.training or (one and self.one_value == "running"))
 
@@ -518,15 +530,15 @@ class BatchNorm(AffineLayer):
 
     def _updates(self, counts: Array) -> bool:
         """Whether this call, by the batch's own statistics, may renew the running ones."""
-        if self._observe is not None or not counts.any():
+        if self._running.observe is not None or not counts.any():
             return False
         one = self._is_one(counts)
         if one.any():
-            tracks = self.running_mean is not None
+            tracks = self._running.exist
             checks.layers.several_values(self.one_value, counts, tracks, self.virtual_batch)
-        if one.all() or (self.running_mean is None and self.renormalization is None):
+        if one.all() or not (self._running.exist or self.renormalization):
             return False
-        self._running(writes=True)
+        self._running.checked(writes=True, nan=self.nonfinite == "update")
         return True
 
     @quiet
@@ -535,12 +547,12 @@ class BatchNorm(AffineLayer):
 
         The policy looks at both: what is finite here may be infinite in the layer's type.
         """
-        if self._observe is not None:
+        if self._running.observe is not None:
             return {}
         each = var.reshape(len(counts), -1)
         unbiased = each * (counts / (counts - 1))[:, None] if self.unbiased else each
         mean, var, runs = (_over_groups(a, counts) for a in (mean, each, unbiased))
-        renewed = self._average(mean, runs) if updates else {}
+        renewed = self._running.average(mean, runs) if updates else {}
         if self.nonfinite == "raise":
             checks.layers.finite({"mean": mean, "variance": var}, renewed)
         elif self.nonfinite == "skip":
@@ -548,40 +560,8 @@ class BatchNorm(AffineLayer):
             return renewed if is_finite else {}
         return renewed
 
-    def _running(self, *, writes: bool, nan: bool = False) -> tuple[Array, Array]:
-        """The running statistics, checked; what is not finite is let in where an update may have
-        brought it."""
-        return checks.layers.running(
-            self.running_mean,
-            self.running_var,
-            self.num_batches_tracked,
-            self.channels,
-            writes=writes,
-            nan=nan or (writes and self.nonfinite == "update"),
-        )
-
-    @quiet
-    def _average(self, mean: Array, var: Array) -> dict[str, Array]:
-        """running = old * running + new * statistic, rounded once."""
-        tracked = self.num_batches_tracked
-        batches = 1 if tracked is None else min(int(tracked) + 1, checks.layers.MOST_BATCHES)
-        if self.decay is not None:
-            new, old = 1 - self.decay, self.decay
-        else:
-            new = 1 / batches if self.momentum is None else self.momentum
-            old = 1 - new
-        renewed = {} if tracked is None else {"num_batches_tracked": np.array(batches)}
-        for name, statistic in (("running_mean", mean), ("running_var", var)):
-            running = getattr(self, name)
-            average = old * running.astype(np.float64) + new * statistic
-            renewed[name] = average.astype(running.dtype)
-        return renewed
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_observe": None}
-
     def __repr__(self) -> str:
-        tracks = self.running_mean is not None
+        tracks = self._running.exist
         momentum = self.momentum if self.decay is None else MOMENTUM
         return self._described(
             BatchNorm, self.channels, track_running_stats=tracks, momentum=momentum
