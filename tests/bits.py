@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastbn
-from benchmarks.oracle import channel_axis
+from oracle.arrays import channel_axis
 
 Array = NDArray[Any]
 Results = dict[str, Array]

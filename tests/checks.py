@@ -7,15 +7,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
-from remembered import remembered
 
 import fastbn
-from benchmarks.oracle import (
-    DTYPES,
-    Array,
-    Wide,
-    WideGradients,
-    backward,
+from oracle.arrays import DTYPES, Array, Wide, channels_of, rows, vector, wide
+from oracle.bounds import (
     bound_dbeta,
     bound_dgamma,
     bound_dx,
@@ -24,18 +19,11 @@ from benchmarks.oracle import (
     bound_mean,
     bound_var,
     bound_y,
-    channels_of,
-    fused,
-    gated,
-    moments,
-    normalize,
-    rows,
-    rstd_of,
     stored,
     units,
-    vector,
-    wide,
 )
+from oracle.formulas import WideGradients, backward, fused, gated, moments, normalize, rstd_of
+from remembered import remembered
 
 COMPLEX_STEP = 1e-200
 

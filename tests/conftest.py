@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
 from variants import CYTHON, VARIANTS, Variant, activate
 
 for profile, examples in (("all", 40), ("fast", 10)):

@@ -14,7 +14,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.oracle import ACTIVATIONS, LAYOUTS, channel_axis
+from oracle.arrays import LAYOUTS, channel_axis
+from oracle.formulas import ACTIVATIONS
 
 Array = NDArray[Any]
 T = TypeVar("T")

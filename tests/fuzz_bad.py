@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
 from drawn import Array, Placed, Source
 from fuzz_cases import VERBS, Case
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+import fastbn
 import samples
 from bits import assert_same_bits
 from drawn import DOUBLE, PARAMETERS, Array, Placed, Source
@@ -29,10 +31,8 @@ from fuzz_right import (
     judge_second,
 )
 from memory import dense, dense_in_its_order
-
-import fastbn
-from benchmarks import oracle
-from benchmarks.oracle import channel_axis, wide
+from oracle import formulas
+from oracle.arrays import by_sample, channel_axis, wide
 
 PLACES = ("out", "dresidual", "into")
 """Arguments that are written."""
@@ -240,7 +240,7 @@ class Drawn:
             mean[i], var[i] = s.values.normal(size=self.channels), s.values.random(self.channels)
             if own and some.size:
                 with np.errstate(all="ignore"):
-                    mean[i], var[i] = oracle.moments(wide(some, "NHWC"))
+                    mean[i], var[i] = formulas.moments(wide(some, "NHWC"))
         bad = ~(np.isfinite(mean) & (var >= 0))
         mean[bad], var[bad] = 0.0, 1.0
         if "virtual_batch" not in mine:
@@ -427,7 +427,7 @@ def sample_norm_backward(s: Source) -> Case:
     mean, var = np.zeros((2, len(x), groups))
     if x.size:
         with np.errstate(all="ignore"):
-            exact = oracle.sample_moments(oracle.by_sample(x, d.layout), groups)
+            exact = formulas.sample_moments(by_sample(x, d.layout), groups)
         mean[...], var[...] = exact
         bad = ~(np.isfinite(mean) & (var >= 0))
         mean[bad], var[bad] = 0.0, 1.0

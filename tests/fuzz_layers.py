@@ -7,6 +7,8 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+
+import fastbn
 from bits import assert_same_bits
 from checks import Judged
 from drawn import Array, Source
@@ -26,10 +28,8 @@ from fuzz_right import (
     verify,
     weighed,
 )
-
-import fastbn
-from benchmarks import oracle
-from benchmarks.oracle import Wide, channel_axis, vector, wide
+from oracle import bounds, formulas
+from oracle.arrays import Wide, channel_axis, vector, wide
 
 PARAMETERS = {"weight": "gamma", "bias": "beta"}
 STATE = (*PARAMETERS, "running_mean", "running_var", "num_batches_tracked")
@@ -251,7 +251,7 @@ def _judge_running(
             running = own[f"running_{name}"].astype(np.longdouble)
             value = (1 - new) * running + new * statistic
             size = (1 - new) * np.abs(running) + new * terms  # groups' means may cancel
-            rounding = oracle.unit(options["dtype"]) / 2 + 2.0**-49 * (1 + loss.max())
+            rounding = bounds.unit(options["dtype"]) / 2 + 2.0**-49 * (1 + loss.max())
             rounding += 2.0**-53 * len(share)  # of a sum of so many
             expected[name] = Judged(results[f"running_{name}"], value, rounding * size, name)
         limit = float(np.finfo(options["dtype"]).max)
@@ -285,7 +285,7 @@ def _judge_renormalized(results: Results, a: dict[str, Any], own: dict[str, Any]
         v.astype(np.longdouble)
         for v in (results["mean"], results["var"], own["running_mean"], own["running_var"])
     )
-    rstd = oracle.rstd_of(running_var, eps)
+    rstd = formulas.rstd_of(running_var, eps)
     r = np.clip(np.sqrt(var + np.longdouble(eps)) * rstd, 1 / np.longdouble(r_max), r_max)
     d = np.clip((mean - running_mean) * rstd, -d_max, d_max)
     gamma, beta = vector(own.get("gamma"), 1, c), vector(own.get("beta"), 0, c)
@@ -299,7 +299,7 @@ def _judge_renormalized(results: Results, a: dict[str, Any], own: dict[str, Any]
     verify([dx], fits)
     by_name = {judged.what: judged for judged, _ in rest}
     of_gamma, of_beta = (by_name[n] for n in ("dgamma", "dbeta"))
-    unit = oracle.unit(own["running_mean"].dtype)
+    unit = bounds.unit(own["running_mean"].dtype)
     value = r * of_gamma.expected + d * of_beta.expected
     bound = (
         r * of_gamma.bound

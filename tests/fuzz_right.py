@@ -11,12 +11,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import samples
-from checks import Judged, assert_within, judge_backward, judge_y
 
 import fastbn
-from benchmarks import oracle
-from benchmarks.oracle import Array, Wide, channel_axis, vector, wide
+import samples
+from checks import Judged, assert_within, judge_backward, judge_y
+from oracle import formulas
+from oracle.arrays import Array, Wide, by_sample, channel_axis, limits, rows, vector, wide
+from oracle.bounds import (
+    bound_double_backward,
+    bound_gated,
+    bound_mean,
+    bound_var,
+    bound_y,
+    double_backward_terms,
+    factor,
+    smallest,
+    stored,
+    unit,
+)
+from oracle.formulas import DoubleBackwardProblem
 
 Results = dict[str, Any]
 NORMAL = float(np.finfo(np.float64).smallest_normal)
@@ -68,7 +81,7 @@ class Selected:
 def domain(x: Wide, mean: Wide, var: Wide, eps: float, itemsize: int) -> Array:
     """The channels, rows of x, for which there are promises."""
     inside = (var == 0) | ((var >= NORMAL) & (1 / var >= NORMAL))
-    inside &= np.abs(mean) * oracle.rstd_of(var, eps) <= FARTHEST[itemsize]
+    inside &= np.abs(mean) * formulas.rstd_of(var, eps) <= FARTHEST[itemsize]
     return np.asarray(inside & np.isfinite(x).all(1))
 
 
@@ -88,7 +101,7 @@ def finite(dtype: Any, *vectors: Array | None) -> Array:
 def verify(judged: Iterable[Judged], inside: Array) -> None:
     """All is within its bound, of those channels (the first axes) where all terms fit."""
     for actual, expected, bound, what in judged:
-        terms = bound / (4 * oracle.unit(actual.dtype)) if what == "dx" else 0
+        terms = bound / (4 * unit(actual.dtype)) if what == "dx" else 0
         sizes = np.maximum(np.abs(expected), terms).reshape(*inside.shape, -1)
         chosen = inside & (sizes.max(-1, initial=0) < largest(actual.dtype))
         if chosen.any():
@@ -169,14 +182,14 @@ def _judge_group(results: Results, a: dict[str, Any], selected: Selected) -> Non
             assert not selected.of(results["y"]).astype(np.float64).any(), "y is not 0"
         return
     dtype, c, values = x.dtype, x.shape[1], wide(x, "NHWC")
-    mean, var = oracle.moments(values) if w is None else weighed(values, w)
+    mean, var = formulas.moments(values) if w is None else weighed(values, w)
     eps = a.get("eps", 0.0)
     counted = values if w is None else values[:, w > 0]
     inside = domain(counted, mean, var, eps, dtype.itemsize)
     verify(
         [
-            Judged(mean_found, mean, oracle.bound_mean(mean, var, eps), "mean"),
-            Judged(var_found, var, oracle.bound_var(var), "var"),
+            Judged(mean_found, mean, bound_mean(mean, var, eps), "mean"),
+            Judged(var_found, var, bound_var(var), "var"),
         ],
         inside,
     )
@@ -204,8 +217,8 @@ def judge_y_by(
 ) -> None:
     """y by statistics; where a sample weighs nothing x may be anything."""
     values, residual = wide(selected.of(a["x"]), "NHWC"), a.get("residual")
-    bn = oracle.normalize(values, mean, var, gamma, beta, a["eps"])
-    bound = oracle.bound_y(a["x"].dtype, bn, mean, var, gamma, beta, a["eps"]) + extra
+    bn = formulas.normalize(values, mean, var, gamma, beta, a["eps"])
+    bound = bound_y(a["x"].dtype, bn, mean, var, gamma, beta, a["eps"]) + extra
     z = None if residual is None else selected.of(residual)
     judged = judge_y(selected.of(y), bn, bound, "NHWC", a.get("activation"), z)
     inside = inside & finite(a["x"].dtype, gamma, beta) & np.isfinite(values).all(1)
@@ -308,7 +321,7 @@ def gradients_of(
     d, x = (wide(given[n], "NHWC") for n in ("dy", "x"))
     inside = finite(dtype, gamma) & np.isfinite(d).all(1)
     if y is not None:
-        d = oracle.gated(d, wide(y, "NHWC"), a["activation"])
+        d = formulas.gated(d, wide(y, "NHWC"), a["activation"])
     of_x = domain(x, mean, var, a["eps"], dtype.itemsize)
     if not (frozen and not a.get("params", True)):
         products = np.abs(d * (x - mean[:, None])).sum(1)
@@ -336,7 +349,7 @@ def _dx_by_shares(
     """dx where places weigh, or the sums are those of a larger batch: each has its share of the
     sums, w / W, in the values and in the bound."""
     dtype, eps = a["x"].dtype, a["eps"]
-    exact = oracle.backward(d, x, mean, var, gamma, eps, frozen=False)
+    exact = formulas.backward(d, x, mean, var, gamma, eps, frozen=False)
     n = x.shape[1]
     sums: Any = (exact.dgamma, exact.dbeta)
     sizes: Any = (n * exact.mean_dy_xhat, n * exact.mean_dy)
@@ -346,18 +359,18 @@ def _dx_by_shares(
         sums = tuple(s.astype(np.longdouble) for s in a["sums"][:2])
         sizes, total = tuple(np.abs(s) for s in sums), np.longdouble(a["sums"][2])
     share = w / total
-    rstd = oracle.rstd_of(var, eps)
+    rstd = formulas.rstd_of(var, eps)
     of_sums, of_sizes = (
         share * (s[1][:, None] + np.abs(exact.xhat) * s[0][:, None] * sign)
         for s, sign in ((sums, np.sign(exact.xhat)), (sizes, 1))
     )
     dx = (gamma * rstd)[:, None] * (d - of_sums)
-    k = oracle.factor(dtype, mean, rstd)
+    k = factor(dtype, mean, rstd)
     bound = (2 * k * np.abs(gamma) * rstd)[:, None] * (np.abs(d) + of_sizes)
-    bound += oracle.smallest(dtype) * (1 + np.abs(exact.xhat) / 2)
+    bound += smallest(dtype) * (1 + np.abs(exact.xhat) / 2)
     if a.get("activation") is not None:
-        bound = oracle.bound_gated(dtype, d * (gamma * rstd)[:, None], bound)
-    return Judged(judged.actual, dx, oracle.stored(dtype, dx, bound), "dx")
+        bound = bound_gated(dtype, d * (gamma * rstd)[:, None], bound)
+    return Judged(judged.actual, dx, stored(dtype, dx, bound), "dx")
 
 
 def judge_gradient_sums(results: Results, a: dict[str, Any]) -> None:
@@ -396,12 +409,12 @@ def judge_samples(results: Results, a: dict[str, Any]) -> None:
         for array in arrays.values():
             assert not array.astype(np.float64).any(), "what is empty gave what is not 0"
         return
-    values = oracle.by_sample(x, layout)
+    values = by_sample(x, layout)
     told = {"eps": a["eps"], "layout": layout, "activation": a.get("activation")}
     beside = a.get("dy", a.get("residual"))
     found: Any
     if "y" in results:
-        mean, var = oracle.sample_moments(values, groups)
+        mean, var = formulas.sample_moments(values, groups)
         found = fastbn.BatchNormResult(*(results[n] for n in ("y", "mean", "var")))
         judged = samples.judge_forward(
             found, groups, x, a.get("gamma"), a.get("beta"), residual=beside, **told
@@ -417,11 +430,11 @@ def judge_samples(results: Results, a: dict[str, Any]) -> None:
         judged = samples.judge_backward(
             found, groups, a["dy"], x, a["mean"], a["var"], a.get("gamma"), y=y, **told
         )
-    rows = values.reshape(len(x) * groups, -1)
-    inside = domain(rows, mean.reshape(-1), var.reshape(-1), a["eps"], x.dtype.itemsize)
+    each_group = values.reshape(len(x) * groups, -1)
+    inside = domain(each_group, mean.reshape(-1), var.reshape(-1), a["eps"], x.dtype.itemsize)
     if beside is not None:
-        inside &= np.isfinite(oracle.by_sample(beside, layout).reshape(len(rows), -1)).all(1)
-    inside &= _fit(rows, mean, var, a)
+        inside &= np.isfinite(by_sample(beside, layout).reshape(len(each_group), -1)).all(1)
+    inside &= _fit(each_group, mean, var, a)
     inside = np.asarray(inside.reshape(len(x), groups))
     each = np.asarray(np.repeat(inside, c // groups, 1))
     ours: dict[str, Any] = {
@@ -437,11 +450,11 @@ def judge_samples(results: Results, a: dict[str, Any]) -> None:
 
 def _fit(x: Wide, mean: Wide, var: Wide, a: dict[str, Any]) -> Array:
     """Groups whose terms are numbers of the type."""
-    rstd = oracle.rstd_of(var.reshape(-1), a["eps"])[:, None]
+    rstd = formulas.rstd_of(var.reshape(-1), a["eps"])[:, None]
     xhat = (x - mean.reshape(-1)[:, None]) * rstd
     size, limit = np.abs(xhat).max(1), largest(a["x"].dtype)
     if "dy" in a:
-        d = np.abs(oracle.by_sample(a["dy"], a["layout"])).reshape(len(x), -1)
+        d = np.abs(by_sample(a["dy"], a["layout"])).reshape(len(x), -1)
         size = (d * np.maximum(np.abs(xhat), 1)).max(1) * np.maximum(rstd[:, 0], 1)
     gamma = a.get("gamma")
     most = 1.0 if gamma is None else float(np.abs(gamma).max(initial=0))
@@ -462,29 +475,26 @@ def judge_second(results: Results, a: dict[str, Any], *, frozen: bool) -> None:
     ddgamma, ddbeta = (None if a.get(n) is None else vector(a[n], 0, c) for n in _SECOND)
     dy, values = wide(a["dy"], layout), wide(x, layout)
     mean, var, gamma = (vector(a.get(n), 1, c) for n in ("mean", "var", "gamma"))
-    p = oracle.SecondProblem(ddx, ddgamma, ddbeta, dy, values, mean, var, gamma, a["eps"], frozen)
-    exact, bounds, terms = (
-        oracle.second(p),
-        oracle.bound_second(dtype, of_gamma, p),
-        (oracle.terms_of_second(p)),
-    )
+    p = DoubleBackwardProblem(ddx, ddgamma, ddbeta, dy, values, mean, var, gamma, a["eps"], frozen)
+    exact, terms = formulas.double_backward(p), double_backward_terms(p)
+    bounds = bound_double_backward(dtype, of_gamma, p)
     inside = domain(values, mean, var, a["eps"], dtype.itemsize) & finite(dtype, gamma)
     for array in (dy, ddx):
         inside &= True if array is None else np.isfinite(array).all(1)
     inside &= _numbers_are_normal(p)
-    found = {"ddy": oracle.rows(results["ddy"], layout), "dx": oracle.rows(results["dx"], layout)}
+    found = {"ddy": rows(results["ddy"], layout), "dx": rows(results["dx"], layout)}
     found["dgamma"] = results["dgamma"]
     for i, (name, actual) in enumerate(found.items()):
         sizes = terms[i].reshape(c, -1).max(1, initial=0)
         judged = Judged(actual, exact[i], bounds[i], "second " + name)
         # What stands between two passes is stored in the type itself.
-        verify([judged], inside & (sizes < float(oracle.limits(actual.dtype).max) / 2))
+        verify([judged], inside & (sizes < float(limits(actual.dtype).max) / 2))
 
 
 _SECOND = ("ddgamma", "ddbeta")
 
 
-def _numbers_are_normal(p: oracle.SecondProblem) -> Array:
+def _numbers_are_normal(p: DoubleBackwardProblem) -> Array:
     """Whether what the arrays are multiplied by, gamma / s**2 times means, are normal float64."""
     v, a, _, g = (np.abs(column) for column in p.columns())
     s, xhat, dy = p.rstd, np.abs(p.xhat), np.abs(p.dy)

@@ -15,9 +15,8 @@ from drawn import in_layout
 from every_call import ALL, Array, Given
 from grid import TYPES
 from memory import Guarded
+from oracle.arrays import LAYOUTS
 from variants import activate
-
-from benchmarks.oracle import LAYOUTS
 
 AROUND_VECTORS = (*range(1, 41), 63, 64, 65)
 LARGE = ((2, 2, 16385), (1025, 3), (2, 5001), (70, 33, 5))

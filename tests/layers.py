@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from benchmarks.oracle import Array, to_layout
+from oracle.arrays import Array, to_layout
 
 CHANNELS = 5
 

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.oracle import Array, Wide, bound_mean, bound_var, moments, unit, wide
+from oracle.arrays import Array, Wide, wide
+from oracle.bounds import bound_mean, bound_var, unit
+from oracle.formulas import moments
 
 
 class Averaged(NamedTuple):

@@ -6,13 +6,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from checks import Judged, assert_within
-from remembered import remembered
 
 import fastbn
-from benchmarks.oracle import (
-    Array,
-    Wide,
+from checks import Judged, assert_within
+from oracle.arrays import Array, Wide, by_sample, channels_of, to_layout, vector
+from oracle.bounds import (
     bound_fused,
     bound_gated,
     bound_mean,
@@ -20,8 +18,9 @@ from benchmarks.oracle import (
     bound_sample_sums,
     bound_sample_var,
     bound_sample_y,
-    by_sample,
-    channels_of,
+    stored,
+)
+from oracle.formulas import (
     fused,
     gated,
     over_channels,
@@ -29,10 +28,8 @@ from benchmarks.oracle import (
     sample_backward,
     sample_moments,
     sample_normalize,
-    stored,
-    to_layout,
-    vector,
 )
+from remembered import remembered
 
 KINDS = ("instance", "layer")
 

@@ -14,15 +14,15 @@ from itertools import cycle
 from typing import Any
 
 import numpy as np
-from drawn import UNIT_STRIDES
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from memory import FORMS
 from numpy.lib.stride_tricks import as_strided
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from benchmarks.oracle import DTYPES, LAYOUTS, channel_axis, channels_of
+from drawn import UNIT_STRIDES
+from memory import FORMS
+from oracle.arrays import DTYPES, LAYOUTS, channel_axis, channels_of
 
 Array = NDArray[Any]
 

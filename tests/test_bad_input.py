@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checks import case
-from variants import Variant, each_backend
 
 import fastbn
-from benchmarks.oracle import LAYOUTS
+from checks import case
+from oracle.arrays import LAYOUTS
+from variants import Variant, each_backend
 
 SHAPE = (4, 10, 8, 20)
 

@@ -13,10 +13,10 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
-from processes import TIMEOUT, finds_tests, output, python
-from variants import RUNNERS
 
 from fastbn import backends
+from processes import TIMEOUT, finds_tests, output, python
+from variants import RUNNERS
 
 THREADS = 3
 WORKERS = 3

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 
 import pytest
+
 from processes import finds_tests, run
 from variants import VARIANTS
 

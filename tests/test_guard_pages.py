@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from guarded import Log
 from memory import Guarded
 from processes import finds_tests, python, run

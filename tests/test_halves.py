@@ -7,16 +7,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+
+import fastbn
 from bits import assert_same_bits
 from checks import check_everything
-from hypothesis import given
+from fastbn.elements import is_bfloat16, is_element, is_half
+from oracle.arrays import HALVES, LAYOUTS, Array
 from processes import output
 from strategies import Problem, recipes
 from variants import Variant, each_backend
-
-import fastbn
-from benchmarks.oracle import HALVES, LAYOUTS, Array
-from fastbn.elements import is_bfloat16, is_element, is_half
 
 
 def every_value(dtype: type) -> Array:

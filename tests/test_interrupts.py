@@ -12,10 +12,10 @@ from types import CodeType, FrameType
 from typing import Any
 
 import pytest
-from layers import CHANNELS, batch, made
 
 import fastbn
-from benchmarks.oracle import Array
+from layers import CHANNELS, batch, made
+from oracle.arrays import Array
 
 pytestmark = pytest.mark.slow
 

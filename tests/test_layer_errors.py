@@ -11,11 +11,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+
+import fastbn
 from bits import assert_same_bits
 from layers import CHANNELS, batch, fails, made, refused
 from variants import each_backend
-
-import fastbn
 
 SHAPE = (4, CHANNELS, 6)
 LAST = CHANNELS - 1

@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import assert_same_bits, run_all
-from checks import check_everything
-from memory import FORMS, channels_last
-from pairs import paired
-from variants import Variant, each_backend
 
 import fastbn
-from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of, to_layout
+from bits import assert_same_bits, run_all
+from checks import check_everything
 from fastbn.layouts import Arrangement
+from memory import FORMS, channels_last
+from oracle.arrays import DTYPES, LAYOUTS, Array, channels_of, to_layout
+from pairs import paired
+from variants import Variant, each_backend
 
 SHAPES = [  # as NCHW
     (1, 1),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import fpmode
 import pytest
+
+import fpmode
 from processes import output
 from variants import VARIANTS, environment, proof
 

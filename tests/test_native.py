@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+import fastbn
 from bits import Results, assert_same_bits
+from fastbn import backends
 from machines import ALWAYS_STREAM, pretend
+from oracle.arrays import DTYPES, HALVES, LAYOUTS, to_layout
+from oracle.formulas import ACTIVATIONS
 from pairs import paired
 from processes import output
 from samples import Norm, made
 from variants import CYTHON, activate, environment
-
-import fastbn
-from benchmarks.oracle import ACTIVATIONS, DTYPES, HALVES, LAYOUTS, to_layout
-from fastbn import backends
 
 if "cython" not in backends.usable():
     pytest.skip("the compiled kernels are not built", allow_module_level=True)

@@ -11,11 +11,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+
+import fastbn
 from checks import check_forward
 from machines import ALWAYS_STREAM, NEVER_STREAM, pretend
 from processes import output
-
-import fastbn
 
 numba = pytest.importorskip("numba")
 call = pytest.importorskip("fastbn.backends.numba.call")

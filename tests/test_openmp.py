@@ -6,11 +6,11 @@ from __future__ import annotations
 import os
 
 import pytest
-from processes import finds_tests, output
-from variants import RUNNERS
 
 from fastbn import backends
 from fastbn._cpus import available_cpus
+from processes import finds_tests, output
+from variants import RUNNERS
 
 pytestmark = [
     pytest.mark.slow,

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from bits import Array, Place, Results, assert_same_bits, run_all
+from fastbn import backends
+from fastbn.backends import base
 from grid import (
     Digests,
     Point,
@@ -29,12 +32,9 @@ from grid import (
 )
 from machines import MACHINES, pretend
 from memory import FORMS, WRITEABLE, dense
+from oracle.arrays import DTYPES
 from processes import output
 from variants import BACKENDS, TRIPS, VARIANTS, Variant, activate, environment
-
-from benchmarks.oracle import DTYPES
-from fastbn import backends
-from fastbn.backends import base
 
 MANY = 13
 """More threads than most machines have processors; Numba has so many only if told at its start."""

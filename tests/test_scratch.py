@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from memory import FORMS, strided
-from pairs import paired
-from variants import CYTHON, VARIANTS, Variant, activate
 
 import fastbn
-from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of, to_layout
+from memory import FORMS, strided
+from oracle.arrays import DTYPES, LAYOUTS, Array, channels_of, to_layout
+from pairs import paired
+from variants import CYTHON, VARIANTS, Variant, activate
 
 pytestmark = pytest.mark.slow
 

@@ -8,18 +8,32 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import assert_same_bits, of_channels
-from checks import Judged, assert_within, derivative
 from hypothesis import given
 from hypothesis import strategies as st
+
+import fastbn
+from bits import assert_same_bits, of_channels
+from checks import Judged, assert_within, derivative
 from memory import FORMS, dense_in_its_order
+from oracle import formulas
+from oracle.arrays import (
+    DTYPES,
+    HALVES,
+    LAYOUTS,
+    Array,
+    channel_axis,
+    channels_of,
+    limits,
+    rows,
+    to_layout,
+    vector,
+    wide,
+)
+from oracle.bounds import bound_double_backward, double_backward_terms
+from oracle.formulas import DoubleBackwardProblem, SecondDerivatives
 from pairs import paired
 from strategies import recipes
 from variants import each_backend
-
-import fastbn
-from benchmarks import oracle
-from benchmarks.oracle import DTYPES, HALVES, LAYOUTS, Array, rows, to_layout, vector, wide
 
 ALL = (*DTYPES, *HALVES)
 GRADIENTS = ("ddx", "ddgamma", "ddbeta")
@@ -49,7 +63,7 @@ class Case:
         """A case of an x and what is fixed; all else is of an ordinary size."""
         rng = np.random.default_rng(seed)
         layout = fixed.get("layout", "NCHW")
-        channels, dtype = oracle.channels_of(x, layout), np.dtype(x.dtype.type)
+        channels, dtype = channels_of(x, layout), np.dtype(x.dtype.type)
         ddx, other = rng.normal(0.5, 1, (2, *x.shape)).astype(dtype)
         ddgamma, ddbeta, gamma = rng.normal(size=(3, channels))
         mean, var = fastbn.moments(x, layout=layout)
@@ -68,7 +82,7 @@ class Case:
         given = self.ddx, self.ddgamma, self.ddbeta, self.dy, self.x, self.mean, self.var
         return verb(*given, self.gamma, eps=self.eps, layout=self.layout)
 
-    def problem(self, frozen: bool) -> oracle.SecondProblem:
+    def problem(self, frozen: bool) -> DoubleBackwardProblem:
         """The same as the oracle takes it."""
         channels = len(self.mean)
         ddx = None if self.ddx is None else wide(self.ddx, self.layout)
@@ -77,9 +91,11 @@ class Case:
         )
         dy, x = (wide(a, self.layout) for a in (self.dy, self.x))
         mean, var, gamma = (vector(a, 1, channels) for a in (self.mean, self.var, self.gamma))
-        return oracle.SecondProblem(ddx, ddgamma, ddbeta, dy, x, mean, var, gamma, self.eps, frozen)
+        return DoubleBackwardProblem(
+            ddx, ddgamma, ddbeta, dy, x, mean, var, gamma, self.eps, frozen
+        )
 
-    def judged(self, frozen: bool, exact: oracle.WideSecond | None = None) -> list[Judged]:
+    def judged(self, frozen: bool, exact: SecondDerivatives | None = None) -> list[Judged]:
         """What the library gives, beside what it should, and how far it may be off."""
         got, p = self.call(frozen), self.problem(frozen)
         dtype = np.dtype(self.x.dtype.type)
@@ -88,26 +104,26 @@ class Case:
             of_gamma = np.dtype(self.gamma.dtype.type)
         assert (got.ddy.dtype, got.dx.dtype, got.dgamma.dtype) == (dtype, dtype, of_gamma)
         found = rows(got.ddy, self.layout), rows(got.dx, self.layout), got.dgamma
-        exact = oracle.second(p) if exact is None else exact
-        bounds = oracle.bound_second(dtype, of_gamma, p)
+        exact = formulas.double_backward(p) if exact is None else exact
+        bounds = bound_double_backward(dtype, of_gamma, p)
         return list(map(Judged, found, exact, bounds, got._fields))
 
     def check(self) -> None:
         """Everything both functions give is within its bound, where its terms fit its type."""
         for frozen in (False, True):
-            terms = oracle.terms_of_second(self.problem(frozen))
+            terms = double_backward_terms(self.problem(frozen))
             for (*arrays, name), sizes in zip(self.judged(frozen), terms, strict=True):
-                fits = sizes < float(oracle.limits(arrays[0].dtype).max) / 2
+                fits = sizes < float(limits(arrays[0].dtype).max) / 2
                 actual, expected, bound = (a[fits] for a in arrays)
                 assert_within(actual, expected, bound, name)
 
 
-def differentiated(case: Case, frozen: bool) -> oracle.WideSecond:
+def differentiated(case: Case, frozen: bool) -> SecondDerivatives:
     """Complex-step derivatives of the printed backward's part in the loss."""
     fixed = (case.mean, case.var) if frozen else None
 
     def loss(dy: Array, x: Array, gamma: Array) -> complex:
-        results = oracle.textbook_backward(dy, x, gamma, case.eps, case.layout, fixed)
+        results = formulas.textbook_backward(dy, x, gamma, case.eps, case.layout, fixed)
         by = case.ddx, case.ddgamma, case.ddbeta
         pairs = zip(by, results, strict=True)
         return complex(sum((a * b).sum() for a, b in pairs if a is not None))
@@ -117,7 +133,7 @@ def differentiated(case: Case, frozen: bool) -> oracle.WideSecond:
     ddy = derivative(lambda dy: loss(dy, x, gamma), dy)
     dx = derivative(lambda x: loss(dy, x, gamma), x)
     dgamma = derivative(lambda gamma: loss(dy, x, gamma), gamma)
-    return oracle.WideSecond(wide(ddy, case.layout), wide(dx, case.layout), vector(dgamma, 0, 0))
+    return SecondDerivatives(wide(ddy, case.layout), wide(dx, case.layout), vector(dgamma, 0, 0))
 
 
 @pytest.mark.usefixtures("variant")
@@ -195,7 +211,7 @@ def test_where_nothing_varies(layout: str) -> None:
     case = Case.of(x, eps=0.0, layout=layout)
     for frozen in (False, True):
         got = case.call(frozen)
-        assert (np.moveaxis(got.ddy, oracle.channel_axis(3, layout), -1) == case.ddbeta).all()
+        assert (np.moveaxis(got.ddy, channel_axis(3, layout), -1) == case.ddbeta).all()
         assert not got.dx.any()
         assert not got.dgamma.any()
 
@@ -278,11 +294,11 @@ def test_an_activation_apart() -> None:
 
     def loss(dy: Array, x: Array) -> complex:
         through = dy * slopes
-        dx, dgamma, dbeta = oracle.textbook_backward(through, x, case.gamma, 0.125, layout, None)  # type: ignore[arg-type]
+        dx, dgamma, dbeta = formulas.textbook_backward(through, x, case.gamma, 0.125, layout, None)  # type: ignore[arg-type]
         pairs = ((case.ddx, dx), (case.ddgamma, dgamma), (case.ddbeta, dbeta))
         return complex(sum((a * b).sum() for a, b in pairs))
 
-    bounds = oracle.bound_second(np.float64, np.float64, apart.problem(False))
+    bounds = bound_double_backward(np.float64, np.float64, apart.problem(False))
     got = apart.call(False)
     ddy = derivative(lambda dy: loss(dy, case.x), case.dy)
     dx = derivative(lambda x: loss(case.dy, x), case.x)
@@ -290,7 +306,7 @@ def test_an_activation_apart() -> None:
     assert_within(rows(got.dx, layout), wide(dx, layout), bounds.dx, "dx")
 
 
-def through_torch(torch: Any, case: Case, frozen: bool) -> oracle.WideSecond:
+def through_torch(torch: Any, case: Case, frozen: bool) -> SecondDerivatives:
     """Differentiated twice by autograd."""
     arrays = case.dy, case.x, case.gamma, np.zeros_like(case.mean)
     dy, x, gamma, beta = (torch.tensor(a, requires_grad=True) for a in arrays)
@@ -302,7 +318,7 @@ def through_torch(torch: Any, case: Case, frozen: bool) -> oracle.WideSecond:
     by = [torch.tensor(a) for a in (case.ddx, case.ddgamma, case.ddbeta)]
     results = torch.autograd.grad(backward, (dy, x, gamma), by)
     ddy, dx, dgamma = (np.asarray(tensor) for tensor in results)
-    return oracle.WideSecond(wide(ddy, "NCHW"), wide(dx, "NCHW"), vector(dgamma, 0, 0))
+    return SecondDerivatives(wide(ddy, "NCHW"), wide(dx, "NCHW"), vector(dgamma, 0, 0))
 
 
 @pytest.mark.usefixtures("variant")

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+import fastbn
 from layers import fails
 from samples import Norm
 from variants import each_backend
-
-import fastbn
 
 SHAPE = (4, 6, 5)
 X = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)

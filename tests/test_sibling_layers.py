@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import assert_same_bits
-from layers import fails, refused
-from samples import Norm
-from variants import each_backend
 
 import fastbn
-from benchmarks.oracle import ACTIVATIONS, DTYPES, HALVES, LAYOUTS, Array, to_layout, unit
+from bits import assert_same_bits
+from layers import fails, refused
+from oracle.arrays import DTYPES, HALVES, LAYOUTS, Array, to_layout
+from oracle.bounds import unit
+from oracle.formulas import ACTIVATIONS
+from samples import Norm
+from variants import each_backend
 
 CHANNELS = 6
 KINDS: dict[str, Norm] = {"GroupNorm": Norm(3), "InstanceNorm": Norm("instance")}

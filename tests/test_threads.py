@@ -9,10 +9,10 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from processes import finds_tests, output
-from variants import RUNNERS
 
 from fastbn import _ext, backends
+from processes import finds_tests, output
+from variants import RUNNERS
 
 pytestmark = pytest.mark.slow
 

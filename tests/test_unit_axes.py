@@ -6,20 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import every_call
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import every_call
+import fastbn
 from bits import assert_same_bits
 from grid import TYPES
 from guarded import Log
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from oracle.arrays import Array
 from processes import finds_tests, run
 from strategies import layouts, shapes_of_ones, unit_strides
 from variants import Variant, each_backend
-
-import fastbn
-from benchmarks.oracle import Array
 
 NO_ARRAYS = {
     *("BackendError", "Renormalization", "get_backend", "get_config", "get_num_threads"),

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+import fastbn
 from checks import Judged, assert_within, judge_backward, judge_forward
 from grid import TYPES
 from memory import FORMS
+from oracle.arrays import Array, to_layout
 from pairs import paired
 from variants import Variant, each_backend
-
-import fastbn
-from benchmarks.oracle import Array, to_layout
 
 SHAPES = (
     (10, 3, 5, 5),

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.random import Generator
 
-from benchmarks.oracle import Array
+from oracle.arrays import Array
 
 Shape = tuple[int, ...]
 
@@ -54,14 +54,14 @@ class Hard:
         return Problem(x, dy, gamma, beta, self.eps)
 
 
-def over_channels(shape: Shape) -> tuple[int, ...]:
+def all_but_channels(shape: Shape) -> tuple[int, ...]:
     """All axes but that of the channels."""
     return tuple(axis for axis in range(len(shape)) if axis != 1)
 
 
 def standardized(x: Array) -> Array:
     """xhat, about; 0 in channels that are constant or not finite."""
-    over = over_channels(x.shape)
+    over = all_but_channels(x.shape)
     with np.errstate(invalid="ignore", over="ignore"):
         scaled = x / np.abs(x).max(over, keepdims=True, initial=1e-300)
         centred = scaled - scaled.mean(over, keepdims=True)
