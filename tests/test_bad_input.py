@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import fastbn
-from checks import case
 from oracle.arrays import LAYOUTS
-from variants import Variant, each_backend
+from support.judge import case
+from support.variants import Variant, each_backend
 
 SHAPE = (4, 10, 8, 20)
 

@@ -16,7 +16,7 @@ import pytest
 
 import fastbn
 from fastbn import backends, config
-from processes import error, output, run
+from support.processes import error, output, run
 
 pytestmark = pytest.mark.slow
 

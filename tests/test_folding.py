@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import fastbn
-from checks import assert_within
-from memory import FORMS
 from oracle.arrays import DTYPES, Array
 from oracle.bounds import unit
 from oracle.formulas import rstd_of
+from support.judge import assert_within
+from support.memory import FORMS
 
 RNG = np.random.default_rng
 

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbn
-from bits import assert_same_bits
-from checks import check_backward, check_forward
-from memory import FORMS, WRITEABLE, dense
 from oracle.arrays import DTYPES, HALVES, LAYOUTS, Array
 from oracle.formulas import ACTIVATIONS
-from strategies import Problem, recipes
-from variants import Variant, each_backend
+from support.bits import assert_same_bits
+from support.judge import check_backward, check_forward
+from support.memory import FORMS, WRITEABLE, dense
+from support.strategies import Problem, recipes
+from support.variants import Variant, each_backend
 
 pytestmark = pytest.mark.usefixtures("variant")
 

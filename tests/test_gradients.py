@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import fastbn
-from checks import assert_within, derivative
 from oracle import formulas
 from oracle.arrays import DTYPES, LAYOUTS, Array, channels_of, rows, to_layout, vector, wide
 from oracle.bounds import bound_dbeta, bound_dgamma, bound_dx
-from pairs import paired
-from variants import Variant, each_backend
+from support.judge import assert_within, derivative
+from support.pairs import paired
+from support.variants import Variant, each_backend
 
 
 @paired(

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 
 import fastbn
-from bits import assert_same_bits
-from checks import check_everything
 from fastbn.elements import is_bfloat16, is_element, is_half
 from oracle.arrays import HALVES, LAYOUTS, Array
-from processes import output
-from strategies import Problem, recipes
-from variants import Variant, each_backend
+from support.bits import assert_same_bits
+from support.judge import check_everything
+from support.processes import output
+from support.strategies import Problem, recipes
+from support.variants import Variant, each_backend
 
 
 def every_value(dtype: type) -> Array:

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 import fastbn
-from bits import Results, assert_same_bits, of_channels, run_all
-from checks import check_everything
-from memory import strided
 from oracle.arrays import DTYPES, LAYOUTS, Array, rows, to_layout
 from oracle.hard import Hard, hard_data
-from variants import Variant
+from support.bits import Results, assert_same_bits, of_channels, run_all
+from support.judge import check_everything
+from support.memory import strided
+from support.variants import Variant
 
 PLANES = [(2, 19, 7, 7), (3, 2, 500), (2, 1, 8209)]
 """As NCHW: small planes and long ones, several chunks of a plane."""

@@ -9,7 +9,7 @@ import pytest
 import fastbn
 from fastbn import backends
 from fastbn.backends.base import Backend
-from variants import CYTHON, EIGHT, VARIANTS, activate
+from support.variants import CYTHON, EIGHT, VARIANTS, activate
 
 PLAIN = (
     "plain_moments",

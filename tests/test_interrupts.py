@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import fastbn
-from layers import CHANNELS, batch, made
 from oracle.arrays import Array
+from support.layers import CHANNELS, batch, made
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastbn import BackendError, backends
-from processes import error, output, run
+from support.processes import error, output, run
 
 if not backends.is_built("cython"):
     pytest.skip("the compiled kernels are not built", allow_module_level=True)

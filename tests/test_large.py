@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 import fastbn
-from bits import assert_same_bits, run_all
-from checks import assert_within, judge_backward, judge_forward
 from oracle.arrays import DTYPES, LAYOUTS, Array
-from variants import CYTHON, VARIANTS, Variant, each_backend
+from support.bits import assert_same_bits, run_all
+from support.judge import assert_within, judge_backward, judge_forward
+from support.variants import CYTHON, VARIANTS, Variant, each_backend
 
 COMPILED = [*CYTHON[:1], *(name for name in VARIANTS if name == "numba")]
 of_compiled = pytest.mark.parametrize("variant", COMPILED, indirect=True)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import fastbn
-from bits import assert_same_bits
-from layers import CHANNELS, batch, fails, made, refused
+from support.bits import assert_same_bits
+from support.layers import CHANNELS, batch, fails, made, refused
 
 SHAPE = (6, CHANNELS, 3)
 KINDS: dict[str, tuple[int, ...]] = {

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import fastbn
-from bits import assert_same_bits
-from layers import CHANNELS, batch, fails, made, refused
-from variants import each_backend
+from support.bits import assert_same_bits
+from support.layers import CHANNELS, batch, fails, made, refused
+from support.variants import each_backend
 
 SHAPE = (4, CHANNELS, 6)
 LAST = CHANNELS - 1

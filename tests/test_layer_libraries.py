@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 import fastbn
-from bits import assert_same_bits
-from checks import assert_within
 from oracle.arrays import DTYPES, Array, Wide, to_layout
 from oracle.bounds import bound_y, unit
 from oracle.formulas import normalize, rstd_of
-from running import averaged
-from variants import each_backend
+from support.bits import assert_same_bits
+from support.judge import assert_within
+from support.running_averages import averaged
+from support.variants import each_backend
 
 CHANNELS = 5
 Update = Callable[[Wide, Wide], Wide]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import fastbn
-from bits import assert_same_bits, run_all
-from checks import check_everything
 from fastbn.layouts import Arrangement
-from memory import FORMS, channels_last
 from oracle.arrays import DTYPES, LAYOUTS, Array, channels_of, to_layout
-from pairs import paired
-from variants import Variant, each_backend
+from support.bits import assert_same_bits, run_all
+from support.judge import check_everything
+from support.memory import FORMS, channels_last
+from support.pairs import paired
+from support.variants import Variant, each_backend
 
 SHAPES = [  # as NCHW
     (1, 1),

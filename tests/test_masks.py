@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 import fastbn
-from bits import assert_same_bits
-from checks import assert_within, judge_backward, judge_forward
 from fastbn.backends.base import Selection
-from grid import TYPES
-from machines import ALWAYS_STREAM, pretend
-from memory import against_a_page
 from oracle.arrays import Array, channel_axis, rows, wide
 from oracle.bounds import bound_mean, bound_var, factor, stored
 from oracle.formulas import backward, moments, rstd_of
-from pairs import paired
-from variants import Variant, each_backend
+from support.bits import assert_same_bits
+from support.grid import TYPES
+from support.judge import assert_within, judge_backward, judge_forward
+from support.machines import ALWAYS_STREAM, pretend
+from support.memory import against_a_page
+from support.pairs import paired
+from support.variants import Variant, each_backend
 
 SHAPES = (
     (4, 3, 5, 5),

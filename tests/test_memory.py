@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import fastbn
-from bits import assert_same_bits, run_all
-from memory import FORMS, dense_in_its_order
 from oracle.arrays import DTYPES, LAYOUTS, Array, channels_of
-from pairs import paired
-from variants import Variant, each_backend
+from support.bits import assert_same_bits, run_all
+from support.memory import FORMS, dense_in_its_order
+from support.pairs import paired
+from support.variants import Variant, each_backend
 
 SHAPES = [(5, 7), (3, 17, 9), (2, 5, 6, 7), (3, 2, 2, 3, 5)]
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import fastbn
-from checks import check_forward
-from machines import ALWAYS_STREAM, NEVER_STREAM, pretend
-from processes import output
+from support.judge import check_forward
+from support.machines import ALWAYS_STREAM, NEVER_STREAM, pretend
+from support.processes import output
 
 numba = pytest.importorskip("numba")
 call = pytest.importorskip("fastbn.backends.numba.call")

@@ -8,9 +8,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from checks import assert_within
 from oracle import formulas
 from oracle.arrays import rows, vector, wide
+from support.judge import assert_within
 
 
 @pytest.mark.parametrize("loc", [0.0, 1e6, 1e12])

@@ -12,11 +12,11 @@ import pytest
 from numpy.lib.stride_tricks import as_strided
 
 import fastbn
-from bits import assert_same_bits
-from memory import WRITEABLE, dense
 from oracle.arrays import DTYPES, LAYOUTS, Array, channels_of
-from pairs import paired
-from variants import Variant, each_backend
+from support.bits import assert_same_bits
+from support.memory import WRITEABLE, dense
+from support.pairs import paired
+from support.variants import Variant, each_backend
 
 SHAPES = [(9, 5), (3, 7, 9), (2, 5, 6, 7)]
 

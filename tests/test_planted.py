@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from planted import FAULTS, ROOT
+from support.planted import FAULTS, ROOT
 
 
 @pytest.mark.parametrize("name", FAULTS)

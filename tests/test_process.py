@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fastbn import backends
-from processes import output
-from variants import VARIANTS, environment, proof
+from support.processes import output
+from support.variants import VARIANTS, environment, proof
 
 pytestmark = pytest.mark.slow
 

@@ -12,13 +12,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import fastbn
-from bits import assert_same_bits, run_all
-from checks import assert_within, check_everything
 from oracle import bounds, formulas
 from oracle.arrays import Array, Wide, rows, vector, wide
 from oracle.bounds import bound_dbeta, bound_dgamma, bound_dx, bound_mean, bound_var, bound_y
 from oracle.formulas import WideGradients
-from strategies import Problem, problems, recipes, whole_numbers
+from support.bits import assert_same_bits, run_all
+from support.judge import assert_within, check_everything
+from support.strategies import Problem, problems, recipes, whole_numbers
 
 pytestmark = pytest.mark.usefixtures("variant")
 

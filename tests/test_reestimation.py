@@ -13,10 +13,10 @@ import pytest
 from rich.progress import track
 
 import fastbn
-from bits import assert_same_bits
 from fastbn import BatchNorm, reestimate
 from oracle.arrays import DTYPES, Array
-from variants import each_backend
+from support.bits import assert_same_bits
+from support.variants import each_backend
 
 WIDTHS = (3, 5, 7, 4)
 METHODS = ("exact", "average")

@@ -1,7 +1,7 @@
-"""The same bits, for each backend by itself: whatever the threads, the memory and the company.
+"""The same bits, for each backend by itself: whatever the threads, the memory and the process.
 
-Every test holds one way of computing against the baseline of `grid`, over the whole grid. Of Cython
-every instruction set is held against the same one.
+Every test holds one way of computing against the baseline of `support.grid`, over the whole grid.
+Of Cython every instruction set is held against the same one.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bits import Array, Place, Results, assert_same_bits, run_all
 from fastbn import backends
 from fastbn.backends import base
-from grid import (
+from oracle.arrays import DTYPES
+from support.bits import Array, Place, Results, assert_same_bits, run_all
+from support.grid import (
     Digests,
     Point,
     Way,
@@ -30,11 +31,10 @@ from grid import (
     problem,
     way,
 )
-from machines import MACHINES, pretend
-from memory import FORMS, WRITEABLE, dense
-from oracle.arrays import DTYPES
-from processes import output
-from variants import BACKENDS, TRIPS, VARIANTS, Variant, activate, environment
+from support.machines import MACHINES, pretend
+from support.memory import FORMS, WRITEABLE, dense
+from support.processes import output
+from support.variants import BACKENDS, TRIPS, VARIANTS, Variant, activate, environment
 
 MANY = 13
 """More threads than most machines have processors; Numba has so many only if told at its start."""
@@ -156,7 +156,7 @@ def test_concurrent_calls(name: str) -> None:
 PROCESS = """
 import json, os, sys
 sys.path.append({tests!r})
-from grid import digests, way
+from support.grid import digests, way
 several = way(threads={threads})
 first = digests({name!r}, several)
 reading, writing = os.pipe()

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import fastbn
-from memory import FORMS, strided
 from oracle.arrays import DTYPES, LAYOUTS, Array, channels_of, to_layout
-from pairs import paired
-from variants import CYTHON, VARIANTS, Variant, activate
+from support.memory import FORMS, strided
+from support.pairs import paired
+from support.variants import CYTHON, VARIANTS, Variant, activate
 
 pytestmark = pytest.mark.slow
 

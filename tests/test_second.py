@@ -12,9 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbn
-from bits import assert_same_bits, of_channels
-from checks import Judged, assert_within, derivative
-from memory import FORMS, dense_in_its_order
 from oracle import formulas
 from oracle.arrays import (
     DTYPES,
@@ -31,9 +28,12 @@ from oracle.arrays import (
 )
 from oracle.bounds import bound_double_backward, double_backward_terms
 from oracle.formulas import DoubleBackwardProblem, SecondDerivatives
-from pairs import paired
-from strategies import recipes
-from variants import each_backend
+from support.bits import assert_same_bits, of_channels
+from support.judge import Judged, assert_within, derivative
+from support.memory import FORMS, dense_in_its_order
+from support.pairs import paired
+from support.strategies import recipes
+from support.variants import each_backend
 
 ALL = (*DTYPES, *HALVES)
 GRADIENTS = ("ddx", "ddgamma", "ddbeta")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import fastbn
-from layers import fails
-from samples import Norm
-from variants import each_backend
+from support.layers import fails
+from support.sample_norms import Norm
+from support.variants import each_backend
 
 SHAPE = (4, 6, 5)
 X = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import fastbn
-from bits import assert_same_bits
-from layers import fails, refused
 from oracle.arrays import DTYPES, HALVES, LAYOUTS, Array, to_layout
 from oracle.bounds import unit
 from oracle.formulas import ACTIVATIONS
-from samples import Norm
-from variants import each_backend
+from support.bits import assert_same_bits
+from support.layers import fails, refused
+from support.sample_norms import Norm
+from support.variants import each_backend
 
 CHANNELS = 6
 KINDS: dict[str, Norm] = {"GroupNorm": Norm(3), "InstanceNorm": Norm("instance")}

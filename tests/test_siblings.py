@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbn
-from bits import assert_same_bits
-from checks import assert_within, derivative
 from fastbn import call
-from grid import TYPES
-from memory import FORMS, WRITEABLE, dense_in_its_order
 from oracle.arrays import DTYPES, HALVES, LAYOUTS, Array, by_sample, channel_axis
 from oracle.formulas import ACTIVATIONS
-from samples import Norm, check, judge_backward, judge_forward, made
-from strategies import recipes
-from variants import CYTHON, Variant, activate, each_backend
+from support.bits import assert_same_bits
+from support.grid import TYPES
+from support.judge import assert_within, derivative
+from support.memory import FORMS, WRITEABLE, dense_in_its_order
+from support.sample_norms import Norm, check, judge_backward, judge_forward, made
+from support.strategies import recipes
+from support.variants import CYTHON, Variant, activate, each_backend
 
 SHAPES = (
     # rows: one column, broken lanes, whole ones, wide, of many samples, in pieces

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import fastbn
-from bits import Results, assert_same_bits, of_channels, run_all
-from checks import check_backward, check_everything, check_forward
 from oracle.arrays import DTYPES, LAYOUTS, Array, channel_axis, rows, to_layout
-from pairs import paired
-from variants import Variant, each_backend
+from support.bits import Results, assert_same_bits, of_channels, run_all
+from support.judge import check_backward, check_everything, check_forward
+from support.pairs import paired
+from support.variants import Variant, each_backend
 
 CHANNELS = 19
 

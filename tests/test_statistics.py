@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import fastbn
-from bits import assert_same_bits
-from checks import assert_within
 from fastbn import Moments
 from oracle import formulas
 from oracle.arrays import DTYPES, HALVES, LAYOUTS, Array, Wide, to_layout, wide
 from oracle.bounds import bound_mean, bound_var
-from variants import each_backend
+from support.bits import assert_same_bits
+from support.judge import assert_within
+from support.variants import each_backend
 
 T = TypeVar("T")
 U = 2.0**-52

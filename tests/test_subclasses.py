@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 import fastbn
-from bits import assert_same_bits
-from memory import Subclass
 from oracle.arrays import Array
-from variants import CYTHON, activate
+from support.bits import assert_same_bits
+from support.memory import Subclass
+from support.variants import CYTHON, activate
 
 DOORS = ("numpy", *CYTHON[:1])
 """Without plain entries, and with; the checks are the same for all."""

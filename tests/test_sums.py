@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbn
-from bits import assert_same_bits
-from checks import assert_within, judge_backward
 from oracle import formulas
 from oracle.arrays import DTYPES, HALVES, LAYOUTS, Array, channels_of, to_layout, vector, wide
 from oracle.bounds import bound_dbeta, bound_dgamma
 from oracle.formulas import ACTIVATIONS
-from pairs import paired
-from strategies import Problem, recipes
-from variants import each_backend
+from support.bits import assert_same_bits
+from support.judge import assert_within, judge_backward
+from support.pairs import paired
+from support.strategies import Problem, recipes
+from support.variants import each_backend
 
 pytestmark = pytest.mark.usefixtures("variant")
 

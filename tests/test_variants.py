@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import fastbn
-from bits import Array
 from oracle.arrays import DTYPES, LAYOUTS
-from variants import VARIANTS, Variant, activate
+from support.bits import Array
+from support.variants import VARIANTS, Variant, activate
 
 ONES = np.ones(3)
 

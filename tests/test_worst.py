@@ -16,13 +16,13 @@ from hypothesis import example, given, settings, target
 from hypothesis import strategies as st
 
 import fastbn
-from checks import check_backward, judge_backward, judge_forward
-from memory import FORMS
 from oracle import bounds, formulas
 from oracle.arrays import DTYPES, Array, Wide, rows, to_layout, wide
 from oracle.bounds import unit
-from strategies import DISTRIBUTIONS, layouts
-from variants import Variant
+from support.judge import check_backward, judge_backward, judge_forward
+from support.memory import FORMS
+from support.strategies import DISTRIBUTIONS, layouts
+from support.variants import Variant
 
 LIMITS: dict[Any, float] = {np.float32: 1e6, np.float64: 1e12}
 """Of |mean|/s."""

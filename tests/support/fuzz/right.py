@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 
 import fastbn
-import samples
-from checks import Judged, assert_within, judge_backward, judge_y
 from oracle import formulas
 from oracle.arrays import Array, Wide, by_sample, channel_axis, limits, rows, vector, wide
 from oracle.bounds import (
@@ -30,6 +28,8 @@ from oracle.bounds import (
     unit,
 )
 from oracle.formulas import DoubleBackwardProblem
+from support import sample_norms
+from support.judge import Judged, assert_within, judge_backward, judge_y
 
 Results = dict[str, Any]
 NORMAL = float(np.finfo(np.float64).smallest_normal)
@@ -416,7 +416,7 @@ def judge_samples(results: Results, a: dict[str, Any]) -> None:
     if "y" in results:
         mean, var = formulas.sample_moments(values, groups)
         found = fastbn.BatchNormResult(*(results[n] for n in ("y", "mean", "var")))
-        judged = samples.judge_forward(
+        judged = sample_norms.judge_forward(
             found, groups, x, a.get("gamma"), a.get("beta"), residual=beside, **told
         )
     else:
@@ -427,7 +427,7 @@ def judge_samples(results: Results, a: dict[str, Any]) -> None:
         if results.get("dresidual") is not None:
             found = fastbn.ResidualGradients(results["dx"], dgamma, dbeta, results["dresidual"])
         y = a["y"] if a.get("activation") is not None else None
-        judged = samples.judge_backward(
+        judged = sample_norms.judge_backward(
             found, groups, a["dy"], x, a["mean"], a["var"], a.get("gamma"), y=y, **told
         )
     each_group = values.reshape(len(x) * groups, -1)

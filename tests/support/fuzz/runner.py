@@ -1,7 +1,7 @@
 """A differential fuzzer: random public calls on one variant, held against the oracles.
 
-    PYTHONPATH=tests python -m fuzz --variant cython-avx512 --cases 50000
-    PYTHONPATH=tests python -m fuzz --variant cython-avx512 --cases 1 --seed 12345
+    PYTHONPATH=tests python -m support.fuzz --variant cython-avx512 --cases 50000
+    PYTHONPATH=tests python -m support.fuzz --variant cython-avx512 --cases 1 --seed 12345
 
 Each case comes from a seed, which is printed where it fails with the command that repeats it. Cases
 run in a child process, so that a crash has a seed as well.
@@ -21,11 +21,11 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from drawn import Source
-from fuzz_bad import bad
-from fuzz_cases import VERBS, Case
-from fuzz_layers import LAYERS
-from variants import VARIANTS, activate
+from support.fuzz.bad import bad
+from support.fuzz.cases import VERBS, Case
+from support.fuzz.layers import LAYERS
+from support.random_arrays import Source
+from support.variants import VARIANTS, activate
 
 DRAWS: dict[Callable[[Source], Case], int] = VERBS | LAYERS | {bad: 8}
 MOST_FAILURES = 10
@@ -41,7 +41,7 @@ def draw(variant: str, seed: int) -> Case:
 
 
 def command(variant: str, seed: int) -> str:
-    return f"PYTHONPATH=tests python -m fuzz --variant {variant} --cases 1 --seed {seed}"
+    return f"PYTHONPATH=tests python -m support.fuzz --variant {variant} --cases 1 --seed {seed}"
 
 
 def report(variant: str, seed: int, what: str) -> None:
@@ -130,7 +130,7 @@ def run(variant: str, seed: int, cases: int, seconds: float) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="fuzz", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="support.fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("--variant", choices=VARIANTS, action="append", help="all without")
     parser.add_argument("--cases", type=int, default=1 << 40, help="how many, at most")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="how long, at most")
@@ -139,7 +139,3 @@ def main() -> int:
     seed = random.SystemRandom().randrange(1 << 40) if given.seed is None else given.seed
     results = [run(v, seed, given.cases, given.seconds) for v in given.variant or VARIANTS]
     return 0 if all(results) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -27,7 +27,7 @@ def wait_at_forbidden_pages() -> None:
     _libc.signal(int(signal.SIGSEGV), handler)
 
 
-class HeldCall:
+class BlockingCall:
     """A call in a thread of its own that is inside the kernel, and ends when released.
 
     It normalizes two planes, of which the second may not be read yet.
@@ -46,11 +46,11 @@ class HeldCall:
             time.sleep(0.001)
 
     def release(self) -> bool:
-        """Let the call end; whether it was held until now, and its result is right."""
-        held = bool(np.isnan(self._y[0, 1, -1]))
+        """Let the call end; whether it was inside until now, and its result is right."""
+        inside = bool(np.isnan(self._y[0, 1, -1]))
         self._allow(_EVERYBODY)
         self._thread.join()
-        return held and bool((self._y == self._x - 1).all())
+        return inside and bool((self._y == self._x - 1).all())
 
     def _call(self) -> None:
         with fastbn.use_num_threads(self._threads):

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 import fastbn
-from bits import assert_same_bits
-from checks import Judged
-from drawn import Array, Source
-from fuzz_cases import Case, Drawn, named, norm_of
-from fuzz_right import (
+from oracle import bounds, formulas
+from oracle.arrays import Wide, channel_axis, vector, wide
+from support.bits import assert_same_bits
+from support.fuzz.cases import Case, Drawn, named, norm_of
+from support.fuzz.right import (
     Results,
     Selected,
     assert_zeros,
@@ -28,8 +28,8 @@ from fuzz_right import (
     verify,
     weighed,
 )
-from oracle import bounds, formulas
-from oracle.arrays import Wide, channel_axis, vector, wide
+from support.judge import Judged
+from support.random_arrays import Array, Source
 
 PARAMETERS = {"weight": "gamma", "bias": "beta"}
 STATE = (*PARAMETERS, "running_mean", "running_var", "num_batches_tracked")

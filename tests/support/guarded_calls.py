@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from drawn import in_layout
-from every_call import ALL, Array, Given
-from grid import TYPES
-from memory import Guarded
 from oracle.arrays import LAYOUTS
-from variants import activate
+from support.every_call import ALL, Array, Given
+from support.grid import TYPES
+from support.memory import Guarded
+from support.random_arrays import in_layout
+from support.variants import activate
 
 AROUND_VECTORS = (*range(1, 41), 63, 64, 65)
 LARGE = ((2, 2, 16385), (1025, 3), (2, 5001), (70, 33, 5))

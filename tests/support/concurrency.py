@@ -1,4 +1,4 @@
-"""Calls in company of threads and other processes; for processes of their own to import."""
+"""Calls beside those of other threads and processes; for processes of their own to import."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def digest(problem: Problem) -> str:
     layout = problem.layout
     y, mean, var = fastbn.batch_norm(x, layout=layout)
     dx, dgamma, dbeta = fastbn.batch_norm_backward(y, x, mean, var, layout=layout, params=True)
-    served = fastbn.normalize(x, mean, var, layout=layout)
+    inference = fastbn.normalize(x, mean, var, layout=layout)
     found = sha256()
-    for result in (y, mean, var, dx, dgamma, dbeta, served):
+    for result in (y, mean, var, dx, dgamma, dbeta, inference):
         found.update(np.ascontiguousarray(result).tobytes())
     return found.hexdigest()
 

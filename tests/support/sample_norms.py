@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fastbn
-from checks import Judged, assert_within
 from oracle.arrays import Array, Wide, by_sample, channels_of, to_layout, vector
 from oracle.bounds import (
     bound_fused,
@@ -29,7 +28,8 @@ from oracle.formulas import (
     sample_moments,
     sample_normalize,
 )
-from remembered import remembered
+from support.judge import Judged, assert_within
+from support.memoized import memoized
 
 KINDS = ("instance", "layer")
 
@@ -104,7 +104,7 @@ def judge_forward(
     ]
 
 
-@remembered
+@memoized
 def _exact_forward(
     x: Array, groups: int, gamma: Array | None, beta: Array | None, eps: float, layout: str
 ) -> tuple[Wide, Wide, Wide, Wide]:

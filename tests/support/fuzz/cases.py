@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 import fastbn
-import samples
-from bits import assert_same_bits
-from drawn import DOUBLE, PARAMETERS, Array, Placed, Source
-from fuzz_right import (
+from oracle import formulas
+from oracle.arrays import by_sample, channel_axis, wide
+from support import sample_norms
+from support.bits import assert_same_bits
+from support.fuzz.right import (
     Results,
     Selected,
     arrays_of,
@@ -30,9 +31,8 @@ from fuzz_right import (
     judge_samples,
     judge_second,
 )
-from memory import dense, dense_in_its_order
-from oracle import formulas
-from oracle.arrays import by_sample, channel_axis, wide
+from support.memory import dense, dense_in_its_order
+from support.random_arrays import DOUBLE, PARAMETERS, Array, Placed, Source
 
 PLACES = ("out", "dresidual", "into")
 """Arguments that are written."""
@@ -394,13 +394,13 @@ def gradient_sums(s: Source) -> Case:
     )
 
 
-def norm_of(d: Drawn) -> tuple[samples.Norm, int, tuple[int, ...]]:
+def norm_of(d: Drawn) -> tuple[sample_norms.Norm, int, tuple[int, ...]]:
     """Instance norm, layer norm, or groups of any divisor; how many groups, and the shape of
     mean and var."""
     kind = d.s.choice(("instance", "layer", "groups", "groups"))
     divisors = [n for n in range(1, d.channels + 1) if d.channels % n == 0] or [1, 3]
     n = {"instance": d.channels, "layer": 1, "groups": d.s.choice(divisors)}[kind]
-    norm = samples.Norm(n if kind == "groups" else kind)
+    norm = sample_norms.Norm(n if kind == "groups" else kind)
     return norm, n, (d.shape[0],) if kind == "layer" else (d.shape[0], n)
 
 

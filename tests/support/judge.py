@@ -23,7 +23,7 @@ from oracle.bounds import (
     units,
 )
 from oracle.formulas import WideGradients, backward, fused, gated, moments, normalize, rstd_of
-from remembered import remembered
+from support.memoized import memoized
 
 COMPLEX_STEP = 1e-200
 
@@ -104,12 +104,12 @@ def judge_forward(
     ]
 
 
-@remembered
+@memoized
 def _exact_moments(x: Array, layout: str) -> tuple[Wide, Wide]:
     return moments(wide(x, layout))
 
 
-@remembered
+@memoized
 def _exact_y(
     x: Array,
     mean: Array | None,
@@ -222,7 +222,7 @@ def judge_backward(
     return judged
 
 
-@remembered
+@memoized
 def _exact_backward(
     dy: Array,
     x: Array,

@@ -16,7 +16,7 @@ T = TypeVar("T")
 MOST = 8
 
 
-def remembered(function: Callable[P, T]) -> Callable[P, T]:
+def memoized(function: Callable[P, T]) -> Callable[P, T]:
     """The function, whose last results are kept, by what its arguments hold."""
     known: OrderedDict[Hashable, T] = OrderedDict()
 

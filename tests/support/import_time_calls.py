@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 
-import company
+from support import concurrency
 
 IMPORTER = os.getpid()
-EXPECTED = company.digest(company.LARGE)
+EXPECTED = concurrency.digest(concurrency.LARGE)
 
 
 def report() -> dict[str, int]:
     """Who calls, who imported this, threads started for the call, whether the bits are the same."""
-    started = company.started()
-    same = company.digest(company.LARGE) == EXPECTED
+    started = concurrency.started()
+    same = concurrency.digest(concurrency.LARGE) == EXPECTED
     return {"process": os.getpid(), "importer": IMPORTER, "started": started, "same": same}

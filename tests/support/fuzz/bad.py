@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from drawn import Array, Placed, Source
-from fuzz_cases import VERBS, Case
+from support.fuzz.cases import VERBS, Case
+from support.random_arrays import Array, Placed, Source
 
 Corruption = Callable[[Any, Source], Any]
 """An illegal value in place of a legal one; None where there is none such."""

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from drawn import in_layout
-from every_call import ALL, Given, results
-from guarded import Log
 from oracle.arrays import LAYOUTS
-from variants import VARIANTS, activate
+from support.every_call import ALL, Given, results
+from support.guarded_calls import Log
+from support.random_arrays import in_layout
+from support.variants import VARIANTS, activate
 
 SHAPES = ((0, 3), (2, 0), (0, 0), (0, 3, 4), (2, 3, 0), (1, 0, 1), (5, 0, 2, 2), (3, 1, 0, 1))
 """As NCHW words: no samples, no channels, no places."""

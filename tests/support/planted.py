@@ -1,7 +1,7 @@
 """Planted faults: whether the tests catch what `planted.toml` breaks, one fault at a time.
 
-    PYTHONPATH=tests python -m planted
-    PYTHONPATH=tests python -m planted --fault rows-tail-of-a-sum --fault memory-order
+    PYTHONPATH=tests python -m support.planted
+    PYTHONPATH=tests python -m support.planted --fault rows-tail-of-a-sum --fault memory-order
 
 Each fault goes into a copy of the tree. Where it is in the kernels, those of the best instruction
 set are built there. The fast selection of the tests runs until the first failure and, where it
@@ -22,7 +22,7 @@ import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KERNELS = "fastbn/_ext"
 BUILT = {"FASTBN_BUILD_ISA": "native"}
 """The variable by which `setup.py` builds for the best instruction set alone."""
@@ -108,7 +108,7 @@ def judge(name: str) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="planted", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="support.planted", description=__doc__.splitlines()[0])
     parser.add_argument("--fault", choices=FAULTS, action="append", help="all without")
     names = parser.parse_args().fault or list(FAULTS)
     missed = [name for name in names if not judge(name)]

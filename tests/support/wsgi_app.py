@@ -8,15 +8,15 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import preloaded
-from processes import TIMEOUT
+from support import import_time_calls
+from support.processes import TIMEOUT
 
 _workers = multiprocessing.get_context("fork").Barrier(int(os.environ["WEB_CONCURRENCY"]))
 
 
 def application(environment: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
     """The report, given once every worker has one."""
-    report = preloaded.report()
+    report = import_time_calls.report()
     _workers.wait(TIMEOUT)
     start("200 OK", [("Content-Type", "application/json")])
     return [json.dumps(report).encode()]

@@ -20,9 +20,9 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from drawn import UNIT_STRIDES
-from memory import FORMS
 from oracle.arrays import DTYPES, LAYOUTS, channel_axis, channels_of
+from support.memory import FORMS
+from support.random_arrays import UNIT_STRIDES
 
 Array = NDArray[Any]
 

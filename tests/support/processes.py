@@ -15,9 +15,9 @@ TIMEOUT = 120  # seconds; numba may have to compile
 
 
 def finds_tests() -> dict[str, str]:
-    """The environment variable with which a process can import the modules beside this one."""
+    """The environment variable with which a process can import `support`."""
     inherited = os.environ.get("PYTHONPATH", "")
-    return {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), inherited])}
+    return {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), inherited])}
 
 
 @contextmanager

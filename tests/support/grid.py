@@ -15,9 +15,18 @@ from typing import NamedTuple
 import numpy as np
 
 import fastbn
-from bits import Array, Place, Results, as_given, run_all, run_fused, run_masked, run_siblings
 from oracle.arrays import DTYPES, HALVES, LAYOUTS, channels_of, to_layout
-from variants import VARIANTS, Variant, activate
+from support.bits import (
+    Array,
+    Place,
+    Results,
+    as_given,
+    run_all,
+    run_fused,
+    run_masked,
+    run_siblings,
+)
+from support.variants import VARIANTS, Variant, activate
 
 # As NCHW words. Values and bytes decide: 16384 values make a chunk of planes, 64 to 1024 rows one
 # of rows, 128 KiB of operands are worth a second thread and a MB more than ten.
