@@ -74,7 +74,7 @@ def in_place_of_dy(x: Array, dy: Array) -> tuple[Array, Array, Array]:
 def trips_as_passes(active: Variant, point: Point) -> Results:
     """Each trip as its two passes, with the small step in NumPy; no plain entries of trips. What
     pools channels has no public passes, and its small step adds in an order of its own."""
-    if point.kind == "siblings":
+    if point.kind == "group norms":
         return way()(active, point)
     with pytest.MonkeyPatch.context() as patch:
         for trip in TRIPS:

@@ -145,7 +145,7 @@ def run_masked(
     return results | {f"normalize: {name}": value for name, value in got._asdict().items()}
 
 
-def run_siblings(
+def run_group_norms(
     x: Array,
     dy: Array,
     gamma: Array | None = None,

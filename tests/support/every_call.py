@@ -166,7 +166,7 @@ def _put_backwards() -> None:
     _put("gradient_sums", "gated", pair, _statistics, _of("y"), _relu)
 
 
-def _put_siblings() -> None:
+def _put_group_norms() -> None:
     """Group, instance and layer norm, and their gradients."""
 
     def by_group(g: Given) -> Arguments:
@@ -191,7 +191,7 @@ def _put_siblings() -> None:
         _put(backward, "gated", BACK, statistics, groups, _gated, _of("out"))
 
 
-def _put_second() -> None:
+def _put_double_backward() -> None:
     """Both double backward functions."""
     none: Way = lambda g: dict.fromkeys(("ddx", "ddgamma", "ddbeta"))  # noqa: E731
     for name in ("batch_norm_double_backward", "normalize_double_backward"):
@@ -285,8 +285,8 @@ def _put_folds() -> None:
 
 _put_forwards()
 _put_backwards()
-_put_siblings()
-_put_second()
+_put_group_norms()
+_put_double_backward()
 _put_layers()
 _put_folds()
 

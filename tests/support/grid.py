@@ -23,8 +23,8 @@ from support.bits import (
     as_given,
     run_all,
     run_fused,
+    run_group_norms,
     run_masked,
-    run_siblings,
 )
 from support.variants import VARIANTS, Variant, activate
 
@@ -86,9 +86,9 @@ class Point(NamedTuple):
         return f"{self.shape} {self.layout} {self.dtype} {self.kind}"
 
 
-RUNS = {"plain": run_all, "fused": run_fused, "masked": run_masked, "siblings": run_siblings}
-"""Fused: with activations and a residual. Masked: with `where`, and with `weights`. Siblings: group
-norm of one, of some and of as many groups as channels."""
+RUNS = {"plain": run_all, "fused": run_fused, "masked": run_masked, "group norms": run_group_norms}
+"""Fused: with activations and a residual. Masked: with `where`, and with `weights`. Group norms:
+of one, of some and of as many groups as channels."""
 
 
 GRID = tuple(
@@ -100,8 +100,8 @@ GRID = tuple(
         (SHAPES[3::9], ("float64", "float16"), "fused"),
         (SHAPES[::3], ("float32",), "masked"),
         (SHAPES[4::9], ("float64", "bfloat16"), "masked"),
-        (OF_SAMPLES, ("float32", "bfloat16"), "siblings"),
-        (OF_SAMPLES[1::3], ("float64", "float16"), "siblings"),
+        (OF_SAMPLES, ("float32", "bfloat16"), "group norms"),
+        (OF_SAMPLES[1::3], ("float64", "float16"), "group norms"),
     )
     for shape in shapes
     for layout in LAYOUTS
@@ -157,7 +157,7 @@ def points_of(name: str) -> tuple[Point, ...]:
 
     def channels(point: Point) -> int:
         samples, wide = point.shape[:2]
-        return wide * samples if point.kind == "siblings" else wide
+        return wide * samples if point.kind == "group norms" else wide
 
     return tuple(point for point in GRID[::3] if channels(point) < 2000)
 

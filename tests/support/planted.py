@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 KERNELS = "fastbn/_ext"
 BUILT = {"FASTBN_BUILD_ISA": "native"}
 """The variable by which `setup.py` builds for the best instruction set alone."""
-LAST = ("masks", "frozen", "second", "layouts", "hard_data", "same_bits")
+LAST = ("masks", "frozen", "double_backward", "layouts", "hard_data", "same_bits")
 """The tests that take longest, by their files' names."""
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?\[.*?\]|\S+)(?: - |$)", re.MULTILINE)

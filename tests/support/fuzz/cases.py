@@ -24,12 +24,12 @@ from support.fuzz.right import (
     Selected,
     arrays_of,
     groups_of,
+    judge_double_backward,
     judge_fixed,
     judge_gradient_sums,
     judge_gradients,
     judge_normalized,
     judge_samples,
-    judge_second,
 )
 from support.memory import dense, dense_in_its_order
 from support.random_arrays import DOUBLE, PARAMETERS, Array, Placed, Source
@@ -466,7 +466,7 @@ def double_backward(s: Source) -> Case:
         verb.__name__,
         lambda **a: named(verb(**a)),
         d.arguments,
-        lambda results, a: judge_second(results, a, frozen=frozen),
+        lambda results, a: judge_double_backward(results, a, frozen=frozen),
     )
 
 

@@ -461,7 +461,7 @@ def _fit(x: Wide, mean: Wide, var: Wide, a: dict[str, Any]) -> Array:
     return np.asarray(size * max(most, 1.0) < limit)
 
 
-def judge_second(results: Results, a: dict[str, Any], *, frozen: bool) -> None:
+def judge_double_backward(results: Results, a: dict[str, Any], *, frozen: bool) -> None:
     """Second derivatives."""
     x, layout = a["x"], a["layout"]
     c, dtype = x.shape[channel_axis(x.ndim, layout)], x.dtype
