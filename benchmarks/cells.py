@@ -117,11 +117,6 @@ class Cell:
         return math.prod(self.shape) * self.itemsize
 
     @property
-    def channel_bytes(self) -> int:
-        """Of one channel of one array."""
-        return self.bytes // self.channels
-
-    @property
     def array_shape(self) -> Shape:
         """The shape of x in memory."""
         if self.layout != "NHWC":
