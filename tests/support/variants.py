@@ -19,8 +19,8 @@ from fastbn import backends, config
 from fastbn.backends.base import Backend
 
 PASSES = ("moments", "normalize", "gradient_moments", "input_gradient")
-TRIPS = ("forward", "backward")
-EIGHT = (*PASSES, *TRIPS, "forward_rows", "backward_rows")
+FUSED = ("forward", "backward")
+EIGHT = (*PASSES, *FUSED, "forward_rows", "backward_rows")
 
 
 @dataclass(frozen=True)
