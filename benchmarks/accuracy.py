@@ -14,13 +14,13 @@ from typing import Any
 
 from benchmarks.cells import Cell, Shape, cells_of
 from benchmarks.cli import Screen, chosen, cost, make_console, today
-from benchmarks.hard import hard_data
 from benchmarks.libraries import LIBRARIES
 from benchmarks.machine import Machine, this_machine
 from benchmarks.report import NONE, Grid, heading, time
 from benchmarks.results import Judged
 from benchmarks.rounds import Team, Watcher
 from fastbn._cpus import available_cpus
+from oracle.hard import hard_data
 
 SHAPE: Shape = (16, 24, 28, 28)
 WORKS = ("forward", "backward")

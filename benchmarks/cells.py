@@ -4,7 +4,7 @@
 2. Each of float64, a fresh output and one thread by itself, on a core of those shapes.
 3. One thread also where a library might leave cores idle: few or odd channels, one image.
 4. The series: one family of shapes from 1 KB to 400 MB, for the plot of time against size.
-5. Fused works, half types, masked works, virtual batches and siblings, and the smallest call.
+5. Fused works, half types, masked works, virtual batches, group norms, and the smallest call.
 6. Awkward shapes on one thread: many tiny samples, few samples of many channels, tiny calls.
 """
 
@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - teaches NumPy the name "bfloat16"
 import numpy as np
+
+from oracle import arrays
 
 MB = 1e6
 
@@ -53,8 +54,8 @@ class Cell:
     with gamma and beta. backward: dx, dgamma, dbeta of forward. frozen: dx alone of inference.
     fused-forward, fused-inference: relu(y + residual). fused-backward: of the former, with the
     residual's gradient. masked-...: of the places that a mask selects. weighed-...: of those, with
-    a weight for each sample. ghost-...: of virtual batches. group-..., instance-..., layer-...: the
-    siblings.
+    a weight for each sample. ghost-...: of virtual batches. group-..., instance-..., layer-...:
+    group, instance and layer norm.
     """
     layout: str
     """NCHW or NHWC; NC for an array of rank 2, which has one layout only."""
@@ -90,7 +91,7 @@ class Cell:
 
     @property
     def run(self) -> int:
-        """Samples that share statistics: those of a virtual batch; one where it is a sibling's."""
+        """Samples that share statistics: those of a virtual batch, or one."""
         return math.gcd(GHOST, self.shape[0]) if self.work.startswith("ghost") else 1
 
     @property
@@ -104,7 +105,7 @@ class Cell:
 
     @property
     def itemsize(self) -> int:
-        return np.dtype(self.dtype).itemsize
+        return 2 if self.dtype in HALVES else np.dtype(self.dtype).itemsize
 
     @property
     def is_half(self) -> bool:
@@ -114,11 +115,6 @@ class Cell:
     def bytes(self) -> int:
         """Of one array, x say."""
         return math.prod(self.shape) * self.itemsize
-
-    @property
-    def channel_bytes(self) -> int:
-        """Of one channel of one array."""
-        return self.bytes // self.channels
 
     @property
     def array_shape(self) -> Shape:
@@ -297,13 +293,15 @@ def all_cells(threads: int) -> list[Cell]:
 
 
 def half_cells(shapes: Iterable[Shape], threads: int, dtypes: Iterable[str]) -> Iterator[Cell]:
-    """Training and inference in half types."""
+    """Training and inference in half types, as far as they are here: bfloat16 needs ml_dtypes."""
+    here = [np.dtype(half).name for half in arrays.HALVES]
     for dtype in dtypes:
-        yield from cells_of(shapes, threads=threads, works=WORKS[:3], dtype=dtype)
+        if dtype in here:
+            yield from cells_of(shapes, threads=threads, works=WORKS[:3], dtype=dtype)
 
 
 def grouped_cells(shapes: Iterable[Shape], rows: Iterable[Shape], threads: int) -> Iterator[Cell]:
-    """Virtual batches and siblings; of rows those whose statistics are of several columns."""
+    """Virtual batches and group norms; of rows those whose statistics are of several columns."""
     yield from cells_of(shapes, threads=threads, works=GROUPED)
     works = [work for work in GROUPED if work.startswith(("group", "layer"))]
     yield from cells_of(rows, threads=threads, works=works)

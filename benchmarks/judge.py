@@ -1,6 +1,6 @@
 """Hard data for a library's task, and how far its results are from the exact ones.
 
-The figures are in units of the promised bound (`oracle.units`): up to 1 is as promised.
+The figures are in units of the promised bound (`oracle.bounds`): up to 1 is as promised.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks import oracle
 from benchmarks.cells import Cell, Shape
 from benchmarks.data import Array, Data, Results
-from benchmarks.hard import Problem, hard_data
-from benchmarks.oracle import Wide, rows, to_layout, units, wide
+from oracle import bounds, formulas
+from oracle.arrays import Wide, rows, to_layout, wide
+from oracle.bounds import units
+from oracle.hard import Problem, hard_data
 
 
 class Exact(NamedTuple):
@@ -34,15 +35,15 @@ def exact(case: str, dtype: str, shape: Shape) -> Exact:
     eps, x, dy = problem.eps, wide(problem.x, "NCHW"), wide(problem.dy, "NCHW")
     gamma, beta = (v.astype(np.longdouble) for v in (problem.gamma, problem.beta))
     with np.errstate(all="ignore"):
-        mean, var = oracle.moments(x)
-        y = oracle.normalize(x, mean, var, gamma, beta, eps)
-        bound_y = oracle.bound_y(dtype, y, mean, var, gamma, beta, eps)
+        mean, var = formulas.moments(x)
+        y = formulas.normalize(x, mean, var, gamma, beta, eps)
+        bound_y = bounds.bound_y(dtype, y, mean, var, gamma, beta, eps)
         statistics = mean.astype(np.float64), var.astype(np.float64)
         mean, var = (v.astype(np.longdouble) for v in statistics)
-        wanted = oracle.backward(dy, x, mean, var, gamma, eps, frozen=False)
-        bound_dx = oracle.bound_dx(dtype, wanted, dy, mean, var, gamma, eps, frozen=False)
-        bound_dgamma = oracle.bound_dgamma(dtype, wanted, mean, var, eps)
-        bound_dbeta = oracle.bound_dbeta(dtype, wanted, mean, var, eps)
+        wanted = formulas.backward(dy, x, mean, var, gamma, eps, frozen=False)
+        bound_dx = bounds.bound_dx(dtype, wanted, dy, mean, var, gamma, eps, frozen=False)
+        bound_dgamma = bounds.bound_dgamma(dtype, wanted, mean, var, eps)
+        bound_dbeta = bounds.bound_dbeta(dtype, wanted, mean, var, eps)
     results = {
         "y": (y, bound_y),
         "dx": (wanted.dx, bound_dx),

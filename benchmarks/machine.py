@@ -1,4 +1,4 @@
-"""The machine: what its tables are headed with, and the cache sizes that targets speak of."""
+"""The machine: what its tables are headed with, and the cache sizes that plots show."""
 
 from __future__ import annotations
 

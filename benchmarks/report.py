@@ -14,7 +14,6 @@ from benchmarks.compare import Change
 from benchmarks.libraries import OURS
 from benchmarks.machine import Machine
 from benchmarks.results import Measured, Run
-from benchmarks.targets import Check, Target, verdicts
 
 NONE = "-"
 
@@ -51,7 +50,7 @@ class Grid:
 
 def show(run: Run, console: Console) -> None:
     """Everything on the terminal: what is lost comes first."""
-    for grid in (lost_grid(run), targets_grid(run), troubles_grid(run)):
+    for grid in (lost_grid(run), troubles_grid(run)):
         if grid.rows or grid.empty:
             console.print(grid.to_rich())
     for grid in cell_grids(run):
@@ -61,8 +60,7 @@ def show(run: Run, console: Console) -> None:
 def markdown(run: Run) -> str:
     """The same as a document."""
     head = heading(run.machine, run.versions, run.missing, f"{run.date}, {run.rounds} rounds")
-    first = [lost_grid(run), targets_grid(run), missed_grid(run), troubles_grid(run)]
-    grids = [grid for grid in first if grid.rows or grid.empty]
+    grids = [grid for grid in (lost_grid(run), troubles_grid(run)) if grid.rows or grid.empty]
     return "\n".join([head, *(g.to_markdown() for g in (*grids, *cell_grids(run)))])
 
 
@@ -89,30 +87,6 @@ def lost_grid(run: Run) -> Grid:
         words=2,
         empty="none",
     )
-
-
-def targets_grid(run: Run) -> Grid:
-    rows = []
-    for verdict in verdicts(run):
-        met = len(verdict.checks) - len(verdict.missed)
-        count = f"{met} of {len(verdict.checks)}" if verdict.checks else NONE
-        worst = verdict.worst
-        found = (figure(verdict.target, worst), place(worst)) if worst else (NONE, NONE)
-        target = verdict.target
-        rows.append((target.work, target.demand, *found, count, verdict.answer))
-    headings = ("target", "demand", "measured, worst", "at", "cells", "reached")
-    return Grid("Targets", headings, rows, words=4)
-
-
-def missed_grid(run: Run) -> Grid:
-    """Every cell that misses a target, with its figures."""
-    rows = [
-        (v.target.work, v.target.demand, place(check), figure(v.target, check))
-        for v in verdicts(run)
-        for check in sorted(v.missed, key=lambda check: -check.shortfall)
-    ]
-    headings = ("target", "demand", "cell", "measured")
-    return Grid("Cells that miss a target", headings, rows, words=3, empty="none")
 
 
 def troubles_grid(run: Run) -> Grid:
@@ -191,13 +165,3 @@ def spread(m: Measured) -> str:
     if ours is None or ours.status != "timed":
         return NONE
     return f"{(ours.q3 - ours.q1) / ours.median:.0%}"
-
-
-def figure(target: Target, check: Check) -> str:
-    if target.unit in ("us", "ms"):
-        return time(check.figure)
-    return f"{check.figure:.2f}"
-
-
-def place(check: Check) -> str:
-    return check.measured.cell.name if check.measured else NONE

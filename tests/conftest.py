@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from variants import CYTHON, VARIANTS, Variant, activate
+
+from support.variants import CYTHON, VARIANTS, Variant, activate
 
 for profile, examples in (("all", 40), ("fast", 10)):
     settings.register_profile(

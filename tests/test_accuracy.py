@@ -15,13 +15,14 @@ import fastbn
 from benchmarks import accuracy
 from benchmarks.cells import Cell
 from benchmarks.data import Results
-from benchmarks.hard import hard_data
 from benchmarks.judge import HardData, worst
 from benchmarks.libraries import OURS, of_fastbn
 from benchmarks.machine import Machine
-from benchmarks.oracle import rstd_of, to_layout
 from benchmarks.results import Judged, Measured, Outcome
 from fastbn import backends
+from oracle.arrays import to_layout
+from oracle.formulas import rstd_of
+from oracle.hard import hard_data
 
 pytestmark = pytest.mark.slow
 

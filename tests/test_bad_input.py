@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checks import case
-from variants import Variant, each_backend
 
 import fastbn
-from benchmarks.oracle import LAYOUTS
+from oracle.arrays import LAYOUTS
+from support.judge import case
+from support.variants import Variant, each_backend
 
 SHAPE = (4, 10, 8, 20)
 

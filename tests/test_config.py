@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from processes import error, output, run
 
 import fastbn
 from fastbn import backends, config
+from support.processes import error, output, run
 
 pytestmark = pytest.mark.slow
 

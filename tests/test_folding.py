@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checks import assert_within
-from memory import FORMS
 
 import fastbn
-from benchmarks.oracle import DTYPES, Array, rstd_of, unit
+from oracle.arrays import DTYPES, Array
+from oracle.bounds import unit
+from oracle.formulas import rstd_of
+from support.judge import assert_within
+from support.memory import FORMS
 
 RNG = np.random.default_rng
 

@@ -13,34 +13,36 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
-from processes import TIMEOUT, finds_tests, output, python
-from variants import RUNNERS
 
 from fastbn import backends
+from support.processes import TIMEOUT, finds_tests, output, python
+from support.variants import RUNNERS
 
 THREADS = 3
 WORKERS = 3
 Report = dict[str, int]
 
 OS_FORK = """
-import json, os, preloaded
+import json, os
+from support import import_time_calls
 reading, writing = os.pipe()
 child = os.fork()
 if child == 0:
-    os.write(writing, json.dumps(preloaded.report()).encode())
+    os.write(writing, json.dumps(import_time_calls.report()).encode())
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
-print(json.dumps([json.loads(os.read(reading, 4096)), preloaded.report()]))
+print(json.dumps([json.loads(os.read(reading, 4096)), import_time_calls.report()]))
 """
 
 POOL = """
-import json, multiprocessing, preloaded
+import json, multiprocessing
+from support import import_time_calls
 context = multiprocessing.get_context("{method}")
-context.set_forkserver_preload(["preloaded"])
+context.set_forkserver_preload(["support.import_time_calls"])
 if __name__ == "__main__":
     with context.Pool(1) as pool:
-        child = pool.apply(preloaded.report)
-    print(json.dumps([child, preloaded.report()]))
+        child = pool.apply(import_time_calls.report)
+    print(json.dumps([child, import_time_calls.report()]))
 """
 
 FORKS = {
@@ -50,18 +52,19 @@ FORKS = {
 }
 
 BESIDE_A_CALL = """
-import os, company, held
-expected = company.digest(company.LARGE)
-held.wait_at_forbidden_pages()
-call = held.HeldCall(threads=2)
+import os
+from support import blocking_calls, concurrency
+expected = concurrency.digest(concurrency.LARGE)
+blocking_calls.wait_at_forbidden_pages()
+call = blocking_calls.BlockingCall(threads=2)
 child = os.fork()
 if child == 0:
-    started = company.started()
-    os._exit(started if company.digest(company.LARGE) == expected else 99)
+    started = concurrency.started()
+    os._exit(started if concurrency.digest(concurrency.LARGE) == expected else 99)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-assert company.digest(company.LARGE) == expected
+assert concurrency.digest(concurrency.LARGE) == expected
 assert call.release()
-assert company.digest(company.LARGE) == expected
+assert concurrency.digest(concurrency.LARGE) == expected
 """
 
 KEEPS_ITS_THREADS = "int omp_pause_resource_all(int kind) { return kind > 0 ? -1 : 0; }"
@@ -70,8 +73,8 @@ SETTINGS = """
 import json
 control_socket_disable = True
 def on_exit(server):
-    import preloaded
-    print(json.dumps(preloaded.report()))
+    from support import import_time_calls
+    print(json.dumps(import_time_calls.report()))
 """
 
 
@@ -148,7 +151,7 @@ def served_by_gunicorn(settings: Path, runner: str) -> tuple[list[Report], Repor
     with ExitStack() as stack:
         listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         port = listening.getsockname()[1]
-        arguments += ["--bind", f"fd://{listening.fileno()}", "served:application"]
+        arguments += ["--bind", f"fd://{listening.fileno()}", "support.wsgi_app:application"]
         process = stack.enter_context(python(arguments, variables, [listening.fileno()]))
         listening.close()  # so that nobody waits for a server that is gone
         clients = stack.enter_context(ThreadPoolExecutor(WORKERS))

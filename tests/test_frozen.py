@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import assert_same_bits
-from memory import FORMS, WRITEABLE, dense
-from pairs import paired
-from variants import VARIANTS, Variant, activate, each_backend
 
 import fastbn
-from benchmarks.oracle import ACTIVATIONS, DTYPES, HALVES, LAYOUTS, Array, channels_of
+from oracle.arrays import DTYPES, HALVES, LAYOUTS, Array, channels_of
+from oracle.formulas import ACTIVATIONS
+from support.bits import assert_same_bits
+from support.memory import FORMS, WRITEABLE, dense
+from support.pairs import paired
+from support.variants import VARIANTS, Variant, activate, each_backend
 
 SHAPES = [(3, 5), (60, 100), (4, 33, 7), (2, 16, 7, 7), (3, 8, 5, 5, 2), (300, 24), (2, 4000)]
 

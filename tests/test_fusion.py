@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import assert_same_bits
-from checks import check_backward, check_forward
 from hypothesis import given
 from hypothesis import strategies as st
-from memory import FORMS, WRITEABLE, dense
-from strategies import Problem, recipes
-from variants import Variant, each_backend
 
 import fastbn
-from benchmarks.oracle import ACTIVATIONS, DTYPES, HALVES, LAYOUTS, Array
+from oracle.arrays import DTYPES, HALVES, LAYOUTS, Array
+from oracle.formulas import ACTIVATIONS
+from support.bits import assert_same_bits
+from support.judge import check_backward, check_forward
+from support.memory import FORMS, WRITEABLE, dense
+from support.strategies import Problem, recipes
+from support.variants import Variant, each_backend
 
 pytestmark = pytest.mark.usefixtures("variant")
 

@@ -1,13 +1,14 @@
-"""Random public calls, some seconds of them in every run (see fuzz.py for any number), and that the
-fuzzer finds what it is for."""
+"""Random public calls, some seconds of them in every run (`support.fuzz` runs any number), and that
+the fuzzer finds what it is for."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
-from processes import finds_tests, run
-from variants import VARIANTS
+
+from support.processes import finds_tests, run
+from support.variants import VARIANTS
 
 pytestmark = pytest.mark.slow
 
@@ -17,8 +18,8 @@ SECONDS = 12 / len(VARIANTS)
 def fuzzed(name: str, seconds: float = SECONDS, first: str = "pass") -> tuple[int, str]:
     """Whether all cases were right, and what was printed."""
     seed = "random.SystemRandom().randrange(1 << 40)"
-    code = f"import random, sys, fuzz\n{first}\n"
-    code += f"sys.exit(not fuzz.run({name!r}, {seed}, 1 << 40, {seconds}))"
+    code = f"import random, sys\nfrom support.fuzz import runner\n{first}\n"
+    code += f"sys.exit(not runner.run({name!r}, {seed}, 1 << 40, {seconds}))"
     done = run(code, **finds_tests())
     return done.returncode, done.stdout + done.stderr
 
@@ -59,10 +60,10 @@ WRONG = {
 def test_faults_are_found(fault: str) -> None:
     """Each is told with a seed, the call, and the command that repeats it."""
     status, words = fuzzed(
-        "numpy", 100, f"import os, fastbn\nfuzz.MOST_FAILURES = 1\n{WRONG[fault]}"
+        "numpy", 100, f"import os, fastbn\nrunner.MOST_FAILURES = 1\n{WRONG[fault]}"
     )
     assert status == 1, words
-    command = r"PYTHONPATH=tests python -m fuzz --variant numpy --cases 1 --seed (\d+)"
+    command = r"PYTHONPATH=tests python -m support.fuzz --variant numpy --cases 1 --seed (\d+)"
     found = re.search(r"\nseed (\d+) on numpy: .*\n(?:.*\n)*?" + command, words)
     assert found, words
     assert found[1] == found[2], words

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checks import assert_within, derivative
-from pairs import paired
-from variants import Variant, each_backend
 
 import fastbn
-from benchmarks import oracle
-from benchmarks.oracle import DTYPES, LAYOUTS, Array, vector, wide
+from oracle import formulas
+from oracle.arrays import DTYPES, LAYOUTS, Array, channels_of, rows, to_layout, vector, wide
+from oracle.bounds import bound_dbeta, bound_dgamma, bound_dx
+from support.judge import assert_within, derivative
+from support.pairs import paired
+from support.variants import Variant, each_backend
 
 
 @paired(
@@ -34,7 +35,7 @@ def test_gradients_are_the_derivatives(
 ) -> None:
     """dx, dgamma and dbeta are the derivatives of sum(dy * y), training and frozen."""
     rng = np.random.default_rng(1)
-    x = oracle.to_layout(rng.normal(1.5, 2, (3, 3, 2, 2)), layout).astype(dtype)
+    x = to_layout(rng.normal(1.5, 2, (3, 3, 2, 2)), layout).astype(dtype)
     dy = rng.normal(size=x.shape).astype(dtype)
     gamma = np.array([1.5, -0.5, 2.0], dtype) if with_gamma else None
     beta = np.array([0.25, -1.0, 3.0], dtype) if with_beta else None
@@ -48,9 +49,9 @@ def test_gradients_are_the_derivatives(
 
     def loss(x: Array, gamma: Array, beta: Array) -> complex:
         if frozen:
-            y = oracle.textbook_frozen(x, mean, var, gamma, beta, eps, layout)
+            y = formulas.textbook_frozen(x, mean, var, gamma, beta, eps, layout)
         else:
-            y = oracle.textbook(x, gamma, beta, eps, layout)
+            y = formulas.textbook(x, gamma, beta, eps, layout)
         return complex((dy * y).sum())
 
     verb = fastbn.normalize_backward if frozen else fastbn.batch_norm_backward
@@ -61,11 +62,11 @@ def test_gradients_are_the_derivatives(
         var.astype(np.longdouble),
         vector(gamma, 1, 3),
     )
-    exact = oracle.backward(d, wide(x, layout), m, v, g, eps, frozen=frozen)
+    exact = formulas.backward(d, wide(x, layout), m, v, g, eps, frozen=frozen)
     doubles = x.astype(np.float64)
     dx = derivative(lambda x: loss(x, full_gamma, full_beta), doubles)
-    bound = oracle.bound_dx(dtype, exact, d, m, v, g, eps, frozen=frozen)
-    assert_within(oracle.rows(got.dx, layout), wide(dx, layout), bound, "dx")
+    bound = bound_dx(dtype, exact, d, m, v, g, eps, frozen=frozen)
+    assert_within(rows(got.dx, layout), wide(dx, layout), bound, "dx")
     if not params:
         assert got.dgamma is None
         assert got.dbeta is None
@@ -74,8 +75,8 @@ def test_gradients_are_the_derivatives(
     assert got.dbeta is not None
     dgamma = derivative(lambda gamma: loss(doubles, gamma, full_beta), full_gamma)
     dbeta = derivative(lambda beta: loss(doubles, full_gamma, beta), full_beta)
-    assert_within(got.dgamma, dgamma, oracle.bound_dgamma(dtype, exact, m, v, eps), "dgamma")
-    assert_within(got.dbeta, dbeta, oracle.bound_dbeta(dtype, exact, m, v, eps), "dbeta")
+    assert_within(got.dgamma, dgamma, bound_dgamma(dtype, exact, m, v, eps), "dgamma")
+    assert_within(got.dbeta, dbeta, bound_dbeta(dtype, exact, m, v, eps), "dbeta")
 
 
 @each_backend
@@ -84,7 +85,7 @@ def test_gradients_are_the_derivatives(
 def test_params_false_gives_the_same_dx(variant: Variant, dtype: Any, layout: str) -> None:
     """Without dgamma and dbeta, dx keeps its bits; frozen, x may be absent."""
     x, dy = np.random.default_rng(2).normal(size=(2, 5, 17, 3)).astype(dtype)
-    c = oracle.channels_of(x, layout)
+    c = channels_of(x, layout)
     mean, var = np.zeros(c), np.ones(c)
     full = fastbn.batch_norm_backward(dy, x, mean, var, layout=layout)
     alone = fastbn.batch_norm_backward(dy, x, mean, var, layout=layout, params=False)

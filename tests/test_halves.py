@@ -7,16 +7,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from bits import assert_same_bits
-from checks import check_everything
 from hypothesis import given
-from processes import output
-from strategies import Problem, recipes
-from variants import Variant, each_backend
 
 import fastbn
-from benchmarks.oracle import HALVES, LAYOUTS, Array
 from fastbn.elements import is_bfloat16, is_element, is_half
+from oracle.arrays import HALVES, LAYOUTS, Array
+from support.bits import assert_same_bits
+from support.judge import check_everything
+from support.processes import output
+from support.strategies import Problem, recipes
+from support.variants import Variant, each_backend
 
 
 def every_value(dtype: type) -> Array:

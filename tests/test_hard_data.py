@@ -1,4 +1,4 @@
-"""Every case of `benchmarks.hard` within its bounds, in every kernel's shape of work.
+"""Every case of `oracle.hard` within its bounds, in every kernel's shape of work.
 
 The bounds are asked of dense arrays on one thread. Strided memory and more threads are then asked
 for the same bits, which is both cheaper and stronger.
@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import Results, assert_same_bits, of_channels, run_all
-from checks import check_everything
-from memory import strided
-from variants import Variant
 
 import fastbn
-from benchmarks.hard import Hard, hard_data
-from benchmarks.oracle import DTYPES, LAYOUTS, Array, rows, to_layout
+from oracle.arrays import DTYPES, LAYOUTS, Array, rows, to_layout
+from oracle.hard import Hard, hard_data
+from support.bits import Results, assert_same_bits, of_channels, run_all
+from support.judge import check_everything
+from support.memory import strided
+from support.variants import Variant
 
 PLANES = [(2, 19, 7, 7), (3, 2, 500), (2, 1, 8209)]
 """As NCHW: small planes and long ones, several chunks of a plane."""

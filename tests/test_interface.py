@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 
 import pytest
-from variants import CYTHON, EIGHT, VARIANTS, activate
 
 import fastbn
 from fastbn import backends
 from fastbn.backends.base import Backend
+from support.variants import CYTHON, EIGHT, VARIANTS, activate
 
 PLAIN = (
     "plain_moments",

@@ -12,10 +12,10 @@ from types import CodeType, FrameType
 from typing import Any
 
 import pytest
-from layers import CHANNELS, batch, made
 
 import fastbn
-from benchmarks.oracle import Array
+from oracle.arrays import Array
+from support.layers import CHANNELS, batch, made
 
 pytestmark = pytest.mark.slow
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from processes import error, output, run
 
 from fastbn import BackendError, backends
+from support.processes import error, output, run
 
 if not backends.is_built("cython"):
     pytest.skip("the compiled kernels are not built", allow_module_level=True)

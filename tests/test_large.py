@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import assert_same_bits, run_all
-from checks import assert_within, judge_backward, judge_forward
-from variants import CYTHON, VARIANTS, Variant, each_backend
 
 import fastbn
-from benchmarks.oracle import DTYPES, LAYOUTS, Array
+from oracle.arrays import DTYPES, LAYOUTS, Array
+from support.bits import assert_same_bits, run_all
+from support.judge import assert_within, judge_backward, judge_forward
+from support.variants import CYTHON, VARIANTS, Variant, each_backend
 
 COMPILED = [*CYTHON[:1], *(name for name in VARIANTS if name == "numba")]
 of_compiled = pytest.mark.parametrize("variant", COMPILED, indirect=True)

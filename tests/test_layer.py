@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import Results, assert_same_bits
-from checks import assert_within
-from layers import CHANNELS, batch, made
-from running import averaged, equal, exponential
-from variants import each_backend
 
 import fastbn
-from benchmarks.oracle import ACTIVATIONS, DTYPES, HALVES, LAYOUTS, Array
+from oracle.arrays import DTYPES, HALVES, LAYOUTS, Array
+from oracle.formulas import ACTIVATIONS
+from support.bits import Results, assert_same_bits
+from support.judge import assert_within
+from support.layers import CHANNELS, batch, made
+from support.running_averages import averaged, equal, exponential
+from support.variants import each_backend
 
 MODES = ("training", "evaluation", "frozen statistics")
 

@@ -11,10 +11,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from bits import assert_same_bits
-from layers import CHANNELS, batch, fails, made, refused
 
 import fastbn
+from support.bits import assert_same_bits
+from support.layers import CHANNELS, batch, fails, made, refused
 
 SHAPE = (6, CHANNELS, 3)
 KINDS: dict[str, tuple[int, ...]] = {

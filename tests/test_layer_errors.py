@@ -11,11 +11,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from bits import assert_same_bits
-from layers import CHANNELS, batch, fails, made, refused
-from variants import each_backend
 
 import fastbn
+from support.bits import assert_same_bits
+from support.layers import CHANNELS, batch, fails, made, refused
+from support.variants import each_backend
 
 SHAPE = (4, CHANNELS, 6)
 LAST = CHANNELS - 1

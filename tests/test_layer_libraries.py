@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import assert_same_bits
-from checks import assert_within
-from running import averaged
-from variants import each_backend
 
 import fastbn
-from benchmarks.oracle import DTYPES, Array, Wide, bound_y, normalize, rstd_of, to_layout, unit
+from oracle.arrays import DTYPES, Array, Wide, to_layout
+from oracle.bounds import bound_y, unit
+from oracle.formulas import normalize, rstd_of
+from support.bits import assert_same_bits
+from support.judge import assert_within
+from support.running_averages import averaged
+from support.variants import each_backend
 
 CHANNELS = 5
 Update = Callable[[Wide, Wide], Wide]

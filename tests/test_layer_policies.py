@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import Results, assert_same_bits, of_channels
-from layers import CHANNELS, batch, made, refused
-from variants import each_backend
 
 import fastbn
-from benchmarks.oracle import Array, to_layout
+from oracle.arrays import Array, to_layout
+from support.bits import Results, assert_same_bits, of_channels
+from support.layers import CHANNELS, batch, made, refused
+from support.variants import each_backend
 
 ONE = [((1, CHANNELS), "NCHW"), ((1, CHANNELS, 1, 1), "NCHW"), ((1, CHANNELS, 1, 1), "NHWC")]
 one_value = pytest.mark.parametrize(("shape", "layout"), ONE)

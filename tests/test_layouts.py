@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import assert_same_bits, run_all
-from checks import check_everything
-from memory import FORMS, channels_last
-from pairs import paired
-from variants import Variant, each_backend
 
 import fastbn
-from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of, to_layout
 from fastbn.backends.reference import ReferenceBackend
 from fastbn.layouts import Arrangement
+from oracle.arrays import DTYPES, LAYOUTS, Array, channels_of, to_layout
+from support.bits import assert_same_bits, run_all
+from support.judge import check_everything
+from support.memory import FORMS, channels_last
+from support.pairs import paired
+from support.variants import Variant, each_backend
 
 SHAPES = [  # as NCHW
     (1, 1),

@@ -8,29 +8,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from bits import assert_same_bits
-from checks import assert_within, judge_backward, judge_forward
-from grid import TYPES
-from machines import ALWAYS_STREAM, pretend
-from memory import against_a_page
-from pairs import paired
-from variants import Variant, each_backend
 
 import fastbn
-from benchmarks.oracle import (
-    Array,
-    backward,
-    bound_mean,
-    bound_var,
-    channel_axis,
-    factor,
-    moments,
-    rows,
-    rstd_of,
-    stored,
-    wide,
-)
 from fastbn.backends.base import BackwardTables, ForwardTables, Selection
+from oracle.arrays import Array, channel_axis, rows, wide
+from oracle.bounds import bound_mean, bound_var, factor, stored
+from oracle.formulas import backward, moments, rstd_of
+from support.bits import assert_same_bits
+from support.grid import TYPES
+from support.judge import assert_within, judge_backward, judge_forward
+from support.machines import ALWAYS_STREAM, pretend
+from support.memory import against_a_page
+from support.pairs import paired
+from support.variants import Variant, each_backend
 
 SHAPES = (
     (4, 3, 5, 5),

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import assert_same_bits, run_all
-from memory import FORMS, dense_in_its_order
-from pairs import paired
-from variants import Variant, each_backend
 
 import fastbn
-from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of
+from oracle.arrays import DTYPES, LAYOUTS, Array, channels_of
+from support.bits import assert_same_bits, run_all
+from support.memory import FORMS, dense_in_its_order
+from support.pairs import paired
+from support.variants import Variant, each_backend
 
 SHAPES = [(5, 7), (3, 17, 9), (2, 5, 6, 7), (3, 2, 2, 3, 5)]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import fpmode
 import pytest
-from processes import output
-from variants import VARIANTS, environment, proof
+
+from support import floating_point_mode
+from support.processes import output
+from support.variants import VARIANTS, environment, proof
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +17,7 @@ import os, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 sys.path.append({str(Path(__file__).parent)!r})
-import fpmode
+from support import floating_point_mode
 warnings.simplefilter("error", RuntimeWarning)
 old = ThreadPoolExecutor(1)
 old.submit(int).result()
@@ -27,7 +28,7 @@ def everywhere(function):
         others = [pool.submit(function) for pool in (old, new)]
         return [function(), *(other.result() for other in others)]
 
-before = everywhere(fpmode.state)
+before = everywhere(floating_point_mode.state)
 assert before == 3 * before[:1]
 assert np.float32(1e-40) * np.float32(0.5) == np.float32(5e-41) != 0, "subnormals are flushed"
 variables = dict(os.environ)
@@ -47,9 +48,9 @@ def all_calls():
 """
 
 LEFT_ALONE = """
-assert everywhere(fpmode.state) == before, "importing changed the mode"
+assert everywhere(floating_point_mode.state) == before, "importing changed the mode"
 everywhere(all_calls)
-assert everywhere(fpmode.state) == before, "calling changed the mode"
+assert everywhere(floating_point_mode.state) == before, "calling changed the mode"
 assert dict(os.environ) == variables
 """
 
@@ -68,15 +69,15 @@ with np.errstate(all="raise", under="ignore"):
 CALLERS = """
 everywhere(all_calls)
 def called():
-    for mode in (fpmode.flushing, fpmode.upward):
+    for mode in (floating_point_mode.flushing, floating_point_mode.upward):
         with mode():
-            callers = fpmode.state()
+            callers = floating_point_mode.state()
             assert callers != before[0], f"{mode.__name__} is not in force"
             for verb, call in CALLS.items():
                 call()
-                assert fpmode.state() == callers, f"{verb} changed {mode.__name__}"
+                assert floating_point_mode.state() == callers, f"{verb} changed {mode.__name__}"
 everywhere(called)
-assert everywhere(fpmode.state) == before
+assert everywhere(floating_point_mode.state) == before
 """
 
 SUBNORMALS = """
@@ -105,7 +106,7 @@ LATER_WORKERS = (
     SUBNORMALS
     + """
 def first_flushing():
-    with fpmode.flushing(), fastbn.use_num_threads(7):
+    with floating_point_mode.flushing(), fastbn.use_num_threads(7):
         all_calls()
     alike()
 everywhere(first_flushing)
@@ -113,7 +114,8 @@ everywhere(first_flushing)
 )
 
 READS = pytest.mark.skipif(
-    not fpmode.READABLE, reason="where MXCSR is found is known of x86-64 with glibc alone"
+    not floating_point_mode.READABLE,
+    reason="where MXCSR is found is known of x86-64 with glibc alone",
 )
 
 

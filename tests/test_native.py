@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import Results, assert_same_bits
-from machines import ALWAYS_STREAM, pretend
-from pairs import paired
-from processes import output
-from samples import Norm, made
-from variants import CYTHON, activate, environment
 
 import fastbn
-from benchmarks.oracle import ACTIVATIONS, DTYPES, HALVES, LAYOUTS, to_layout
 from fastbn import backends
+from oracle.arrays import DTYPES, HALVES, LAYOUTS, to_layout
+from oracle.formulas import ACTIVATIONS
+from support.bits import Results, assert_same_bits
+from support.machines import ALWAYS_STREAM, pretend
+from support.pairs import paired
+from support.processes import output
+from support.sample_norms import Norm, made
+from support.variants import CYTHON, activate, environment
 
 if "cython" not in backends.usable():
     pytest.skip("the compiled kernels are not built", allow_module_level=True)

@@ -11,11 +11,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from checks import check_forward
-from machines import ALWAYS_STREAM, NEVER_STREAM, pretend
-from processes import output
 
 import fastbn
+from support.judge import check_forward
+from support.machines import ALWAYS_STREAM, NEVER_STREAM, pretend
+from support.processes import output
 
 numba = pytest.importorskip("numba")
 call = pytest.importorskip("fastbn.backends.numba.call")

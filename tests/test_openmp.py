@@ -6,11 +6,11 @@ from __future__ import annotations
 import os
 
 import pytest
-from processes import finds_tests, output
-from variants import RUNNERS
 
 from fastbn import backends
 from fastbn._cpus import available_cpus
+from support.processes import finds_tests, output
+from support.variants import RUNNERS
 
 pytestmark = [
     pytest.mark.slow,
@@ -21,14 +21,16 @@ ALLOWED = sorted(os.sched_getaffinity(0))
 EVERY = " ".join(map(str, ALLOWED))
 
 WORKING = """
-import company, fastbn
+import fastbn
+from support import concurrency
 with fastbn.use_num_threads(1):
-    company.started()  # what a first call imports may have threads of its own
-print(fastbn.get_num_threads(), company.started())
+    concurrency.started()  # what a first call imports may have threads of its own
+print(fastbn.get_num_threads(), concurrency.started())
 """
 
 LIMITED = """
-import threading, company, fastbn
+import threading, fastbn
+from support import concurrency
 from threadpoolctl import threadpool_limits
 def tell(*more):
     config = fastbn.get_config()
@@ -36,8 +38,8 @@ def tell(*more):
           config["threads_source"], *more)
 tell()
 with threadpool_limits(1):
-    company.started()  # what a first call imports may have threads of its own
-    tell(company.started())
+    concurrency.started()  # what a first call imports may have threads of its own
+    tell(concurrency.started())
     thread = threading.Thread(target=tell)
     thread.start(), thread.join()
     with fastbn.use_num_threads(3):

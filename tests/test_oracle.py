@@ -7,16 +7,17 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from checks import assert_within
 
-from benchmarks import oracle
+from oracle import formulas
+from oracle.arrays import rows, vector, wide
+from support.judge import assert_within
 
 
 @pytest.mark.parametrize("loc", [0.0, 1e6, 1e12])
 def test_moments_agree_with_rational_arithmetic(loc: float) -> None:
     """The oracle's mean and variance are far closer to the exact ones than any bound."""
     values = np.random.default_rng(0).normal(loc, 1, (2, 57))
-    mean, var = oracle.moments(values.astype(np.longdouble))
+    mean, var = formulas.moments(values.astype(np.longdouble))
     for row in range(2):
         exact = [Fraction(v) for v in values[row].tolist()]
         m = sum(exact) / len(exact)
@@ -34,7 +35,7 @@ def test_sums_agree_with_fsum() -> None:
     x, dy = np.random.default_rng(0).normal(3, 1, (2, 4, 129))
     zero, one = np.zeros(4, np.longdouble), np.ones(4, np.longdouble)
     wide_dy, wide_x = dy.astype(np.longdouble), x.astype(np.longdouble)
-    got = oracle.backward(wide_dy, wide_x, zero, one, one, 0.0, frozen=True)
+    got = formulas.backward(wide_dy, wide_x, zero, one, one, 0.0, frozen=True)
     for row in range(4):
         assert float(got.dbeta[row]) == math.fsum(dy[row])
         products = [Fraction(a) * Fraction(b) for a, b in zip(dy[row], x[row], strict=True)]
@@ -45,11 +46,11 @@ def test_oracle_agrees_with_the_textbook() -> None:
     """Rows in extended precision and the printed formula are the same function."""
     x = np.random.default_rng(0).normal(2, 3, (4, 3, 5))
     gamma, beta = np.array([1.0, -2.0, 0.5]), np.array([0.0, 1.0, 2.0])
-    wide = oracle.wide(x, "NCHW")
-    mean, var = oracle.moments(wide)
-    y = oracle.normalize(wide, mean, var, gamma.astype(wide.dtype), beta.astype(wide.dtype), 1e-5)
-    printed = oracle.textbook(x, gamma, beta, 1e-5, "NCHW")
-    np.testing.assert_allclose(oracle.rows(printed, "NCHW"), y.astype(float), rtol=1e-13)
+    values = wide(x, "NCHW")
+    mean, var = formulas.moments(values)
+    y = formulas.normalize(values, mean, var, vector(gamma, 1, 3), vector(beta, 0, 3), 1e-5)
+    printed = formulas.textbook(x, gamma, beta, 1e-5, "NCHW")
+    np.testing.assert_allclose(rows(printed, "NCHW"), y.astype(float), rtol=1e-13)
 
 
 def test_assert_within_catches_a_nan_and_an_error() -> None:
@@ -66,21 +67,21 @@ def test_the_oracle_of_samples_is_that_of_batches(groups: int) -> None:
     """Each sample's group, by itself, as a batch of one channel; gamma and beta apart."""
     x, dy = np.random.default_rng(0).normal(2, 3, (2, 4, 6, 5)).astype(np.longdouble)
     gamma, beta = np.random.default_rng(1).normal(size=(2, 6)).astype(np.longdouble)
-    mean, var = oracle.sample_moments(x, groups)
-    y = oracle.sample_normalize(x, mean, var, gamma, beta, 1e-5)
-    got = oracle.sample_backward(dy, x, mean, var, gamma, 1e-5)
+    mean, var = formulas.sample_moments(x, groups)
+    y = formulas.sample_normalize(x, mean, var, gamma, beta, 1e-5)
+    got = formulas.sample_backward(dy, x, mean, var, gamma, 1e-5)
     one, zero = np.ones(1, np.longdouble), np.zeros(1, np.longdouble)
     dgamma = np.zeros((4, 6, 5), np.longdouble)
     size = 6 // groups
     for n, g in np.ndindex(4, groups):
         at = n, slice(g * size, (g + 1) * size)
         values, scale = x[at].reshape(1, -1), gamma[at[1], None]
-        m, v = oracle.moments(values)
+        m, v = formulas.moments(values)
         assert (m, v) == (mean[n, g], var[n, g])
-        xhat = oracle.normalize(values, m, v, one, zero, 1e-5).reshape(size, -1)
+        xhat = formulas.normalize(values, m, v, one, zero, 1e-5).reshape(size, -1)
         np.testing.assert_allclose(y[at], xhat * scale + beta[at[1], None], rtol=1e-15)
         scaled = (dy[at] * scale).reshape(1, -1)
-        alone = oracle.backward(scaled, values, m, v, one, 1e-5, frozen=False)
+        alone = formulas.backward(scaled, values, m, v, one, 1e-5, frozen=False)
         np.testing.assert_allclose(got.dx[at], alone.dx.reshape(size, -1), rtol=1e-12, atol=1e-16)
         dgamma[at] = dy[at] * xhat
     np.testing.assert_allclose(got.dgamma, dgamma.sum((0, 2)), rtol=1e-12)

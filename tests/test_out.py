@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import assert_same_bits
-from memory import WRITEABLE, dense
 from numpy.lib.stride_tricks import as_strided
-from pairs import paired
-from variants import Variant, each_backend
 
 import fastbn
-from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of
+from oracle.arrays import DTYPES, LAYOUTS, Array, channels_of
+from support.bits import assert_same_bits
+from support.memory import WRITEABLE, dense
+from support.pairs import paired
+from support.variants import Variant, each_backend
 
 SHAPES = [(9, 5), (3, 7, 9), (2, 5, 6, 7)]
 

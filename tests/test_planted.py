@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from planted import FAULTS, ROOT
+
+from support.planted import FAULTS, ROOT
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from processes import output
-from variants import VARIANTS, environment, proof
 
 from fastbn import backends
+from support.processes import output
+from support.variants import VARIANTS, environment, proof
 
 pytestmark = pytest.mark.slow
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from bits import assert_same_bits, run_all
-from checks import assert_within, check_everything
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from strategies import Problem, problems, recipes, whole_numbers
 
 import fastbn
-from benchmarks import oracle
-from benchmarks.oracle import Array, Wide, rows, vector, wide
+from oracle import bounds, formulas
+from oracle.arrays import Array, Wide, rows, vector, wide
+from oracle.bounds import bound_dbeta, bound_dgamma, bound_dx, bound_mean, bound_var, bound_y
+from oracle.formulas import WideGradients
+from support.bits import assert_same_bits, run_all
+from support.judge import assert_within, check_everything
+from support.strategies import Problem, problems, recipes, whole_numbers
 
 pytestmark = pytest.mark.usefixtures("variant")
 
@@ -27,21 +29,19 @@ class Exact:
     def __init__(self, p: Problem) -> None:
         self.x = wide(p.x, p.layout)
         self.gamma, self.beta = vector(p.gamma, 1, p.channels), vector(p.beta, 0, p.channels)
-        self.mean, self.var = oracle.moments(self.x)
-        self.y = oracle.normalize(self.x, self.mean, self.var, self.gamma, self.beta, p.eps)
+        self.mean, self.var = formulas.moments(self.x)
+        self.y = formulas.normalize(self.x, self.mean, self.var, self.gamma, self.beta, p.eps)
         dtype = p.x.dtype.type
-        self.mean_bound = oracle.bound_mean(self.mean, self.var, p.eps)
-        self.var_bound = oracle.bound_var(self.var)
-        self.y_bound = oracle.bound_y(
-            dtype, self.y, self.mean, self.var, self.gamma, self.beta, p.eps
-        )
-        self.rstd = oracle.rstd_of(self.var, p.eps)
+        self.mean_bound = bound_mean(self.mean, self.var, p.eps)
+        self.var_bound = bound_var(self.var)
+        self.y_bound = bound_y(dtype, self.y, self.mean, self.var, self.gamma, self.beta, p.eps)
+        self.rstd = formulas.rstd_of(self.var, p.eps)
 
-    def gradients(self, p: Problem, dy: Array) -> tuple[oracle.WideGradients, Wide]:
+    def gradients(self, p: Problem, dy: Array) -> tuple[WideGradients, Wide]:
         """The exact gradients for `dy`, and the bound of dx."""
         d = wide(dy, p.layout)
-        exact = oracle.backward(d, self.x, self.mean, self.var, self.gamma, p.eps, frozen=False)
-        bound = oracle.bound_dx(
+        exact = formulas.backward(d, self.x, self.mean, self.var, self.gamma, p.eps, frozen=False)
+        bound = bound_dx(
             p.x.dtype.type, exact, d, self.mean, self.var, self.gamma, p.eps, frozen=False
         )
         return exact, bound
@@ -81,7 +81,7 @@ def test_zero_mean_and_unit_variance(p: Problem) -> None:
     """Without gamma and beta, y has mean 0 and variance var / (var + eps): 1 for eps = 0."""
     p = Problem(p.x, p.dy, None, None, p.eps, p.layout)
     e = Exact(p)
-    mean, var = oracle.moments(wide(forward(p).y, p.layout))
+    mean, var = formulas.moments(wide(forward(p).y, p.layout))
     assert (abs(mean) <= e.y_bound.mean(1)).all()
     wanted = np.sqrt(e.var) * e.rstd
     assert (abs(np.sqrt(var) - wanted) <= e.y_bound.max(1)).all()
@@ -90,12 +90,12 @@ def test_zero_mean_and_unit_variance(p: Problem) -> None:
 @given(recipes())
 def test_unit_variance_at_eps_zero(p: Problem) -> None:
     """With eps = 0 the variance of y is 1, but for a channel that has none."""
-    scattered = oracle.moments(wide(p.x, p.layout))[1] > 1e-6
+    scattered = formulas.moments(wide(p.x, p.layout))[1] > 1e-6
     y = fastbn.batch_norm(p.x, eps=0.0, layout=p.layout).y
-    _, var = oracle.moments(wide(y, p.layout))
+    _, var = formulas.moments(wide(y, p.layout))
     largest = abs(wide(y, p.layout)).max(1)
-    mean, own = oracle.moments(wide(p.x, p.layout))
-    k = oracle.factor(p.x.dtype.type, mean, oracle.rstd_of(own, 0.0))
+    mean, own = formulas.moments(wide(p.x, p.layout))
+    k = bounds.factor(p.x.dtype.type, mean, formulas.rstd_of(own, 0.0))
     off = abs(np.sqrt(var) - 1)
     assert (off <= k * (largest + 1))[scattered].all()
     assert (var[own == 0] == 0).all()
@@ -105,7 +105,7 @@ def test_unit_variance_at_eps_zero(p: Problem) -> None:
 def test_mean_and_variance_of_y_are_set_by_the_parameters(p: Problem) -> None:
     """mean(y) = beta and var(y) = gamma**2 var / (var + eps)."""
     e = Exact(p)
-    mean, var = oracle.moments(wide(forward(p).y, p.layout))
+    mean, var = formulas.moments(wide(forward(p).y, p.layout))
     assert (abs(mean - e.beta) <= e.y_bound.mean(1)).all()
     wanted = abs(e.gamma) * np.sqrt(e.var) * e.rstd
     assert (abs(np.sqrt(var) - wanted) <= e.y_bound.max(1)).all()
@@ -245,7 +245,7 @@ def test_dx_is_orthogonal_to_what_normalization_removes(p: Problem) -> None:
     tiny = np.longdouble(np.finfo(dx.dtype).smallest_subnormal) * d.shape[1]
     assert (abs(d.sum(1)) <= bound.sum(1) + tiny).all()
     coefficient = e.gamma * e.rstd * np.longdouble(p.eps) * e.rstd**2
-    dgamma_bound = oracle.bound_dgamma(dgamma.dtype, exact, e.mean, e.var, p.eps)
+    dgamma_bound = bound_dgamma(dgamma.dtype, exact, e.mean, e.var, p.eps)
     slack = (bound * abs(exact.xhat)).sum(1) + abs(coefficient) * dgamma_bound + tiny
     assert (abs((d * exact.xhat).sum(1) - coefficient * dgamma) <= slack).all()
 
@@ -263,8 +263,8 @@ def test_backward_is_linear_in_dy(p: Problem, seed: int) -> None:
     slack = sum(w * b for w, (_, b) in zip(weights, exact, strict=True))
     combination = 2 * wide(got[1][0], p.layout) - 3 * wide(got[2][0], p.layout)
     assert_within(rows(got[0][0], p.layout), combination, slack, "dx")
-    bounds = (oracle.bound_dgamma, oracle.bound_dbeta)
-    for i, (name, bound) in enumerate(zip(("dgamma", "dbeta"), bounds, strict=True), start=1):
+    of_sums = (bound_dgamma, bound_dbeta)
+    for i, (name, bound) in enumerate(zip(("dgamma", "dbeta"), of_sums, strict=True), start=1):
         dtype = got[0][i].dtype
         slack = sum(
             w * bound(dtype, g, e.mean, e.var, p.eps)
@@ -280,7 +280,7 @@ def test_backward_is_the_adjoint_of_the_derivative(p: Problem, seed: int) -> Non
     v = np.random.default_rng(seed).normal(size=p.x.shape)
     e = Exact(p)
     gamma, beta = e.gamma.astype(np.float64), e.beta.astype(np.float64)
-    step = oracle.textbook(p.x + 1e-200j * v, gamma, beta, p.eps, p.layout)
+    step = formulas.textbook(p.x + 1e-200j * v, gamma, beta, p.eps, p.layout)
     forward_product = wide(p.dy, p.layout) * wide(step.imag / 1e-200, p.layout)
     dx, _, _ = backward(p)
     exact, bound = e.gradients(p, p.dy)
@@ -302,8 +302,8 @@ def test_inference_is_an_affine_map(p: Problem, seed: int) -> None:
     y = fastbn.normalize(p.x, mean, var, p.gamma, p.beta, **p.options)
     e = Exact(p)
     m, v = mean.astype(np.longdouble), var.astype(np.longdouble)
-    a = e.gamma * oracle.rstd_of(v, p.eps)
+    a = e.gamma * formulas.rstd_of(v, p.eps)
     affine = a[:, None] * e.x + (e.beta - a * m)[:, None]
-    bound = oracle.bound_y(p.x.dtype.type, affine, m, v, e.gamma, e.beta, p.eps)
+    bound = bound_y(p.x.dtype.type, affine, m, v, e.gamma, e.beta, p.eps)
     own = 2.0**-60 * (abs(a)[:, None] * (abs(e.x) + abs(m)[:, None]) + abs(e.beta)[:, None])
     assert_within(rows(y, p.layout), affine, bound + own, "y")

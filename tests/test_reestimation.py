@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import assert_same_bits
 from rich.progress import track
-from variants import each_backend
 
 import fastbn
-from benchmarks.oracle import DTYPES, Array
 from fastbn import BatchNorm, reestimate
+from oracle.arrays import DTYPES, Array
+from support.bits import assert_same_bits
+from support.variants import each_backend
 
 WIDTHS = (3, 5, 7, 4)
 METHODS = ("exact", "average")

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import assert_same_bits
-from checks import assert_within, judge_backward, judge_y
-from grid import TYPES
-from layers import CHANNELS, batch, fails, made, refused
-from variants import each_backend
 
 import fastbn
-from benchmarks.oracle import ACTIVATIONS, LAYOUTS, Array, bound_y, moments, normalize, rows, wide
 from fastbn import Renormalization
+from oracle.arrays import LAYOUTS, Array, rows, wide
+from oracle.bounds import bound_y
+from oracle.formulas import ACTIVATIONS, moments, normalize
+from support.bits import assert_same_bits
+from support.grid import TYPES
+from support.judge import assert_within, judge_backward, judge_y
+from support.layers import CHANNELS, batch, fails, made, refused
+from support.variants import each_backend
 
 SHAPE = (11, CHANNELS, 4, 4)
 K = 4

@@ -1,7 +1,7 @@
-"""The same bits, for each backend by itself: whatever the threads, the memory and the company.
+"""The same bits, for each backend by itself: whatever the threads, the memory and the process.
 
-Every test holds one way of computing against the baseline of `grid`, over the whole grid. Of Cython
-every instruction set is held against the same one.
+Every test holds one way of computing against the baseline of `support.grid`, over the whole grid.
+Of Cython every instruction set is held against the same one.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bits import Array, Place, Results, assert_same_bits, run_all
-from grid import (
+
+from fastbn import backends
+from fastbn.backends import base
+from oracle.arrays import DTYPES
+from support.bits import Array, Place, Results, assert_same_bits, run_all
+from support.grid import (
     Digests,
     Point,
     Way,
@@ -27,14 +31,10 @@ from grid import (
     problem,
     way,
 )
-from machines import MACHINES, pretend
-from memory import FORMS, WRITEABLE, dense
-from processes import output
-from variants import BACKENDS, TRIPS, VARIANTS, Variant, activate, environment
-
-from benchmarks.oracle import DTYPES
-from fastbn import backends
-from fastbn.backends import base
+from support.machines import MACHINES, pretend
+from support.memory import FORMS, WRITEABLE, dense
+from support.processes import output
+from support.variants import BACKENDS, FUSED, VARIANTS, Variant, activate, environment
 
 MANY = 13
 """More threads than most machines have processors; Numba has so many only if told at its start."""
@@ -71,15 +71,15 @@ def in_place_of_dy(x: Array, dy: Array) -> tuple[Array, Array, Array]:
     return x, dy, dy
 
 
-def trips_as_passes(active: Variant, point: Point) -> Results:
-    """Each trip as its two passes, with the small step in NumPy; no plain entries of trips. What
-    pools channels has no public passes, and its small step adds in an order of its own."""
-    if point.kind == "siblings":
+def fused_as_passes(active: Variant, point: Point) -> Results:
+    """Fused forward and backward as their two passes each, finalized in NumPy; no plain entries of
+    them. What pools channels has no public passes, and is finalized in an order of its own."""
+    if point.kind == "group norms":
         return way()(active, point)
     with pytest.MonkeyPatch.context() as patch:
-        for trip in TRIPS:
-            passes = partial(getattr(base.Backend, trip), active.backend)
-            patch.setattr(active.backend, trip, passes)
+        for fused in FUSED:
+            passes = partial(getattr(base.Backend, fused), active.backend)
+            patch.setattr(active.backend, fused, passes)
         for plain in ("plain_batch_norm", "plain_backward"):
             patch.setattr(active.backend, plain, base._never_plain)
         patch.setattr(active.backend, "plain_frozen", lambda *fixed: base._never_plain)
@@ -91,7 +91,7 @@ COMPUTED: dict[str, Way] = {
     "again": way(),
     **{f"{threads} threads": way(threads=threads) for threads in (2, 7)},
     "out unlucky": way(place=into("unlucky")),
-    "trips as passes": trips_as_passes,
+    "fused as passes": fused_as_passes,
 }
 PLACED: dict[str, Way] = {
     "out dense": way(place=into("dense")),
@@ -156,7 +156,7 @@ def test_concurrent_calls(name: str) -> None:
 PROCESS = """
 import json, os, sys
 sys.path.append({tests!r})
-from grid import digests, way
+from support.grid import digests, way
 several = way(threads={threads})
 first = digests({name!r}, several)
 reading, writing = os.pipe()
@@ -187,8 +187,8 @@ def test_a_forward_gives_the_bits_of_its_passes(backend: str) -> None:
     pairs = {"y": "normalize", "mean": "moments.mean", "var": "moments.var"}
     found = baseline(backend)
     for point in (point for point in points_of(backend) if point.kind == "plain"):
-        for trip, alone in pairs.items():
-            assert found[f"{point}: {trip}"] == found[f"{point}: {alone}"], f"{point}: {trip}"
+        for fused, alone in pairs.items():
+            assert found[f"{point}: {fused}"] == found[f"{point}: {alone}"], f"{point}: {fused}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from memory import FORMS, strided
-from pairs import paired
-from variants import CYTHON, VARIANTS, Variant, activate
 
 import fastbn
-from benchmarks.oracle import DTYPES, LAYOUTS, Array, channels_of, to_layout
+from oracle.arrays import DTYPES, LAYOUTS, Array, channels_of, to_layout
+from support.memory import FORMS, strided
+from support.pairs import paired
+from support.variants import CYTHON, VARIANTS, Variant, activate
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +63,7 @@ def calls_of(x: Array, dy: Array, layout: str, gamma: Array) -> dict[str, Callab
         "dx alone": lambda: fastbn.normalize_backward(
             dy, None, mean, var, gamma, params=False, **ready
         ),
-        "second": lambda: fastbn.batch_norm_double_backward(
+        "double backward": lambda: fastbn.batch_norm_double_backward(
             dy, gamma, gamma, dy, x, mean, var, gamma, layout=layout
         ),
     }
@@ -98,7 +98,7 @@ def test_tables_are_small_beside_x(
         assert temporary(call) <= allowed, name
 
 
-def sibling_calls_of(x: Array, layout: str, gamma: Array) -> dict[str, Callable[[], object]]:
+def group_norm_calls_of(x: Array, layout: str, gamma: Array) -> dict[str, Callable[[], object]]:
     """Group, instance and layer norm, and their backward functions, with a ready output."""
     out = np.empty(x.shape, x.dtype)
     calls: dict[str, Callable[[], object]] = {}
@@ -121,7 +121,7 @@ def sibling_calls_of(x: Array, layout: str, gamma: Array) -> dict[str, Callable[
     dtype=DTYPES,
     layout=LAYOUTS,
 )
-def test_tables_of_siblings_are_small_beside_x(
+def test_tables_of_group_norms_are_small_beside_x(
     compiled: Variant, shape: tuple[int, ...], step: int, dtype: Any, layout: str
 ) -> None:
     """As above, and 16 bytes for each of a sample's groups and channels, and 60 a column; on Numba
@@ -129,7 +129,7 @@ def test_tables_of_siblings_are_small_beside_x(
     x = to_layout(np.random.default_rng(0).normal(size=shape), layout).astype(dtype)
     channels = channels_of(x, layout)
     gamma = np.ones(2 * channels, dtype)[::step][:channels]
-    for name, call in sibling_calls_of(x, layout, gamma).items():
+    for name, call in group_norm_calls_of(x, layout, gamma).items():
         if name.startswith("instance") and x.ndim == 2:
             continue  # statistics of single values
         groups = {"instance": channels, "layer": 1, "group": 2}[name.split(",")[0]]
@@ -151,5 +151,5 @@ def test_an_array_whose_axes_do_not_collapse_is_copied_once(
     gamma = np.ones(24, dtype)
     for name, call in calls_of(x, dy, layout, gamma).items():
         copies = 1 if name in ("moments", "batch_norm", "normalize", "dx alone") else 2
-        copies += name == "second"
+        copies += name == "double backward"
         assert temporary(call) <= ALWAYS_ALLOWED + copies * x.size * x.itemsize, name

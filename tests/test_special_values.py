@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import Results, assert_same_bits, of_channels, run_all
-from checks import check_backward, check_everything, check_forward
-from pairs import paired
-from variants import Variant, each_backend
 
 import fastbn
-from benchmarks import oracle
-from benchmarks.oracle import DTYPES, LAYOUTS, Array, to_layout
+from oracle.arrays import DTYPES, LAYOUTS, Array, channel_axis, rows, to_layout
+from support.bits import Results, assert_same_bits, of_channels, run_all
+from support.judge import check_backward, check_everything, check_forward
+from support.pairs import paired
+from support.variants import Variant, each_backend
 
 CHANNELS = 19
 
@@ -28,7 +27,7 @@ def batch(dtype: Any, layout: str, seed: int = 0) -> Array:
 def channel(a: Array, c: int, layout: str) -> tuple[Any, ...]:
     """An index of the values of one channel."""
     index: list[Any] = [slice(None)] * a.ndim
-    index[oracle.channel_axis(a.ndim, layout)] = c
+    index[channel_axis(a.ndim, layout)] = c
     return tuple(index)
 
 
@@ -143,9 +142,7 @@ def test_no_variance_and_no_eps(variant: Variant, dtype: Any, layout: str) -> No
     for zero in (0.0, -0.0):
         var = np.full(CHANNELS, zero)
         y = fastbn.normalize(x, var, var, gamma, beta, eps=0.0, layout=layout)
-        np.testing.assert_array_equal(
-            oracle.rows(y, layout), beta[:, None] + 0 * oracle.rows(x, layout)
-        )
+        np.testing.assert_array_equal(rows(y, layout), beta[:, None] + 0 * rows(x, layout))
         got = fastbn.normalize_backward(dy, x, var, var, gamma, eps=0.0, layout=layout)
         assert got.dgamma is not None
         assert not got.dx.any()
@@ -183,9 +180,9 @@ def test_one_value_a_channel(
     beta = np.linspace(-2, 2, shape[1]).astype(dtype)
     for eps in (1e-5, 0.0):
         y, mean, var = fastbn.batch_norm(x, None, beta, eps=eps, layout=layout)
-        np.testing.assert_array_equal(mean, oracle.rows(x, layout)[:, 0])
+        np.testing.assert_array_equal(mean, rows(x, layout)[:, 0])
         assert not var.any()
-        np.testing.assert_array_equal(oracle.rows(y, layout)[:, 0], beta)
+        np.testing.assert_array_equal(rows(y, layout)[:, 0], beta)
         got = fastbn.batch_norm_backward(x, x, mean, var, eps=eps, layout=layout)
         assert got.dgamma is not None
         assert not got.dgamma.any()
@@ -271,7 +268,7 @@ def test_a_scale_out_of_range_leaves_the_mean_alone(
     zeros, beta = np.zeros(CHANNELS), np.linspace(-1, 1, CHANNELS).astype(dtype)
     tiny = np.full(CHANNELS, 1e-200)
     y = fastbn.normalize(x, zeros, tiny, None, beta, eps=0.0, layout=layout)
-    np.testing.assert_array_equal(oracle.rows(y, layout), np.repeat(beta[:, None], 63, 1))
+    np.testing.assert_array_equal(rows(y, layout), np.repeat(beta[:, None], 63, 1))
     dx = fastbn.batch_norm_backward(x, x, zeros, tiny, eps=0.0, layout=layout).dx
     assert not dx.any()
 
@@ -282,7 +279,7 @@ def test_an_infinite_given_variance_leaves_beta(variant: Variant, dtype: Any) ->
     x = batch(dtype, "NCHW")
     var, beta = np.full(CHANNELS, np.inf), np.linspace(-1, 1, CHANNELS).astype(dtype)
     y = fastbn.normalize(x, np.zeros(CHANNELS), var, None, beta)
-    np.testing.assert_array_equal(oracle.rows(y, "NCHW"), np.repeat(beta[:, None], 60, 1))
+    np.testing.assert_array_equal(rows(y, "NCHW"), np.repeat(beta[:, None], 60, 1))
     dx = fastbn.normalize_backward(x, None, np.zeros(CHANNELS), var, params=False).dx
     assert not dx.any()
 

@@ -17,17 +17,18 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pytest
-from bits import assert_same_bits
-from checks import assert_within
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from variants import each_backend
 
 import fastbn
-from benchmarks import oracle
-from benchmarks.oracle import DTYPES, HALVES, LAYOUTS, Array, Wide, to_layout, wide
 from fastbn import Moments
+from oracle import formulas
+from oracle.arrays import DTYPES, HALVES, LAYOUTS, Array, Wide, to_layout, wide
+from oracle.bounds import bound_mean, bound_var
+from support.bits import assert_same_bits
+from support.judge import assert_within
+from support.variants import each_backend
 
 T = TypeVar("T")
 U = 2.0**-52
@@ -52,8 +53,8 @@ def known(x: Array, layout: str = "NCHW") -> Known:
     values = wide(x, layout)
     if not values.size:
         return Known(0, *np.zeros((4, len(values)), np.longdouble))
-    mean, var = oracle.moments(values)
-    off = oracle.bound_mean(mean, var, 0.0), oracle.bound_var(var)
+    mean, var = formulas.moments(values)
+    off = bound_mean(mean, var, 0.0), bound_var(var)
     return Known(values.shape[1], mean, var, *off)
 
 
@@ -204,7 +205,7 @@ def test_a_thousand_parts(ratio: float) -> None:
     """What docs/numerics.md says of merging and of sums about a part's mean."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1000, 8, 5)) + rng.normal(size=(1000, 1, 5)) + ratio * np.sqrt(2)
-    mean, var = oracle.moments(wide(x.reshape(-1, 5), "NCHW"))
+    mean, var = formulas.moments(wide(x.reshape(-1, 5), "NCHW"))
     parts, s = list(map(Moments.of, x)), np.sqrt(var)
     about = parts[0].mean
     sums = reduce(np.add, (part.to_sums(about) for part in parts))

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import assert_same_bits
-from memory import Subclass
-from variants import CYTHON, activate
 
 import fastbn
-from benchmarks.oracle import Array
+from oracle.arrays import Array
+from support.bits import assert_same_bits
+from support.memory import Subclass
+from support.variants import CYTHON, activate
 
 DOORS = ("numpy", *CYTHON[:1])
 """Without plain entries, and with; the checks are the same for all."""

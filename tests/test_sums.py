@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import assert_same_bits
-from checks import assert_within, judge_backward
 from hypothesis import given
 from hypothesis import strategies as st
-from pairs import paired
-from strategies import Problem, recipes
-from variants import each_backend
 
 import fastbn
-from benchmarks import oracle
-from benchmarks.oracle import ACTIVATIONS, DTYPES, HALVES, LAYOUTS, Array, to_layout, vector, wide
+from oracle import formulas
+from oracle.arrays import DTYPES, HALVES, LAYOUTS, Array, channels_of, to_layout, vector, wide
+from oracle.bounds import bound_dbeta, bound_dgamma
+from oracle.formulas import ACTIVATIONS
+from support.bits import assert_same_bits
+from support.judge import assert_within, judge_backward
+from support.pairs import paired
+from support.strategies import Problem, recipes
+from support.variants import each_backend
 
 pytestmark = pytest.mark.usefixtures("variant")
 
@@ -64,15 +66,15 @@ def check_sums(
     y: Array | None = None,
 ) -> None:
     """They are within the bounds of float64 gradients of parameters."""
-    c = oracle.channels_of(x, layout)
+    c = channels_of(x, layout)
     assert sums.count == x.size // c
     assert sums.dgamma.dtype == sums.dbeta.dtype == np.float64
     d, m, v = wide(dy, layout), vector(mean, 0, c), vector(var, 1, c)
     if y is not None:
-        d = oracle.gated(d, wide(y, layout), activation)
+        d = formulas.gated(d, wide(y, layout), activation)
     one = vector(None, 1, c)
-    exact = oracle.backward(d, wide(x, layout), m, v, one, eps, frozen=True)
-    for name, bound in (("dgamma", oracle.bound_dgamma), ("dbeta", oracle.bound_dbeta)):
+    exact = formulas.backward(d, wide(x, layout), m, v, one, eps, frozen=True)
+    for name, bound in (("dgamma", bound_dgamma), ("dbeta", bound_dbeta)):
         off = bound(np.float64, exact, m, v, eps)
         assert_within(getattr(sums, name), getattr(exact, name), off, name)
 

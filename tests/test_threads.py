@@ -9,10 +9,10 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from processes import finds_tests, output
-from variants import RUNNERS
 
 from fastbn import _ext, backends
+from support.processes import finds_tests, output
+from support.variants import RUNNERS
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ EXTENSIONS = [module.name for module in pkgutil.iter_modules(_ext.__path__)]
 AT_ONCE = """
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from company import MIXED, digest
+from support.concurrency import MIXED, digest
 expected = [digest(problem) for problem in MIXED]
 ready = threading.Barrier({callers})
 def differing(first):
@@ -33,31 +33,32 @@ with ThreadPoolExecutor({callers}) as pool:
 """
 
 SHARING = """
-import company, held
-held.wait_at_forbidden_pages()
-calls = [held.HeldCall(threads=2) for _ in range(7)]
+from support import blocking_calls, concurrency
+blocking_calls.wait_at_forbidden_pages()
+calls = [blocking_calls.BlockingCall(threads=2) for _ in range(7)]
 team, teams = 1, []
 for others in (7, 3, 1, 0):
     while len(calls) > others:
         assert calls.pop().release()
-    team += company.started()
+    team += concurrency.started()
     teams.append(team)
 print(teams)
 """
 
 ONE_AT_A_TIME = """
-import company, held
-held.wait_at_forbidden_pages()
-call = held.HeldCall(threads=2)
-beside = company.started()
+from support import blocking_calls, concurrency
+blocking_calls.wait_at_forbidden_pages()
+call = blocking_calls.BlockingCall(threads=2)
+beside = concurrency.started()
 assert call.release()
-print(beside, company.started())
+print(beside, concurrency.started())
 """
 
 AFTER_A_FAILURE = """
-import numpy as np, company, fastbn
+import numpy as np, fastbn
 from fastbn import config
 from fastbn.backends.base import Affine
+from support import concurrency
 endless = np.broadcast_to(np.float32(0), (1, 1, 1 << 58, 1))
 row = np.broadcast_to(0.0, 1 << 58)
 for _ in range(8):
@@ -67,7 +68,7 @@ for _ in range(8):
         assert "tables of sums" in str(error), error
     else:
         raise AssertionError("tables for an endless row")
-print(company.started())
+print(concurrency.started())
 """
 
 

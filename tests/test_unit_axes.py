@@ -6,20 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import every_call
 import numpy as np
 import pytest
-from bits import assert_same_bits
-from grid import TYPES
-from guarded import Log
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import finds_tests, run
-from strategies import layouts, shapes_of_ones, unit_strides
-from variants import Variant, each_backend
 
 import fastbn
-from benchmarks.oracle import Array
+from oracle.arrays import Array
+from support import every_call
+from support.bits import assert_same_bits
+from support.grid import TYPES
+from support.guarded_calls import Log
+from support.processes import finds_tests, run
+from support.strategies import layouts, shapes_of_ones, unit_strides
+from support.variants import Variant, each_backend
 
 NO_ARRAYS = {
     *("BackendError", "Renormalization", "get_backend", "get_config", "get_num_threads"),
@@ -58,7 +58,7 @@ def test_every_public_function_is_called() -> None:
 def test_nothing_at_all(tmp_path: Path) -> None:
     """No samples, channels or places give an empty result or a clear error, on every variant."""
     path = str(tmp_path / "at")
-    done = run(f"import empty_calls; empty_calls.every({path!r})", **finds_tests())
+    done = run(f"from support.empty_calls import every; every({path!r})", **finds_tests())
     assert done.returncode == 0, f"{Log.read(path)}: status {done.returncode}\n{done.stderr}"
 
 

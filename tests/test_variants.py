@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bits import Array
-from variants import VARIANTS, Variant, activate
 
 import fastbn
-from benchmarks.oracle import DTYPES, LAYOUTS
+from oracle.arrays import DTYPES, LAYOUTS
+from support.bits import Array
+from support.variants import VARIANTS, Variant, activate
 
 ONES = np.ones(3)
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checks import Judged, assert_within, judge_backward, judge_forward
-from grid import TYPES
-from memory import FORMS
-from pairs import paired
-from variants import Variant, each_backend
 
 import fastbn
-from benchmarks.oracle import Array, to_layout
+from oracle.arrays import Array, to_layout
+from support.grid import TYPES
+from support.judge import Judged, assert_within, judge_backward, judge_forward
+from support.memory import FORMS
+from support.pairs import paired
+from support.variants import Variant, each_backend
 
 SHAPES = (
     (10, 3, 5, 5),

@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checks import check_backward, judge_backward, judge_forward
 from hypothesis import example, given, settings, target
 from hypothesis import strategies as st
-from memory import FORMS
-from strategies import DISTRIBUTIONS, layouts
-from variants import Variant
 
 import fastbn
-from benchmarks import oracle
-from benchmarks.oracle import DTYPES, Array, Wide, rows, to_layout, wide
+from oracle import bounds, formulas
+from oracle.arrays import DTYPES, Array, Wide, rows, to_layout, wide
+from oracle.bounds import unit
+from support.judge import check_backward, judge_backward, judge_forward
+from support.memory import FORMS
+from support.strategies import DISTRIBUTIONS, layouts
+from support.variants import Variant
 
 LIMITS: dict[Any, float] = {np.float32: 1e6, np.float64: 1e12}
 """Of |mean|/s."""
@@ -113,7 +114,7 @@ def promised(r: Recipe, x: Array, var: Wide, mean: Wide) -> Array:
     normal = float(np.finfo(np.float64).smallest_normal)
     with np.errstate(all="ignore"):
         inside = (var == 0) | ((var >= normal) & (1 / var >= normal))
-        inside &= abs(mean) * oracle.rstd_of(var, r.eps) <= LIMITS[r.dtype]
+        inside &= abs(mean) * formulas.rstd_of(var, r.eps) <= LIMITS[r.dtype]
     return np.asarray(inside & np.isfinite(rows(x, r.layout)).all(1))
 
 
@@ -137,9 +138,9 @@ def worst_of(r: Recipe) -> dict[str, float]:
             judged += [j._replace(what="frozen " * frozen + j.what) for j in backward]
         worst = {}
         for actual, expected, bound, what in judged:
-            units = oracle.units(actual, expected, bound).reshape(inside.size, -1).max(1)
+            units = bounds.units(actual, expected, bound).reshape(inside.size, -1).max(1)
             # The terms of dx may be larger than their sum; the bound is a part of theirs.
-            terms = bound / (4 * oracle.unit(r.dtype)) if what.endswith("dx") else 0 * bound
+            terms = bound / (4 * unit(r.dtype)) if what.endswith("dx") else 0 * bound
             sizes = np.maximum(abs(expected), terms).reshape(inside.size, -1).max(1)
             chosen = inside & fits(sizes, dtype=actual.dtype)
             worst[what] = float(units[chosen].max(initial=0))

@@ -20,7 +20,7 @@ from benchmarks.cells import Cell
 from benchmarks.data import Data, Results
 
 OURS = "fastbn cython"
-"""What is compared with the peers and held to the targets."""
+"""What is compared with the peers."""
 UNFUSED, SINGLE, UNMASKED = "fastbn unfused", "fastbn in float32", "fastbn unmasked"
 """What it is compared with besides, in fused cells, in halves and in masked cells."""
 FROZEN = "FrozenBatchNorm"

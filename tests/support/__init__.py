@@ -1,0 +1,1 @@
+"""What tests share: variants, problems, comparisons, and calls for processes of their own."""
