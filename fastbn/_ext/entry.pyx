@@ -268,26 +268,11 @@ cdef class Engine:
                         int threads):
         cdef Task t
         memset(&t, 0, sizeof(Task))
-        if not set_plain_shape(&t, x, layout) or not is_valid_eps(eps):
+        if not set_plain_shape(&t, x, layout):
             return None
-        if not fits(&t, mean) or not fits(&t, var):
-            return None
-        if not (gamma is None or fits(&t, gamma)) or not (beta is None or fits(&t, beta)):
-            return None
-        t.mean, t.var = table(mean), table(var)
-        if not is_valid_variance(&t, False):
-            return None
-        if not set_activation(&t, activation) or not set_residual(&t, residual, x):
-            return None
-        if out is None:
-            out = empty_like(x)
-        elif not (is_plain_out(out, x) and in_place_or_apart(out, x)
-                  and in_place_or_apart(out, residual) and all_apart(out, mean, var, gamma, beta)):
-            return None
-        t.reduce, t.map, t.eps = NO_REDUCE, AFFINE, eps
-        t.x, t.out = dense(&t, x), dense(&t, out)
-        set_parameters(&t, gamma, beta)
-        self.go(&t, x, threads)
+        out = set_plain_normalize(&t, x, mean, var, gamma, beta, eps, activation, residual, out)
+        if out is not None:
+            self.go(&t, x, threads)
         return out
 
     def plain_frozen(self, affine, str layout, activation):
@@ -317,12 +302,7 @@ cdef class Engine:
         cdef int element
         memset(&t, 0, sizeof(Task))
         cdef bint lone = frozen and params is False
-        if not set_plain_shape(&t, dy, layout) or not (params is True or params is False):
-            return None
-        if not fits(&t, mean) or not fits(&t, var):
-            return None
-        t.mean, t.var = table(mean), table(var)
-        if not frozen and (t.mean.single or t.var.single):
+        if not set_plain_statistics(&t, dy, mean, var, layout, params, frozen):
             return None
         results = set_plain_backward(&t, dy, x, mean, var, gamma, eps, activation, y, dresidual,
                                      frozen, lone, out)

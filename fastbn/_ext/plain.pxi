@@ -229,6 +229,33 @@ cdef object set_plain_forward(Task* t, object x, object gamma, object beta, obje
     return out
 
 
+cdef object set_plain_normalize(Task* t, object x, object mean, object var, object gamma,
+                                object beta, object eps, object activation, object residual,
+                                object out):
+    """The same of y by given statistics."""
+    if not fits(t, mean) or not fits(t, var):
+        return None
+    t.mean, t.var = table(mean), table(var)
+    if not is_valid_variance(t, False):
+        return None
+    y = set_plain_forward(t, x, gamma, beta, eps, activation, residual, out)
+    if y is None or not all_apart(y, mean, var, None, None):
+        return None
+    t.reduce = NO_REDUCE
+    return y
+
+
+cdef bint set_plain_statistics(Task* t, object dy, object mean, object var, object layout,
+                               object params, bint frozen):
+    """Whether dy's shape and the statistics of a backward are plain: then they are set."""
+    if not set_plain_shape(t, dy, layout) or not (params is True or params is False):
+        return False
+    if not fits(t, mean) or not fits(t, var):
+        return False
+    t.mean, t.var = table(mean), table(var)
+    return frozen or not (t.mean.single or t.var.single)
+
+
 cdef tuple set_plain_backward(Task* t, object dy, object x, object mean, object var, object gamma,
                               object eps, object activation, object y, object dresidual,
                               bint frozen, bint lone, object out):
@@ -271,3 +298,48 @@ cdef tuple set_plain_backward(Task* t, object dy, object x, object mean, object 
 cdef bint may_cut_sums(Task* t) noexcept:
     """Whether the sums of a run may be taken some channels at a time, or need not."""
     return t.fold == 1 and t.pool == 1 or t.channels * sum_bytes <= calls_limit(t)
+
+
+# ---- For backends without compiled entries: the (G, N, C, S) shape of what is plain, and outputs ----
+
+cdef tuple shape_of(Task* t):
+    return 1, <Py_ssize_t> t.count // t.S, t.channels, t.S
+
+
+def plain_shape(x, layout):
+    """Of an array as most are: its view's shape, or None."""
+    cdef Task t
+    memset(&t, 0, sizeof(Task))
+    return shape_of(&t) if set_plain_shape(&t, x, layout) else None
+
+
+def plain_forward(x, gamma, beta, eps, layout, activation, residual, out):
+    """Of plain arguments of batch_norm: the shape, and where y goes; else None."""
+    cdef Task t
+    memset(&t, 0, sizeof(Task))
+    if not set_plain_shape(&t, x, layout):
+        return None
+    out = set_plain_forward(&t, x, gamma, beta, eps, activation, residual, out)
+    return None if out is None else (shape_of(&t), out)
+
+
+def plain_normalize(x, mean, var, gamma, beta, eps, layout, activation, residual, out):
+    """The same of normalize."""
+    cdef Task t
+    memset(&t, 0, sizeof(Task))
+    if not set_plain_shape(&t, x, layout):
+        return None
+    out = set_plain_normalize(&t, x, mean, var, gamma, beta, eps, activation, residual, out)
+    return None if out is None else (shape_of(&t), out)
+
+
+def plain_backward(dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual, frozen,
+                   out):
+    """The same of both backward functions: the shape, and where dx and dresidual go."""
+    cdef Task t
+    memset(&t, 0, sizeof(Task))
+    if not set_plain_statistics(&t, dy, mean, var, layout, params, frozen):
+        return None
+    results = set_plain_backward(&t, dy, x, mean, var, gamma, eps, activation, y, dresidual, frozen,
+                                 frozen and params is False, out)
+    return None if results is None else (shape_of(&t), *results)
