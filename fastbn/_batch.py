@@ -19,12 +19,22 @@ class Batch:
     """An array, its layout, and the places and samples that count."""
 
     def __init__(
-        self, x: Any, layout: Any, where: Any = None, weights: Any = None, *, name: str = "x"
+        self,
+        x: Any,
+        layout: Any,
+        where: Any = None,
+        weights: Any = None,
+        *,
+        name: str = "x",
+        made: tuple[str, int] | None = None,
     ) -> None:
+        """`made` names what the array is for, and its number of channels."""
         self.array = x = checks.arrays.batch(name, x)
         self.layout = checks.options.layout(layout)
         self.name = name
         self.channels: int = x.shape[channel_axis(self.layout, x.ndim)]
+        if made is not None:
+            checks.arrays.made_for(x, self.layout, *made)
         self.where, self.weights = where, weights
         if where is not None:
             self.where = checks.arrays.where(where, name, x, self.layout)

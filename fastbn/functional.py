@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from fastbn import _run, checks
 from fastbn._batch import Batch
 from fastbn._call import Call
-from fastbn.backends.base import Affine
 from fastbn.config import current
 from fastbn.layouts import EACH_CHANNEL
 from fastbn.results import (
@@ -177,20 +176,6 @@ def normalize(
     vectors: dict[str, Any] = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
     call = Call(on, Batch(x, layout, where), **vectors)
     return _run.normalize(call, eps, activation, residual, out)
-
-
-def apply_affine(
-    x: Any,
-    affine: Affine,
-    layout: str,
-    activation: Any,
-    residual: Any,
-    out: Any,
-    where: Any = None,
-) -> Array:
-    """What `normalize` does, by a layer's vectors, which need no checks."""
-    call = Call(current(), Batch(x, layout, where), **affine._asdict())
-    return _run.normalize(call, None, activation, residual, out)
 
 
 @overload

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn.activations import Activation
-from fastbn.checks.options import activation, layout
+from fastbn.checks.options import activation
 from fastbn.checks.words import code_of, described, dtype_code, dtype_words
 from fastbn.elements import ELEMENTS, FLOATS, is_element, is_float
 from fastbn.errors import shown
@@ -220,16 +220,14 @@ def may_lack_x(x: Any, *, frozen: bool, params: bool) -> bool:
     return x is None and frozen
 
 
-def batch_of(made: str, x: Any, channels: int, layout_name: Any) -> NDArray[Any]:
+def made_for(x: NDArray[Any], layout: str, made: str, channels: int) -> None:
     """An array with the channels of something that was made for them: a layer, say."""
-    a, known = batch("x", x), layout(layout_name)
-    axis = channel_axis(known, a.ndim)
-    if a.shape[axis] != channels:
-        other = next(name for name in LAYOUTS if name != known)
-        fits = a.shape[channel_axis(other, a.ndim)] == channels
+    axis = channel_axis(layout, x.ndim)
+    if x.shape[axis] != channels:
+        other = next(name for name in LAYOUTS if name != layout)
+        fits = x.shape[channel_axis(other, x.ndim)] == channels
         remedy = f"make the {made} with layout={other!r}" if fits else "pass another array"
         raise ValueError(
-            f"x has {a.shape[axis]} channels (axis {axis} of shape {a.shape}, layout {known!r}), "
+            f"x has {x.shape[axis]} channels (axis {axis} of shape {x.shape}, layout {layout!r}), "
             f"expected {channels}, as the {made} has; {remedy}"
         )
-    return a

@@ -23,34 +23,42 @@ def output(
     """An array for results: like `x`, writeable, free of overlap but for being one of `in_place`
     itself. What is returned is written; the caller gets back what it passed."""
     dtype = x.dtype.newbyteorder("=")
-    wanted = f"shape {x.shape} and dtype {dtype}"
-    make = f"make it with numpy.empty({x.shape}, {dtype_code(x, x_name)})"
+
+    def wanted() -> (
+        str
+    ):  # words are made for an error alone: NumPy takes microseconds to name a type
+        return f"shape {x.shape} and dtype {dtype}"
+
+    def make() -> str:
+        return f"make it with numpy.empty({x.shape}, {dtype_code(x, x_name)})"
+
     a = plain(value)
     if a is None or isinstance(value, np.ma.MaskedArray):
         raise TypeError(
-            f"{name} is {described(value)}, expected a numpy.ndarray of {wanted}, or None; {make}"
+            f"{name} is {described(value)}, expected a numpy.ndarray of {wanted()}, or None; "
+            f"{make()}"
         )
     if a.dtype != dtype or not a.dtype.isnative:
         came = dtype_words(a.dtype)
-        raise TypeError(f"{name} has dtype {came}, expected {dtype} in native order; {make}")
+        raise TypeError(f"{name} has dtype {came}, expected {dtype} in native order; {make()}")
     if a.shape != x.shape:
-        raise ValueError(f"{name} has shape {a.shape}, expected {x.shape}; {make}")
+        raise ValueError(f"{name} has shape {a.shape}, expected {x.shape}; {make()}")
     if not a.flags.writeable:
-        raise ValueError(f"{name} is read-only, expected a writeable array of {wanted}; {make}")
+        raise ValueError(f"{name} is read-only, expected a writeable array of {wanted()}; {make()}")
     if _overlaps_itself(a):
         raise ValueError(
             f"{name} overlaps itself (shape {a.shape}, strides {a.strides}), expected an "
-            f"array with a place of its own for every value; {make}"
+            f"array with a place of its own for every value; {make()}"
         )
     for other, b in in_place.items():
         if b is not None and not _same_place(a, b) and share(a, b):
             raise ValueError(
                 f"{name} overlaps {other} without being {other}: expected either {other} itself "
-                f"(same place, strides and dtype: works in place) or memory apart from it; {make}"
+                f"(same place, strides and dtype: works in place) or memory apart from it; {make()}"
             )
     for other, b in apart.items():
         if b is not None and share(a, b):
-            raise ValueError(f"{name} overlaps {other}, expected memory apart from it; {make}")
+            raise ValueError(f"{name} overlaps {other}, expected memory apart from it; {make()}")
     return a
 
 
@@ -65,7 +73,7 @@ def share(a: NDArray[Any], b: NDArray[Any]) -> bool:
 
 def _same_place(a: NDArray[Any], b: NDArray[Any]) -> bool:
     """Whether two arrays of one shape are the same elements in the same order."""
-    return (
+    return a is b or (
         a.ctypes.data == b.ctypes.data
         and a.dtype == b.dtype
         and all(s == t or n == 1 for n, s, t in zip(a.shape, a.strides, b.strides, strict=True))

@@ -315,9 +315,8 @@ class BatchNorm(AffineLayer):
             An argument has a wrong type, shape or value, the running statistics are no statistics,
             or a policy says so. Nothing has been written.
         """
-        x = checks.arrays.batch_of("BatchNorm", x, self.channels, self.layout)
-        batch = Batch(x, self.layout, where, weights)
-        effective = batch.effective
+        batch = Batch(x, self.layout, where, weights, made=("BatchNorm", self.channels))
+        x, effective = batch.array, batch.effective
         options = self.activation, residual, out
         k, corrected = None, None
         if runs := self._by_running(effective):
@@ -581,6 +580,8 @@ def _counts(samples: int, n: float, k: int | None) -> Array:
 def _over_groups(statistic: Array, counts: Array) -> Array:
     """The mean over groups, by their counts; those of one value are left out where there are
     others."""
+    if len(counts) == 1:
+        return statistic.reshape(-1)
     kept = counts > 1 if (counts > 1).any() else counts > 0
     weights = counts[kept] / counts[kept].sum()
     return np.asarray((weights[:, None] * statistic.reshape(len(counts), -1)[kept]).sum(0))

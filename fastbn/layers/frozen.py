@@ -9,11 +9,13 @@ from typing import Any, Literal, NoReturn, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks, fixed
+from fastbn import _run, checks, fixed
+from fastbn._batch import Batch
+from fastbn._call import Call
 from fastbn.activations import Activation
 from fastbn.backends.base import Affine, Backend, quiet
 from fastbn.config import current
-from fastbn.functional import ActivationName, apply_affine, normalize_backward
+from fastbn.functional import ActivationName, normalize_backward
 from fastbn.results import Gradients, ResidualGradients
 
 Array = NDArray[Any]
@@ -150,8 +152,9 @@ class FrozenBatchNorm:
             y = plain(x, residual, out, threads)
             if y is not None:
                 return y
-        x = checks.arrays.batch_of("FrozenBatchNorm", x, len(self.mean), self.layout)
-        return apply_affine(x, self._affine, self.layout, self.activation, residual, out, where)
+        batch = Batch(x, self.layout, where, made=("FrozenBatchNorm", len(self.mean)))
+        call = Call(current(), batch, **self._affine._asdict())
+        return _run.normalize(call, None, self.activation, residual, out)
 
     @overload
     def backward(

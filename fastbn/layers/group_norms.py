@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 from numpy.typing import DTypeLike, NDArray
 
 from fastbn import checks
+from fastbn._batch import Batch
 from fastbn.functional import ActivationName
 from fastbn.group_norms import (
     group_norm,
@@ -104,7 +105,7 @@ class SampleNorm(AffineLayer, ABC):
         TypeError, ValueError
             An argument has a wrong type, shape or value. Nothing has been written.
         """
-        x = checks.arrays.batch_of(type(self).__name__, x, self.channels, self.layout)
+        x = Batch(x, self.layout, made=(type(self).__name__, self.channels)).array
         forward, _ = self._verbs
         y, mean, var = forward(
             x,
