@@ -14,10 +14,10 @@ from typing import Any
 
 from benchmarks.cells import Cell, Shape, cells_of
 from benchmarks.cli import Screen, chosen, cost, make_console, today
-from benchmarks.libraries import LIBRARIES
+from benchmarks.libraries import AVX2, LIBRARIES
 from benchmarks.machine import Machine, this_machine
 from benchmarks.report import NONE, Grid, heading, time
-from benchmarks.results import Judged
+from benchmarks.results import Judged, Measured, Outcome
 from benchmarks.rounds import Team, Watcher
 from fastbn._cpus import available_cpus
 from oracle.hard import hard_data
@@ -29,6 +29,11 @@ KINDS = ("fastbn", "peer")
 Task = tuple[str, Cell]
 """A case, and the cell to do it in."""
 TABLES = (("forward", ("y",)), ("backward", ("dx",)), ("backward", ("dgamma", "dbeta")))
+ORDINARY = "ordinary: N(0, 1)"
+BELOW = "< 0.01"
+RESULTS = Path(__file__).parent / "results" / "accuracy.json"
+"""The run that the page shows."""
+PAGE = Path(__file__).parents[1] / "docs" / "numerics.md"
 LEGEND = (
     "The largest error of any value, in units of what fastbn promises (docs/numerics.md): up to 1 "
     "is as promised, inf is a NaN or an infinity where there should be a number. The worse of NCHW "
@@ -38,6 +43,9 @@ LEGEND = (
 
 def main() -> None:
     arguments = parse(sys.argv[2:])
+    if arguments.page:
+        PAGE.write_text(page(PAGE.read_text(), from_json(RESULTS.read_text())))
+        return
     console = make_console()
     expected = sum(cost(cell, arguments.libraries, 1) for _, cell in arguments.tasks)
     with Screen(expected, arguments.libraries, 1, console) as screen:
@@ -67,6 +75,12 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         default=Path("benchmark-results"),
         metavar="FOLDER",
         help="where accuracy.json and accuracy.md go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--page",
+        action="store_true",
+        help="measure nothing: write the tables of docs/numerics.md anew, from the run that is "
+        "kept in benchmarks/results",
     )
     arguments = parser.parse_args(words)
     try:
@@ -138,13 +152,19 @@ def grids(judged: Sequence[Judged]) -> list[Grid]:
     """What breaks the promise or fails, then one for each element type and kind of result."""
     troubles = troubles_grid(judged)
     made = [broken_grid(judged), *([troubles] if troubles.rows else [])]
+    return made + [units_grid(members, results) for results, members in members_of(judged)]
+
+
+def members_of(judged: Sequence[Judged]) -> list[tuple[Sequence[str], list[Judged]]]:
+    """Of each table the results, and those that were judged by them."""
+    tables: list[tuple[Sequence[str], list[Judged]]] = []
     for dtype in DTYPES:
         for work, results in TABLES:
             cell = (dtype, work)
             members = [j for j in judged if (j.measured.cell.dtype, j.measured.cell.work) == cell]
             if members:
-                made.append(units_grid(members, results))
-    return made
+                tables.append((results, members))
+    return tables
 
 
 def broken_grid(judged: Sequence[Judged]) -> Grid:
@@ -171,20 +191,36 @@ def troubles_grid(judged: Sequence[Judged]) -> Grid:
 
 def units_grid(judged: Sequence[Judged], results: Sequence[str]) -> Grid:
     """The worse layout of each case, and then the times."""
-    cell = judged[0].measured.cell
-    names = [name for name in LIBRARIES if any(name in j.measured.outcomes for j in judged)]
-    by_case, by_layout = dict[str, list[Judged]](), dict[str, list[Judged]]()
+    names = names_of(judged)
+    by_layout = dict[str, list[Judged]]()
+    for j in judged:
+        by_layout.setdefault(j.measured.cell.layout, []).append(j)
+    rows = case_rows(judged, names, results)
+    for layout, members in by_layout.items():
+        rows.append((f"time, {layout}", *(median_time(members, name) for name in names)))
+    return Grid(title(judged, results), ("case", *names), rows)
+
+
+def names_of(judged: Sequence[Judged]) -> list[str]:
+    """The libraries that took part."""
+    return [name for name in LIBRARIES if any(name in j.measured.outcomes for j in judged)]
+
+
+def case_rows(
+    judged: Sequence[Judged], names: Sequence[str], results: Sequence[str]
+) -> list[tuple[str, ...]]:
+    by_case = dict[str, list[Judged]]()
     for j in judged:
         by_case.setdefault(j.case, []).append(j)
-        by_layout.setdefault(j.measured.cell.layout, []).append(j)
-    rows = [
+    return [
         (case, *(largest(members, name, results) for name in names))
         for case, members in by_case.items()
     ]
-    for layout, members in by_layout.items():
-        rows.append((f"time, {layout}", *(median_time(members, name) for name in names)))
-    title = f"{cell.work}, {cell.dtype}, {cell.size_name}: {' and '.join(results)}"
-    return Grid(title, ("case", *names), rows)
+
+
+def title(judged: Sequence[Judged], results: Sequence[str]) -> str:
+    cell = judged[0].measured.cell
+    return f"{cell.work}, {cell.dtype}, {cell.size_name}: {' and '.join(results)}"
 
 
 def largest(judged: Sequence[Judged], library: str, results: Sequence[str]) -> str:
@@ -200,7 +236,7 @@ def largest(judged: Sequence[Judged], library: str, results: Sequence[str]) -> s
 def figure(units: float) -> str:
     """Two digits, as short as may be."""
     if units < 0.01:
-        return "< 0.01"
+        return BELOW
     if units < 100:
         return f"{units:.2g}"
     return f"{units:.0f}" if units < 1e4 else f"{units:.0e}".replace("e+0", "e").replace("e+", "e")
@@ -211,18 +247,91 @@ def median_time(judged: Sequence[Judged], library: str) -> str:
     return time(median(taken)) if taken else NONE
 
 
+# --- the page -----------------------------------------------------------------------------------
+
+
+def page(text: str, found: Accuracy) -> str:
+    """docs/numerics.md with its tables made of a run."""
+    names = shown_on_page(found.judged)
+    versions = {name: found.versions[name] for name in names}
+    head = heading(found.machine, versions, found.missing, found.date)
+    tables = {
+        "summary": summary_grid(found.judged).to_markdown(),
+        "cases": "\n".join([head, *(grid.to_markdown() for grid in case_grids(found.judged))]),
+    }
+    for name, made in tables.items():
+        begin = f"<!-- {name}: by python -m benchmarks accuracy --page -->\n"
+        start = text.index(begin) + len(begin)
+        text = f"{text[:start]}\n{made}\n{text[text.index('<!-- end -->', start) :]}"
+    return text
+
+
+def shown_on_page(judged: Sequence[Judged]) -> list[str]:
+    """All but fastbn on another instruction set, whose bits are the same."""
+    return [name for name in names_of(judged) if name != AVX2]
+
+
+def summary_grid(judged: Sequence[Judged]) -> Grid:
+    """The largest error of every type and result: of ordinary data, and of all."""
+    names, rows = shown_on_page(judged), []
+    for results, members in members_of(judged):
+        result = f"{members[0].measured.cell.dtype}, {' and '.join(results)}"
+        ordinary = [j for j in members if j.case == ORDINARY]
+        for what, some in (("ordinary data", ordinary), ("all data", members)):
+            rows.append((result, what, *(largest(some, name, results) for name in names)))
+    return Grid("Largest errors, in bounds", ("result", "on", *names), rows, words=2)
+
+
+def case_grids(judged: Sequence[Judged]) -> list[Grid]:
+    """The cases where any library is off by a hundredth of its bound or more."""
+    grids = []
+    for results, members in members_of(judged):
+        names = shown_on_page(members)
+        rows = case_rows(members, names, results)
+        seen = [row for row in rows if any(text != BELOW for text in row[1:])]
+        grids.append(Grid(title(members, results), ("case", *names), seen, empty="none"))
+    return grids
+
+
 # --- kept ---------------------------------------------------------------------------------------
 
 
 def to_json(found: Accuracy) -> str:
-    """Strict JSON: an infinite error is the text "inf"."""
-    fields = asdict(found) | {"judged": [entry(j) for j in found.judged]}
-    return json.dumps(fields, indent=1, allow_nan=False) + "\n"
+    """Strict JSON, a line for each case and cell: an infinite error is the text "inf"."""
+    fields = {field: getattr(found, field) for field in ("date", "versions", "missing")}
+    head = json.dumps({"machine": asdict(found.machine), **fields})
+    lines = ",\n".join(json.dumps(entry(j), allow_nan=False) for j in found.judged)
+    return f'{head[:-1]}, "judged": [\n{lines}\n]}}\n'
 
 
 def entry(j: Judged) -> dict[str, Any]:
-    """One case in one cell: of each library its outcome and units."""
+    """One case in one cell: of each library its outcome and units, to four digits."""
     outcomes = {name: asdict(outcome) for name, outcome in j.measured.outcomes.items()}
+    for outcome in outcomes.values():
+        outcome |= {k: four_digits(outcome[k]) for k in ("median", "q1", "q3")}
     for name, units in j.units.items():
-        outcomes[name]["units"] = {k: v if math.isfinite(v) else "inf" for k, v in units.items()}
+        outcomes[name]["units"] = {k: four_digits(v) for k, v in units.items()}
     return {"case": j.case} | j.measured.cell.to_json() | {"outcomes": outcomes}
+
+
+def four_digits(value: float) -> float | str:
+    return float(f"{value:.4g}") if math.isfinite(value) else "inf"
+
+
+def from_json(text: str) -> Accuracy:
+    """What `to_json` wrote."""
+    fields = json.loads(text)
+    machine, judged = Machine(**fields.pop("machine")), map(judged_of, fields.pop("judged"))
+    return Accuracy(machine=machine, judged=list(judged), **fields)
+
+
+def judged_of(fields: dict[str, Any]) -> Judged:
+    """What `entry` made."""
+    case, outcomes = fields.pop("case"), fields.pop("outcomes")
+    units = {
+        name: {k: float(v) for k, v in outcome.pop("units").items()}
+        for name, outcome in outcomes.items()
+        if "units" in outcome
+    }
+    known = {name: Outcome(**outcome) for name, outcome in outcomes.items()}
+    return Judged(case, Measured(Cell.from_json(fields), known), units)

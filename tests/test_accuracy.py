@@ -16,7 +16,7 @@ from benchmarks import accuracy
 from benchmarks.cells import Cell
 from benchmarks.data import Results
 from benchmarks.judge import HardData, worst
-from benchmarks.libraries import OURS, of_fastbn
+from benchmarks.libraries import AVX2, OURS, of_fastbn
 from benchmarks.machine import Machine
 from benchmarks.results import Judged, Measured, Outcome
 from fastbn import backends
@@ -125,6 +125,30 @@ def test_infinity_is_kept_as_strict_json() -> None:
     (entry,) = json.loads(accuracy.to_json(found))["judged"]
     assert Cell.from_json({name: entry[name] for name in FORWARD.to_json()}) == FORWARD
     assert entry["outcomes"][OURS]["units"] == {"y": "inf"}
+
+
+def test_the_page_shows_the_run_that_is_kept() -> None:
+    """And the run is within the bounds, as the page says."""
+    found = accuracy.from_json(accuracy.RESULTS.read_text())
+    assert accuracy.page(accuracy.PAGE.read_text(), found) == accuracy.PAGE.read_text()
+    assert accuracy.broken_grid(found.judged).rows == []
+    assert accuracy.to_json(found) == accuracy.RESULTS.read_text()
+    for j in found.judged:
+        assert j.units[AVX2] == j.units[OURS]  # which therefore has no column
+    assert {j.case for j in found.judged} == {*hard_data("float32"), *hard_data("float64")}
+
+
+def test_the_page_has_the_worst_and_leaves_out_what_is_below_a_hundredth() -> None:
+    other = made_up(FORWARD, 0.001)._replace(case="other")
+    judged = [made_up(FORWARD, 0.5), other]
+    for j in judged:
+        j.measured.outcomes.pop("JAX")
+    assert accuracy.summary_grid(judged).rows == [
+        ("float32, y", "ordinary data", "0.5"),
+        ("float32, y", "all data", "0.5"),
+    ]
+    (grid,) = accuracy.case_grids(judged)
+    assert grid.rows == [(ORDINARY, "0.5")]
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import compare, report, rounds
+from benchmarks import compare, fold_or_fuse, report, rounds
 from benchmarks.cells import (
     AWKWARD,
     FUSED,
@@ -439,6 +439,20 @@ def test_cache_sizes_are_read(tmp_path: Path) -> None:
     assert cache_size("1", "Data", tmp_path) == 48 << 10
     assert cache_size("2", "Unified", tmp_path) == 2 << 20
     assert cache_size("3", "Unified", tmp_path) is None
+
+
+def test_folded_and_fused_are_the_same_work(capsys: pytest.CaptureFixture[str]) -> None:
+    x = np.random.default_rng(0).normal(size=(2, fold_or_fuse.CHANNELS, 3, 3)).astype(np.float32)
+    given, results = x.copy(), {}
+    for name, way in fold_or_fuse.ways(x).items():
+        np.copyto(x, given)
+        way()
+        results[name] = x.copy()
+    bias, norm, bias_and_relu, relu = results.values()
+    np.testing.assert_array_equal(bias_and_relu, np.maximum(bias, 0))
+    np.testing.assert_array_equal(relu, np.maximum(norm, 0))
+    fold_or_fuse.main(rounds=1)
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:]] == [*results]
 
 
 # --- from end to end ----------------------------------------------------------------------------

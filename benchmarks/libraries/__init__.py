@@ -21,6 +21,7 @@ from benchmarks.data import Data, Results
 
 OURS = "fastbn cython"
 """What is compared with the peers."""
+AVX2 = "fastbn cython avx2"
 UNFUSED, SINGLE, UNMASKED = "fastbn unfused", "fastbn in float32", "fastbn unmasked"
 """What it is compared with besides, in fused cells, in halves and in masked cells."""
 FROZEN = "FrozenBatchNorm"
@@ -87,7 +88,7 @@ LIBRARIES: dict[str, Library] = {
     library.name: library
     for library in (
         _fastbn(OURS, **CYTHON),
-        _fastbn("fastbn cython avx2", **CYTHON, FASTBN_ISA="avx2"),
+        _fastbn(AVX2, **CYTHON, FASTBN_ISA="avx2"),
         _fastbn("fastbn numba", FASTBN_BACKEND="numba"),
         _fastbn("fastbn numpy", FASTBN_BACKEND="numpy"),
         Library(UNFUSED, "fastbn_unfused", "fastbn too", CYTHON),
