@@ -4,7 +4,7 @@
 2. Each of float64, a fresh output and one thread by itself, on a core of those shapes.
 3. One thread also where a library might leave cores idle: few or odd channels, one image.
 4. The series: one family of shapes from 1 KB to 400 MB, for the plot of time against size.
-5. Fused works, half types, masked works, virtual batches and siblings, and the smallest call.
+5. Fused works, half types, masked works, virtual batches and group norms, and the smallest call.
 6. Awkward shapes on one thread: many tiny samples, few samples of many channels, tiny calls.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 
 MB = 1e6
 
-WORKS = ("forward", "inference", "backward", "frozen")
+WORKS = ("forward", "inference", "backward", "normalize_backward")
 FUSED = ("fused-forward", "fused-inference", "fused-backward")
 MASKED = (
     "masked-forward",
@@ -50,11 +50,11 @@ class Cell:
     """What is computed.
 
     forward: y and the batch's statistics, with gamma and beta. inference: y by given statistics,
-    with gamma and beta. backward: dx, dgamma, dbeta of forward. frozen: dx alone of inference.
-    fused-forward, fused-inference: relu(y + residual). fused-backward: of the former, with the
-    residual's gradient. masked-...: of the places that a mask selects. weighed-...: of those, with
-    a weight for each sample. ghost-...: of virtual batches. group-..., instance-..., layer-...: the
-    siblings.
+    with gamma and beta. backward: dx, dgamma, dbeta of forward. normalize_backward: dx alone of
+    inference. fused-forward, fused-inference: relu(y + residual). fused-backward: of the former,
+    with the residual's gradient. masked-...: of the places that a mask selects. weighed-...: of
+    those, with a weight for each sample. ghost-...: of virtual batches. group-..., instance-...,
+    layer-...: the norms by statistics of each sample.
     """
     layout: str
     """NCHW or NHWC; NC for an array of rank 2, which has one layout only."""
@@ -90,7 +90,7 @@ class Cell:
 
     @property
     def run(self) -> int:
-        """Samples that share statistics: those of a virtual batch; one where it is a sibling's."""
+        """Samples that share statistics: those of a virtual batch; one for the group norms."""
         return math.gcd(GHOST, self.shape[0]) if self.work.startswith("ghost") else 1
 
     @property
@@ -148,6 +148,11 @@ class Cell:
     @property
     def is_awkward(self) -> bool:
         return any(self.shape in shapes for shapes in AWKWARD.values())
+
+    @classmethod
+    def from_name(cls, name: str) -> Cell:
+        work, layout, dtype, size, output, threads, _ = name.split()
+        return cls(work, layout, dtype, tuple(map(int, size.split("x"))), output, int(threads))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -303,7 +308,7 @@ def half_cells(shapes: Iterable[Shape], threads: int, dtypes: Iterable[str]) -> 
 
 
 def grouped_cells(shapes: Iterable[Shape], rows: Iterable[Shape], threads: int) -> Iterator[Cell]:
-    """Virtual batches and siblings; of rows those whose statistics are of several columns."""
+    """Virtual batches and group norms; of rows those whose statistics are of several columns."""
     yield from cells_of(shapes, threads=threads, works=GROUPED)
     works = [work for work in GROUPED if work.startswith(("group", "layer"))]
     yield from cells_of(rows, threads=threads, works=works)

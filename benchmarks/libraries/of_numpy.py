@@ -44,7 +44,7 @@ def prepare(cell: Cell, data: Data) -> Task | None:
 
 
 def grouped(cell: Cell, data: Data) -> Task:
-    """Virtual batches and siblings, on views that have axes of runs, groups and their channels."""
+    """Virtual batches and group norms, on views with axes of runs, groups and their channels."""
     runs, split = cell.shape[0] // cell.run, (cell.groups, cell.channels // cell.groups)
     shape: tuple[int, ...] = (runs, -1, *split)
     places: tuple[int, ...] = ()
