@@ -4,7 +4,7 @@
 2. Each of float64, a fresh output and one thread by itself, on a core of those shapes.
 3. One thread also where a library might leave cores idle: few or odd channels, one image.
 4. The series: one family of shapes from 1 KB to 400 MB, for the plot of time against size.
-5. Fused works, half types, masked works, virtual batches and group norms, and the smallest call.
+5. Fused works, half types, masked works, virtual batches, group norms, and the smallest call.
 6. Awkward shapes on one thread: many tiny samples, few samples of many channels, tiny calls.
 """
 
@@ -51,10 +51,11 @@ class Cell:
 
     forward: y and the batch's statistics, with gamma and beta. inference: y by given statistics,
     with gamma and beta. backward: dx, dgamma, dbeta of forward. normalize_backward: dx alone of
-    inference. fused-forward, fused-inference: relu(y + residual). fused-backward: of the former,
-    with the residual's gradient. masked-...: of the places that a mask selects. weighed-...: of
-    those, with a weight for each sample. ghost-...: of virtual batches. group-..., instance-...,
-    layer-...: the norms by statistics of each sample.
+    inference.
+    fused-forward, fused-inference: relu(y + residual). fused-backward: of the former, with the
+    residual's gradient. masked-...: of the places that a mask selects. weighed-...: of those, with
+    a weight for each sample. ghost-...: of virtual batches. group-..., instance-..., layer-...:
+    group, instance and layer norm.
     """
     layout: str
     """NCHW or NHWC; NC for an array of rank 2, which has one layout only."""
@@ -90,7 +91,7 @@ class Cell:
 
     @property
     def run(self) -> int:
-        """Samples that share statistics: those of a virtual batch; one for the group norms."""
+        """Samples that share statistics: those of a virtual batch, or one."""
         return math.gcd(GHOST, self.shape[0]) if self.work.startswith("ghost") else 1
 
     @property

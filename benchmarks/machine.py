@@ -1,4 +1,4 @@
-"""The machine: what the tables are headed with."""
+"""The machine: what its tables are headed with, and the cache sizes that plots show."""
 
 from __future__ import annotations
 

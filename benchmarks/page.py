@@ -29,7 +29,7 @@ COMMAND = "python -m benchmarks page"
 def main() -> None:
     arguments = parse()
     if arguments.check:
-        sys.exit("\n".join(stale()))
+        sys.exit("\n".join(stale()) or 0)
     if arguments.results:
         RESULTS.parent.mkdir(exist_ok=True)
         arguments.results.save(RESULTS)
@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
         "--results",
         type=saved,
         metavar="FILE.json",
-        help=f"the results.json of a run, to become {RESULTS.relative_to(ROOT)}",
+        help="the results.json of a run, to become the committed one",
     )
     parser.add_argument(
         "--check",

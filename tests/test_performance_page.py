@@ -27,8 +27,17 @@ def timed(cell: Cell, **seconds: float) -> Measured:
     return Measured(cell, {OURS if name == "ours" else name: o for name, o in outcomes.items()})
 
 
+@pytest.fixture(autouse=True)
+def check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command is to check."""
+    monkeypatch.setattr("sys.argv", ["benchmarks", "page", "--check"])
+
+
 def test_the_page_and_its_pictures_are_what_the_committed_results_give() -> None:
     assert page.stale() == []
+    with pytest.raises(SystemExit) as end:
+        page.main()
+    assert end.value.code == 0
 
 
 def test_what_is_out_of_date_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,6 +48,8 @@ def test_what_is_out_of_date_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "performance.md is not what run.json gives" in first
     assert pictures
     assert all(" is of other results; run: python -m benchmarks page" in p for p in pictures)
+    with pytest.raises(SystemExit, match="is not what run"):
+        page.main()
 
 
 def test_a_run_is_small_and_survives_json(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def prepare(cell: Cell, data: Data) -> Task:
 
 
 def grouped(cell: Cell, data: Data) -> Task:
-    """Virtual batches and group norms."""
+    """Virtual batches, and group, instance and layer norm."""
     kind, named = cell.work.partition("-")[0], options(cell, data)
     own: tuple[int, ...] = (cell.groups,) if kind == "group" else ()
     verb = "batch_norm"

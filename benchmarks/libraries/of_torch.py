@@ -63,7 +63,7 @@ def prepare(cell: Cell, data: Data) -> Task:
 
 
 def grouped(cell: Cell, data: Data, gamma: Any) -> Task:
-    """Virtual batches one after the other, and the group norms."""
+    """Virtual batches one after the other, and group, instance and layer norm."""
     kind, forward = cell.work.partition("-")[0], cell.plain_work == "forward"
     x, dy, beta, eps = (
         tensor(cell, data.x),
