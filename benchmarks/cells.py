@@ -21,7 +21,7 @@ from oracle import arrays
 
 MB = 1e6
 
-WORKS = ("forward", "inference", "backward", "frozen")
+WORKS = ("forward", "inference", "backward", "normalize_backward")
 FUSED = ("fused-forward", "fused-inference", "fused-backward")
 MASKED = (
     "masked-forward",
@@ -51,7 +51,8 @@ class Cell:
     """What is computed.
 
     forward: y and the batch's statistics, with gamma and beta. inference: y by given statistics,
-    with gamma and beta. backward: dx, dgamma, dbeta of forward. frozen: dx alone of inference.
+    with gamma and beta. backward: dx, dgamma, dbeta of forward. normalize_backward: dx alone of
+    inference.
     fused-forward, fused-inference: relu(y + residual). fused-backward: of the former, with the
     residual's gradient. masked-...: of the places that a mask selects. weighed-...: of those, with
     a weight for each sample. ghost-...: of virtual batches. group-..., instance-..., layer-...:
@@ -144,6 +145,11 @@ class Cell:
     @property
     def is_awkward(self) -> bool:
         return any(self.shape in shapes for shapes in AWKWARD.values())
+
+    @classmethod
+    def from_name(cls, name: str) -> Cell:
+        work, layout, dtype, size, output, threads, _ = name.split()
+        return cls(work, layout, dtype, tuple(map(int, size.split("x"))), output, int(threads))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

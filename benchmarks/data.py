@@ -96,7 +96,7 @@ class Data:
             return [(self.dresidual, self.dy, self.y), (self.out, self.x)]
         if cell.plain_work == "backward":
             return [(self.out, self.dy, self.x)]
-        if cell.work == "frozen":
+        if cell.work == "normalize_backward":
             return [(self.out, self.dy)]
         return [(self.out, self.x, self.residual) if cell.is_fused else (self.out, self.x)]
 
@@ -114,7 +114,7 @@ class Data:
 
     @cached_property
     def mean(self) -> Array:
-        """Given statistics, for inference and frozen; not those of x."""
+        """Given statistics, for inference and normalize_backward; not those of x."""
         return self._vector(4)
 
     @cached_property
@@ -211,7 +211,7 @@ def expected(cell: Cell, data: Data, channel: int) -> dict[str, Array]:
     gamma, beta, mean, var = (
         float(v[channel]) for v in (data.gamma, data.beta, data.mean, data.var)
     )
-    if cell.work == "frozen":
+    if cell.work == "normalize_backward":
         return {"main": row(data.dy, channel, data.axis) * (gamma / np.sqrt(var + data.eps))}
     if cell.is_grouped:
         return expected_of_group(cell, data, channel)

@@ -30,12 +30,13 @@ class Machine:
         sizes = ", ".join(f"{name} {binary(size)}" for name, size in caches if size)
         return (
             f"{self.cpu}, {self.cores} cores; {sizes or 'cache sizes unknown'}; "
-            f"{self.memory / 2**30:.0f} GiB of memory, its type unknown; {self.system}; "
+            f"{self.memory / 2**30:.0f} GiB of memory; {self.system}; "
             f"Python {self.python}"
         )
 
 
 def this_machine(cores: int) -> Machine:
+    release, *_ = platform.release().split("-")
     return Machine(
         cpu=processor(),
         cores=cores,
@@ -43,7 +44,7 @@ def this_machine(cores: int) -> Machine:
         l2=cache_size("2", "Unified"),
         l3=cache_size("3", "Unified"),
         memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        system=f"{platform.system()} {release} {platform.machine()}",
         python=platform.python_version(),
     )
 

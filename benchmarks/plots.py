@@ -26,6 +26,7 @@ LINES = {
 }
 LIMIT = "#555555"
 QUIET = "#555555"
+DPI = 130
 NOISE = 0.03
 BAR = 0.21
 """Inches of a figure's height for each bar."""
@@ -33,35 +34,42 @@ TITLES = {
     "forward": "Training forward",
     "inference": "Inference",
     "backward": "Training backward",
-    "frozen": "Frozen backward, dx alone",
+    "normalize_backward": "Backward by fixed statistics, dx alone",
     "fused-forward": "Training forward with residual and relu",
     "fused-inference": "Inference with residual and relu",
     "fused-backward": "Training backward with relu, and the residual's gradient",
 }
 
 
-def draw_all(run: Run, folder: Path) -> list[Path]:
-    """Write every plot that the run has cells for, as PNG; their paths."""
+def draw_all(
+    run: Run, folder: Path, works: Sequence[str] = (*WORKS, *FUSED), origin: str = ""
+) -> list[Path]:
+    """Write every plot that the run has cells for, as PNG; their paths.
+
+    Each file says its origin where one is given.
+    """
+    notes = {"Source": origin} if origin else {}
     made = []
-    for work in (*WORKS, *FUSED):
-        members = [m for m in run.compared if m.cell.work == work and m.against_peer]
+    for work in works:
+        of_work = [m for m in run.compared if m.cell.work == work and not m.cell.is_awkward]
+        members = [m for m in of_work if m.against_peer]
         if members:
             made.append(folder / f"ratio-{work}.png")
-            draw_ratios(run, members, TITLES[work], made[-1])
+            draw_ratios(run, members, TITLES[work]).savefig(made[-1], dpi=DPI, metadata=notes)
     series = [m for m in run.measured if m.cell.in_series]
     if series:
         made.append(folder / "sizes.png")
-        draw_sizes(run, series, made[-1])
+        draw_sizes(run, series).savefig(made[-1], dpi=DPI, metadata=notes)
     return made
 
 
 # --- the ratio at every cell --------------------------------------------------------------------
 
 
-def draw_ratios(run: Run, members: Sequence[Measured], title: str, output: Path) -> None:
-    """A bar a cell: channels outside on the left, inside on the right."""
+def draw_ratios(run: Run, members: Sequence[Measured], title: str) -> Figure:
+    """A bar a cell: planes (NCHW) on the left, channels last on the right."""
     sides = [
-        [m for m in members if (m.cell.layout == "NCHW") == outside] for outside in (True, False)
+        [m for m in members if (m.cell.layout == "NCHW") == planes] for planes in (True, False)
     ]
     lines = [lines_of(run, side) for side in sides if side]
     longest = max(map(len, lines))
@@ -74,7 +82,7 @@ def draw_ratios(run: Run, members: Sequence[Measured], title: str, output: Path)
     figure.suptitle(
         f"{title}: the best peer's time over fastbn's", x=0.01, ha="left", weight="bold"
     )
-    figure.savefig(output, dpi=130)
+    return figure
 
 
 def lines_of(run: Run, side: Sequence[Measured]) -> list[str | Measured]:
@@ -145,7 +153,7 @@ def label(cell: Cell) -> str:
 # --- time against size --------------------------------------------------------------------------
 
 
-def draw_sizes(run: Run, series: Sequence[Measured], output: Path) -> None:
+def draw_sizes(run: Run, series: Sequence[Measured]) -> Figure:
     """A panel for each work and layout of the series."""
     works = [work for work in WORKS if any(m.cell.work == work for m in series)]
     layouts = [name for name in ("NCHW", "NHWC") if any(m.cell.layout == name for m in series)]
@@ -164,7 +172,7 @@ def draw_sizes(run: Run, series: Sequence[Measured], output: Path) -> None:
     cell = series[0].cell
     title = f"Time against size: {cell.channels} channels, {cell.dtype}, {cell.threads_name}"
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
-    figure.savefig(output, dpi=130)
+    return figure
 
 
 def draw_lines(run: Run, axes: Axes, members: Sequence[Measured]) -> None:

@@ -13,7 +13,9 @@ from benchmarks.cells import Cell
 from benchmarks.libraries import BEST_COPY, LIBRARIES, OURS
 from benchmarks.machine import Machine
 
-FORMAT = 1
+FORMAT = 2
+DIGITS = 4
+"""Of a time: noise begins before."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,33 @@ class Outcome:
     @classmethod
     def of(cls, seconds: Sequence[float], note: str = "") -> Outcome:
         several = [*seconds, *seconds[:1]] if len(seconds) == 1 else seconds
-        q1, middle, q3 = quantiles(several, method="inclusive")
+        q1, middle, q3 = map(rounded, quantiles(several, method="inclusive"))
         return cls("timed", note, middle, q1, q3, len(seconds))
+
+    def to_json(self) -> list[Any]:
+        """Median and quartiles in us, samples and note; or the status of what was not timed."""
+        if self.status != "timed":
+            return [self.status, self.note]
+        times = map(microseconds, (self.median, self.q1, self.q3))
+        return [*times, self.samples, *([self.note] if self.note else [])]
+
+    @classmethod
+    def from_json(cls, fields: list[Any]) -> Outcome:
+        if isinstance(fields[0], str):
+            return cls(*fields)
+        median, q1, q3 = (float(f"{value}e-6") for value in fields[:3])
+        samples, note, *_ = *fields[3:], ""
+        return cls("timed", note, median, q1, q3, samples)
+
+
+def rounded(seconds: float) -> float:
+    return float(f"{seconds:.{DIGITS}g}")
+
+
+def microseconds(seconds: float) -> float:
+    """As short as may be written, and exact for what is rounded."""
+    value = float(f"{seconds * 1e6:.{DIGITS}g}")
+    return int(value) if value.is_integer() else value
 
 
 @dataclass(frozen=True)
@@ -130,6 +157,7 @@ class Run:
         return [name for name in LIBRARIES if name in seen]
 
     def save(self, path: Path) -> None:
+        """A line for each cell, so that a run of all of them is small."""
         fields = {
             "format": FORMAT,
             "date": self.date,
@@ -138,12 +166,14 @@ class Run:
             "missing": self.missing,
             "import_seconds": self.import_seconds,
             "rounds": self.rounds,
-            "cells": [
-                m.cell.to_json() | {"outcomes": {k: asdict(o) for k, o in m.outcomes.items()}}
-                for m in self.measured
-            ],
         }
-        path.write_text(json.dumps(fields, indent=1) + "\n")
+        compact = json.JSONEncoder(separators=(",", ":")).encode
+        head = ",\n".join(f"{compact(key)}:{compact(value)}" for key, value in fields.items())
+        cells = ",\n".join(
+            compact([m.cell.name, {name: o.to_json() for name, o in m.outcomes.items()}])
+            for m in self.measured
+        )
+        path.write_text("{" + head + ',\n"cells":[\n' + cells + "\n]}\n")
 
     @classmethod
     def load(cls, path: Path) -> Run:
@@ -152,12 +182,12 @@ class Run:
             fields: dict[str, Any] = json.loads(path.read_text())
             if fields["format"] != FORMAT:
                 raise ValueError(f"format {fields['format']}, expected {FORMAT}")
-            measured = []
-            for entry in fields["cells"]:
-                outcomes = {k: Outcome(**o) for k, o in entry.pop("outcomes").items()}
-                measured.append(Measured(Cell.from_json(entry), outcomes))
+            measured = [
+                Measured(Cell.from_name(name), {k: Outcome.from_json(o) for k, o in entry.items()})
+                for name, entry in fields["cells"]
+            ]
             kept = ("date", "versions", "missing", "import_seconds", "rounds")
             known = {key: fields[key] for key in kept}
             return cls(machine=Machine(**fields["machine"]), measured=measured, **known)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} holds no results of this benchmark: {error}") from error

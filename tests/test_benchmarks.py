@@ -164,7 +164,7 @@ SMALL = [
     for work in WORKS
 ]
 PLAIN = [cell for cell in SMALL if (cell.dtype, cell.output) == ("float32", "ready")]
-HALF = [replace(c, dtype=dtype) for c in PLAIN for dtype in HALVES if c.work != "frozen"]
+HALF = [replace(c, dtype=dtype) for c in PLAIN for dtype in HALVES if c.work != WORKS[3]]
 VARIANTS = [replace(c, work=w) for c in PLAIN if c.work == "forward" for w in (*FUSED, *MASKED)]
 SMALL += HALF + VARIANTS
 SMALL += [

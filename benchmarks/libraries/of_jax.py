@@ -36,7 +36,7 @@ def prepare(cell: Cell, data: Data) -> Task | None:
     if cell.plain_work == "inference":
         function = partial(inference, eps=data.eps)
         return task(function, data.x, mean, var, gamma, beta, *residual)
-    return task(partial(frozen, eps=data.eps), data.dy, var, gamma)
+    return task(partial(normalize_backward, eps=data.eps), data.dy, var, gamma)
 
 
 def task(function: Callable[..., tuple[Any, ...]], *operands: Any) -> Task:
@@ -57,7 +57,7 @@ def inference(
     return (y if residual is None else jnp.maximum(y + residual, 0),)
 
 
-def frozen(dy: Any, var: Any, gamma: Any, *, eps: float) -> tuple[Any, ...]:
+def normalize_backward(dy: Any, var: Any, gamma: Any, *, eps: float) -> tuple[Any, ...]:
     return (dy * (gamma * jax.lax.rsqrt(var + eps)),)
 
 

@@ -55,7 +55,7 @@ def prepare(cell: Cell, data: Data) -> Task | None:
 
 
 def reads(cell: Cell) -> tuple[str, ...]:
-    return {"backward": ("x", "dy"), "frozen": ("dy",)}.get(cell.work, ("x",))
+    return {"backward": ("x", "dy"), "normalize_backward": ("dy",)}.get(cell.work, ("x",))
 
 
 def vectors(cell: Cell, data: Data) -> dict[str, Array]:
@@ -75,7 +75,7 @@ class Work:
     """A primitive with its arrays."""
 
     def __init__(self, cell: Cell, tag: str, arrays: dict[str, Array], eps: float) -> None:
-        arrays.setdefault("x", arrays.get("dy", arrays["out"]))  # frozen: must be there, not read
+        arrays.setdefault("x", arrays.get("dy", arrays["out"]))  # there, though not read
         self.arrays = arrays
         dims = (c_int64 * len(cell.shape))(*cell.shape)
         addresses = Arrays(**{name: a.ctypes.data for name, a in arrays.items()})

@@ -1,0 +1,98 @@
+"""docs/performance.md says what the committed results give, and what any run would."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import page
+from benchmarks.cells import Cell, all_cells
+from benchmarks.libraries import LIBRARIES, NUMPY, OURS, TORCH
+from benchmarks.machine import Machine
+from benchmarks.parts import PARTS, behind, lost, verdict
+from benchmarks.results import Measured, Outcome, Run
+
+MACHINE = Machine("a processor", 2, 1 << 15, 1 << 20, 1 << 25, 1 << 34, "Linux", "3.11")
+LARGE = Cell("forward", "NCHW", "float32", (32, 256, 56, 56), "ready", 2)
+
+
+def run_of(*measured: Measured) -> Run:
+    return Run(MACHINE, "2026-01-01", {}, {}, 0.015, list(measured), 9)
+
+
+def timed(cell: Cell, **seconds: float) -> Measured:
+    outcomes = {name: Outcome.of([value]) for name, value in seconds.items()}
+    return Measured(cell, {OURS if name == "ours" else name: o for name, o in outcomes.items()})
+
+
+@pytest.fixture(autouse=True)
+def check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command is to check."""
+    monkeypatch.setattr("sys.argv", ["benchmarks", "page", "--check"])
+
+
+def test_the_page_and_its_pictures_are_what_the_committed_results_give() -> None:
+    assert page.stale() == []
+    with pytest.raises(SystemExit) as end:
+        page.main()
+    assert end.value.code == 0
+
+
+def test_what_is_out_of_date_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run.load(page.RESULTS)
+    replace(run, date="2001-02-03").save(tmp_path / "run.json")
+    monkeypatch.setattr(page, "RESULTS", tmp_path / "run.json")
+    first, *pictures = page.stale()
+    assert "performance.md is not what run.json gives" in first
+    assert pictures
+    assert all(" is of other results; run: python -m benchmarks page" in p for p in pictures)
+    with pytest.raises(SystemExit, match="is not what run"):
+        page.main()
+
+
+def test_a_run_is_small_and_survives_json(tmp_path: Path) -> None:
+    note = Outcome("timed", "bnorm_jit", 1.5e-6, 1.234e-6, 0.1235, 7)
+    outcomes = {OURS: note, NUMPY: Outcome.of([1 / 3, 1e-7]), TORCH: Outcome("wrong", "y")}
+    run = run_of(Measured(LARGE, outcomes))
+    run.save(tmp_path / "run.json")
+    assert Run.load(tmp_path / "run.json") == run
+    assert '"fastbn cython":[1.5,1.234,123500,7,"bnorm_jit"]' in (tmp_path / "run.json").read_text()
+    assert page.RESULTS.stat().st_size < 400_000
+
+
+def test_every_part_comes_out_of_any_run() -> None:
+    """Without any cell, with fastbn alone, and with everything alike; no part has empty lines."""
+    bare = [Measured(cell, {OURS: Outcome.of([0.001])}) for cell in all_cells(2)]
+    full = [Measured(c, {name: Outcome.of([0.001]) for name in LIBRARIES}) for c in all_cells(2)]
+    for run in (run_of(), run_of(*bare), run_of(*full)):
+        text = page.filled(page.PAGE.read_text(), run)
+        assert page.filled(text, run) == text
+        for name, part in PARTS.items():
+            assert f"<!-- {name} -->\n{part(run)}\n\n" in text
+            assert all(part(run).splitlines())
+    assert "1.00" in PARTS["ratios"](run)
+
+
+def test_a_page_with_other_parts_is_refused() -> None:
+    with pytest.raises(ValueError, match="parts of the page"):
+        page.filled("<!-- verdict -->\n", run_of())
+
+
+def test_the_verdict_and_what_is_lost() -> None:
+    run = run_of(
+        timed(LARGE, ours=0.01, NumPy=0.08, PyTorch=0.008),
+        timed(replace(LARGE, layout="NHWC"), ours=0.01, NumPy=0.02, PyTorch=0.02),
+        timed(replace(LARGE, work="inference"), ours=0.01, NumPy=0.05, PyTorch=0.0099),
+    )
+    said = " ".join(verdict(run).split())
+    assert "**Against NumPy**, times as fast on average: `batch_norm` 4.00 and `normalize`" in said
+    assert "**Against PyTorch**, times as fast on average: `batch_norm` 1.26 and" in said
+    assert "**oneDNN** was not measured." in said
+    assert "from 0.80 to 2.00. Ahead in 1 of 3 cases, behind in 1." in said
+    assert "faster on average in `batch_norm` in NCHW 50 MB and up (PyTorch, 0.80). Nor" in said
+    assert lost(run).startswith("In 1 of 3 cells")
+    assert behind(run).splitlines()[2:] == [
+        "| forward | NCHW | 32x256x56x56 | float32, ready, 2 threads | PyTorch | 0.80 |"
+    ]
