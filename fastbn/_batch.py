@@ -1,4 +1,4 @@
-"""The checked array of a call, and what of it counts: looked at once, for a layer and its verb."""
+"""The checked array of a call, and what of it counts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fastbn import checks
 from fastbn.layouts import channel_axis
-from fastbn.weights import Weights, scaled
+from fastbn.weights import Weights, scale
 
 Array = NDArray[Any]
 
@@ -26,25 +26,25 @@ class Batch:
         weights: Any = None,
         *,
         name: str = "x",
-        made: tuple[str, int] | None = None,
+        made_for: tuple[str, int] | None = None,
     ) -> None:
-        """`made` names what the array is for, and its number of channels."""
+        """`made_for`: what has to fit, a layer's name and its number of channels."""
         self.array = x = checks.arrays.batch(name, x)
         self.layout = checks.options.layout(layout)
         self.name = name
         self.channels: int = x.shape[channel_axis(self.layout, x.ndim)]
-        if made is not None:
-            checks.arrays.made_for(x, self.layout, *made)
+        if made_for is not None:
+            checks.arrays.made_for(x, self.layout, *made_for)
         self.where, self.weights = where, weights
         if where is not None:
             self.where = checks.arrays.where(where, name, x, self.layout)
         self.places = self._places()
         self.count: float = self.places
-        self.scaled: Weights | None = None
+        self.scaled_weights: Weights | None = None
         if weights is not None:
             self.weights = checks.arrays.weights(weights, name, x)
-            self.scaled = scaled(self.weights, x, self.channels, self.where)
-            self.count = self.scaled.count
+            self.scaled_weights = scale(self.weights, x, self.channels, self.where)
+            self.count = self.scaled_weights.count
 
     def _places(self) -> int:
         """How many values of a channel count."""
@@ -53,11 +53,11 @@ class Batch:
         return self.array.size // self.channels if self.channels else 0
 
     def unweighed(self) -> Batch:
-        """The same where nothing goes by the samples' weights."""
+        """The batch without its weights, for y by given statistics, which they do not change."""
         if self.weights is None:
             return self
         same = copy(self)
-        same.weights, same.scaled, same.count = None, None, self.places
+        same.weights, same.scaled_weights, same.count = None, None, self.places
         return same
 
     @property
@@ -67,7 +67,8 @@ class Batch:
 
     @property
     def effective(self) -> float:
-        """As many values that weigh the same have as little bias in their variance."""
-        if self.scaled is None:
+        """The effective number of values: so many of equal weight give a variance as biased
+        (weights.py)."""
+        if self.scaled_weights is None:
             return self.count
-        return self.scaled.effective if self.count else 0
+        return self.scaled_weights.effective if self.count else 0

@@ -24,8 +24,6 @@ from fastbn import checks
 from fastbn._batch import Batch
 from fastbn.activations import LINEAR
 from fastbn.backends.base import (
-    ROW_BYTES,
-    RUN_BYTES,
     ActivationGrad,
     Backend,
     Epilogue,
@@ -33,7 +31,7 @@ from fastbn.backends.base import (
     Selection,
     Table,
 )
-from fastbn.backends.tuning import CALLS_SHARE, CHANNEL_BYTES, parts, scratch
+from fastbn.backends.tuning import CALLS_SHARE, ROW_BYTES, RUN_BYTES, parts, scratch
 from fastbn.elements import arithmetic
 from fastbn.layouts import ALL_CHANNELS, EACH_CHANNEL, Arrangement, channel_axis
 from fastbn.results import GradientSums
@@ -43,11 +41,6 @@ Array = NDArray[Any]
 
 SMALLEST = 1 << 20
 """Bytes of x whose runs are worked on at once, however large their tables."""
-
-
-def returned(given: Any, written: Any) -> Any:
-    """What a function gives: the very array that it was handed to be written, if any."""
-    return written if checks.arrays.plain(given) is None else given
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,8 @@ class Span:
     backend: Backend
 
     def view(self, a: Array, pool: int = 1) -> Array:
-        """Its part of `a`, of x's shape, as a (G, N, C, S) view that the backend walks."""
+        """Its part of `a`, of x's shape, as a (G, N, C, S) view that the backend walks. `pool`:
+        channels whose moments are summed as one plane (forward alone), which must lie together."""
         return self.arrangement.view(a[self.samples], lambda v: self.backend.walks(v, pool))
 
     def target(self, out: Array) -> Array:
@@ -88,15 +82,17 @@ class Span:
         )
         return ActivationGrad(activation_grad.activation, self.view(activation_grad.y), wanted)
 
-    def parts(self, array_bytes: int, pool: int = 1) -> list[Part]:
-        """All runs and channels, in parts whose tables stay small beside the array; mostly one."""
+    def parts(self, array_bytes: int, held: int = 0, pool: int = 1) -> list[Part]:
+        """All runs and channels, cut so that tables stay small beside the array; mostly one part.
+        `held`: bytes of tables that the verb itself holds for each channel."""
         shape = self.arrangement.view_shape
         runs, _, channels, size = shape
-        each = CHANNEL_BYTES + self.backend.channel_bytes(shape)
-        limit = scratch(array_bytes, CALLS_SHARE)
+        each, limit = held + self.backend.channel_bytes(shape), scratch(array_bytes, CALLS_SHARE)
+        if runs == 1 and each == 0:
+            return [Part(slice(0, 1), slice(0, channels))]
         if runs == 1:
             return [Part(slice(0, 1), some) for some in parts(channels, size, limit, each, pool)]
-        run_bytes, each = array_bytes // runs, each - CHANNEL_BYTES + RUN_BYTES
+        run_bytes, each = array_bytes // runs, each - held + RUN_BYTES
         at_once = max(limit // (each * channels), SMALLEST // run_bytes, 1)
         starts = range(0, runs, at_once)
         return [Part(slice(i, min(i + at_once, runs)), slice(0, channels)) for i in starts]
@@ -146,10 +142,12 @@ class Call:
         *,
         virtual_batch: Any = None,
         groups: int | None = None,
-        single: bool = True,
+        is_fixed: bool = True,
         is_part: bool = False,
         **vectors: Any,
     ) -> None:
+        """`is_fixed`: mean and var are constants, of any type and not NaN; else the batch's own, in
+        float64. `is_part`: the array is part of a batch that has these statistics."""
         (self.backend, self.threads), self.batch = on, batch
         self.array = x = batch.array
         self.channels, self.count = batch.channels, batch.count
@@ -160,7 +158,7 @@ class Call:
         if self.sharing is not None:
             self.virtual_batch, self.pool = 1, self.sharing.pool
         self.runs = None if self.virtual_batch is None else -(-len(x) // self.virtual_batch)
-        self.vectors = {key: self._vector(key, value, single) for key, value in vectors.items()}
+        self.vectors = {key: self._vector(key, value, is_fixed) for key, value in vectors.items()}
         # Samples of a part may weigh nothing beside others, whose statistics normalize them.
         self.is_empty = x.size == 0 or (batch.places if is_part else self.count) == 0
         self.spans: list[Span] = []
@@ -169,10 +167,10 @@ class Call:
             self.arrangement = Arrangement.of(x, batch.layout, by_sample=by_sample)
             self.spans = list(self._spans())
 
-    def _vector(self, key: str, value: Any, single: bool) -> Array | None:
+    def _vector(self, key: str, value: Any, is_fixed: bool) -> Array | None:
         """A parameter or statistic, checked."""
         if key in ("mean", "var"):
-            return self._statistic(key, value, single)
+            return self._statistic(key, value, is_fixed)
         return checks.vectors.parameter(key, value, *self._of)
 
     @property
@@ -180,16 +178,16 @@ class Call:
         """What messages compare with."""
         return self.batch.name, self.array, self.batch.layout
 
-    def _statistic(self, key: str, value: Any, single: bool) -> Array:
+    def _statistic(self, key: str, value: Any, is_fixed: bool) -> Array:
         """mean or var as given: of the whole batch, each run, or what shares it in each sample."""
         shared, x = self.sharing, self.array
         if shared is not None:
             given = checks.vectors.sample_statistic(key, value, self.batch.name, x, shared.shape)
         else:
-            options: dict[str, Any] = {"single": single, "groups": self.runs}
+            options: dict[str, Any] = {"is_fixed": is_fixed, "runs": self.runs}
             given = checks.vectors.statistic(key, value, *self._of, **options)
         if key == "var":
-            checks.vectors.variance(given, nan=not single)
+            checks.vectors.variance(given, nan=not is_fixed)
         return given if shared is None else given.reshape(len(x), shared.groups)
 
     def _spans(self) -> Iterator[Span]:
@@ -236,28 +234,28 @@ class Call:
     def _selected(self) -> Selection | None:
         """What counts, as a backend takes it."""
         batch, where = self.batch, self.batch.where
-        if where is None and batch.scaled is None:
+        if where is None and batch.scaled_weights is None:
             return None
         if where is None:
             shape = list(self.array.shape)
             shape[channel_axis(batch.layout, self.array.ndim)] = 1
             where = np.broadcast_to(np.True_, shape)
         mask = self.arrangement.mask(where)
-        if batch.scaled is None or not self.count:
+        if batch.scaled_weights is None or not self.count:
             return Selection(mask, None, batch.places)
-        return Selection(mask, batch.scaled.scaled[None], self._scaled(self.count))
+        return Selection(mask, batch.scaled_weights.values[None], self._scaled_count(self.count))
 
-    def _scaled(self, count: float) -> float:
+    def _scaled_count(self, count: float) -> float:
         """A sum of weights as given, as one of weights as a backend takes them."""
-        weights = self.batch.scaled
+        weights = self.batch.scaled_weights
         return count if weights is None else times_power(count, weights.exponent)
 
     def sums(self, given: Any) -> GradientSums | None:
-        """Those of a whole batch, checked, as a backend takes them; None of None."""
+        """Those of a whole batch, checked, as a backend takes them; None for None."""
         if given is None:
             return None
         known = checks.statistics.gradient_sums(given, self.count, *self._of)
-        return known._replace(count=self._scaled(known.count))
+        return known._replace(count=self._scaled_count(known.count))
 
     def epilogue(self, activation: Any, residual: Any) -> Epilogue | None:
         """What follows normalization, on arrays; None for nothing."""
@@ -272,28 +270,40 @@ class Call:
         """What stands before the normalization on the way back, on arrays, None for nothing; and
         where dx goes.
 
-        Where only the residual's gradient is wanted, dy is its own activation_grad.
+        Where only dresidual is wanted, dy stands in for y: with no activation, no slope is taken
+        from it.
         """
         known, y = checks.arrays.activation_grad(y, activation, self.batch.name, self.array)
         activation_grad = None if y is None else ActivationGrad(known, y, None)
-        given = None if checks.arrays.plain(dresidual) is None else dresidual
+        given = None if checks.arrays.as_ndarray(dresidual) is None else dresidual
         if given is not None or checks.options.flag("dresidual", dresidual):
             wanted = self.output("dresidual", given, {"dy": dy}, {"x": x, "y": y})
             activation_grad = ActivationGrad(known, dy if y is None else y, wanted)
         apart = {"y": y, "dresidual": activation_grad and activation_grad.dresidual}
         return activation_grad, self.output("out", out, {"dy": dy, "x": x}, apart)
 
-    def table(self, name: str, default: float, span: Span, part: Part) -> Table:
-        """A part's statistics, parameter, or its default, as a (G, C) table."""
+    def given(self, name: str, span: Span, part: Part, dtype: Any = None) -> Array | None:
+        """A part's statistics or parameter as a (G, C) table, as it came if no type is wanted; None
+        for None."""
         vector, runs = self.vectors[name], part.runs.stop - part.runs.start
-        if vector is not None and vector.ndim == 2:
-            return np.require(vector[span.at(part, self.pool)], np.float64, ["ALIGNED"])
-        row = np.full(part.channels.stop - part.channels.start, default)
-        if vector is not None:
-            row = vector[part.channels].astype(np.float64)
-        return row[None] if runs == 1 else np.broadcast_to(row, (runs, row.size))
+        if vector is None:
+            return None
+        some = vector[part.channels] if vector.ndim == 1 else vector[span.at(part, self.pool)]
+        wanted = some.dtype.newbyteorder("=") if dtype is None else dtype
+        if some.dtype != wanted or not some.flags.aligned:
+            some = np.require(some, wanted, ["ALIGNED"])
+        if vector.ndim == 2:
+            return some
+        return some[None] if runs == 1 else np.broadcast_to(some, (runs, some.size))
 
-    def statistics(self) -> Table:
+    def table(self, name: str, default: float, span: Span, part: Part) -> Table:
+        """The same in float64, or a table of its default."""
+        given = self.given(name, span, part, np.float64)
+        if given is None:
+            given = np.full(part.channels.stop - part.channels.start, default)[None]
+        return given
+
+    def new_statistics(self) -> Table:
         """A table of zeros, a row for each run."""
         groups = self.channels if self.sharing is None else self.sharing.groups
         return np.zeros((1 if self.runs is None else self.runs, groups))
@@ -304,12 +314,8 @@ class Call:
             return statistics.reshape(self.sharing.shape)
         return statistics[0] if self.runs is None else statistics
 
-    def zeros(self, dtype: Any) -> Array:
-        """A vector of zeros, one a channel."""
-        return np.zeros(self.channels, dtype)
-
-    def gradient(self) -> Array:
+    def new_gradient(self) -> Array:
         """Zeros for a gradient of gamma or beta: in gamma's type or, without, in arithmetic's."""
         gamma = self.vectors["gamma"]
         dtype = arithmetic(self.array.dtype) if gamma is None else gamma.dtype
-        return self.zeros(dtype.newbyteorder("="))
+        return np.zeros(self.channels, dtype.newbyteorder("="))

@@ -1,7 +1,7 @@
 """Drives a backend's passes over a checked call: its spans, and their parts.
 
-The first half is the verbs as far as they have something in common, from a `Call` to a public
-result; the second half takes views, tables and parts to the backend and brings home what it wrote.
+One function a verb, with its loop over spans and parts; the loops of fused forward and backward,
+and how sums of parts are added, have sections of their own.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import checks
-from fastbn._call import Call, Span, returned
+from fastbn._call import Call, Span
 from fastbn.backends.base import (
     ActivationGrad,
     Affine,
+    BackwardRowTables,
     BackwardTables,
     Epilogue,
+    ForwardRowTables,
     ForwardTables,
     GradientCoefficients,
     Part,
@@ -29,12 +31,25 @@ from fastbn.backends.base import (
     normal_scale,
     quiet,
 )
-from fastbn.results import BatchNormResult, Gradients, GradientSums, ResidualGradients, named
+from fastbn.backends.tuning import CHANNEL_BYTES
+from fastbn.results import (
+    BatchNormResult,
+    Gradients,
+    GradientSums,
+    ResidualGradients,
+    Statistics,
+    named,
+)
 
 Array = NDArray[Any]
 
 
 # ---- From a call to a result ----
+
+
+def returned(given: Any, written: Any) -> Any:
+    """The caller's own array, where it gave one (perhaps a subclass), else the one written."""
+    return written if checks.arrays.as_ndarray(given) is None else given
 
 
 def batch_norm(call: Call, eps: Any, activation: Any, residual: Any, out: Any) -> BatchNormResult:
@@ -56,7 +71,7 @@ def normalize(call: Call, eps: Any, activation: Any, residual: Any, out: Any) ->
         y.fill(0)
     for span in call.spans:
         view, target, of_span = span.view(call.array), span.target(y), span.epilogue(epilogue)
-        for part in span.parts(call.array.nbytes):
+        for part in span.parts(call.array.nbytes, CHANNEL_BYTES):
             mean, beta = call.table("mean", 0.0, span, part), call.table("beta", 0.0, span, part)
             affine = Affine(mean, _scale(call, eps, span, part), beta)
             of_part = of_span and of_span.part(part)
@@ -74,15 +89,15 @@ def _scale(call: Call, eps: float, *at: Any) -> Table:
     return normal_scale(call.table("gamma", 1.0, *at), call.table("var", 1.0, *at), eps)
 
 
-def moments(call: Call) -> tuple[Table, Table]:
-    """Tables of mean and variance."""
-    mean, var = call.statistics(), call.statistics()
+def moments(call: Call) -> Statistics:
+    """Mean and variance alone."""
+    mean, var = call.new_statistics(), call.new_statistics()
     for span in call.spans:
         view = span.view(call.array)
         for part in span.parts(call.array.nbytes):
             found = call.backend.moments(part.of(view), call.threads, span.selection)
             mean[span.at(part)], var[span.at(part)] = found
-    return mean, var
+    return Statistics(call.shaped(mean), call.shaped(var))
 
 
 class BackwardOptions(NamedTuple):
@@ -113,15 +128,22 @@ class _Work(NamedTuple):
 
 
 def gradients(
-    call: Call, dy: Any, options: BackwardOptions, *, is_fixed: bool = False, sums: Any = None
+    call: Call,
+    dy: Any,
+    options: BackwardOptions,
+    *,
+    has_x: bool = True,
+    is_fixed: bool = False,
+    sums: Any = None,
 ) -> Gradients | ResidualGradients:
-    """Go back through the batch's statistics, or through what shares them, or by fixed ones."""
+    """Go back through the batch's statistics, or through what shares them, or by fixed ones; the
+    call is one of dy without x."""
     dy = checks.arrays.companion("dy", dy, call.batch.name, call.array)
     eps, total = checks.options.epsilon(options.eps), call.sums(sums)
-    x = call.array if call.batch.name == "x" else None
+    x = call.array if has_x else None
     _, params, activation, y, dresidual, out = options
     grad, dx = call.backward_outputs(activation, y, dresidual, out, dy, x)
-    parameters = [call.gradient(), call.gradient()] if params else []
+    parameters = [call.new_gradient(), call.new_gradient()] if params else []
     read = None if is_fixed and not params else x
     work = _Work(dy, read, eps, grad, dx, parameters, is_fixed, total)
     (_backward_rows if call.by_row else _backward)(call, work)
@@ -129,24 +151,25 @@ def gradients(
     return named(returned(out, dx), dgamma, dbeta, grad and returned(dresidual, grad.dresidual))
 
 
+@quiet
 def gradient_sums(call: Call, dy: Any, eps: Any, activation: Any, y: Any) -> GradientSums:
     """dgamma, dbeta and count of a part of a batch."""
     x, dy = call.array, checks.arrays.companion("dy", dy, "x", call.array)
     eps = checks.options.epsilon(eps)
     known, y = checks.arrays.activation_grad(y, activation, "x", x)
     grad = None if y is None else ActivationGrad(known, y, None)
-    dgamma, dbeta = call.zeros(np.float64), call.zeros(np.float64)
+    dgamma, dbeta = np.zeros((2, call.channels))
     if call.is_empty:
         return GradientSums(dgamma, dbeta, 0)
     (span,) = call.spans
     dy_view, x_view, grad = span.view(dy), span.view(x), span.activation_grad(grad)
-    for part in span.parts(x.nbytes):
+    for part in span.parts(x.nbytes, CHANNEL_BYTES):
         arrays = part.of(dy_view), part.of(x_view), call.table("mean", 0.0, span, part)
         of_part = grad and grad.part(part)
         found = call.backend.gradient_moments(*arrays, call.threads, of_part, span.selection)
         rstd = inverse_deviation(call.table("var", 1.0, span, part), eps)
         sum_dy, sum_dy_xmu = found
-        dgamma[part.channels], dbeta[part.channels] = _product(sum_dy_xmu, rstd)[0], sum_dy[0]
+        dgamma[part.channels], dbeta[part.channels] = (sum_dy_xmu * rstd)[0], sum_dy[0]
     return GradientSums(dgamma, dbeta, call.count)
 
 
@@ -155,14 +178,14 @@ def gradient_sums(call: Call, dy: Any, eps: Any, activation: Any, y: Any) -> Gra
 
 def _forward(call: Call, eps: float, epilogue: Epilogue | None, y: Array) -> tuple[Table, Table]:
     """Write y; gives the tables of mean and variance."""
-    mean, var = call.statistics(), call.statistics()
+    mean, var = call.new_statistics(), call.new_statistics()
     if call.is_empty:
         y.fill(0)
     for span in call.spans:
         view, target = span.view(call.array, call.pool), span.target(y)
         of_span = span.epilogue(epilogue)
-        for part in span.parts(call.array.nbytes, call.pool):
-            gamma, beta = call.table("gamma", 1.0, span, part), call.table("beta", 0.0, span, part)
+        for part in span.parts(call.array.nbytes, pool=call.pool):
+            gamma, beta = (call.given(name, span, part) for name in ("gamma", "beta"))
             tables = ForwardTables(gamma, beta, eps, call.pool)
             fused = of_span and of_span.part(part), span.selection
             found = call.backend.forward(
@@ -179,8 +202,8 @@ def _forward_rows(
 ) -> tuple[Table, Table]:
     """The same of rows."""
     (span,) = call.spans
-    tables = ForwardTables(_by_column(call, "gamma", 1.0), _by_column(call, "beta", 0.0), eps)
-    statistics = mean, var = call.statistics(), call.statistics()
+    tables = ForwardRowTables(_by_column(call, "gamma", 1.0), _by_column(call, "beta", 0.0), eps)
+    statistics = mean, var = call.new_statistics(), call.new_statistics()
     view, target, of_span = span.view(call.array), span.target(y), span.epilogue(epilogue)
     for part in span.row_parts(call.array.nbytes, len(tables.gamma)):
         of_part = of_span and of_span.part(part)
@@ -209,9 +232,10 @@ def _backward(call: Call, work: _Work) -> None:
         _clear(work)
         return
     totals = work.parameters if call.runs is None else _nothing(work.parameters)
+    held = 0 if _is_fused(work) else CHANNEL_BYTES
     for span in call.spans:
         on_views, target = _on_views(work, span), span.target(work.dx)
-        for part in span.parts(call.array.nbytes, call.pool):
+        for part in span.parts(call.array.nbytes, held, call.pool):
             found = _part_backward(call, on_views, span, part, part.of(target))
             _add_into(totals, part.channels, found, anew=call.runs is None)
         _deliver(work, on_views, span, target)
@@ -231,7 +255,7 @@ def _backward_rows(call: Call, work: _Work) -> None:
     on_views, target = _on_views(work, span), span.target(work.dx)
     for part in span.row_parts(call.array.nbytes, len(gamma)):
         rows = part.channels
-        tables = BackwardTables(mean[:, rows], var[:, rows], gamma, work.eps)
+        tables = BackwardRowTables(mean[:, rows], var[:, rows], gamma, work.eps)
         arrays = part.of(on_views.dy), part.of(on_views.x), tables, part.of(target)
         of_part = on_views.activation_grad and on_views.activation_grad.part(part)
         _add(totals, call.backend.backward_rows(*arrays, call.threads, of_part))
@@ -262,18 +286,26 @@ def _deliver(work: _Work, on_views: _Work, span: Span, target: Array) -> None:
         span.deliver(written.dresidual, grad.dresidual)
 
 
+def _is_fused(work: _Work) -> bool:
+    """Whether a backend does all of it."""
+    return work.x is not None and work.total is None
+
+
 def _part_backward(call: Call, work: _Work, span: Span, part: Part, dx: Array) -> tuple[Table, ...]:
     """Write dx and dresidual of a part; gives dgamma and dbeta, if x was read for them."""
     dy, x, total = part.of(work.dy), part.of(work.x), work.total
-    mean, var, gamma = (call.table(name, 1.0, span, part) for name in ("mean", "var", "gamma"))
     fused = work.activation_grad and work.activation_grad.part(part), span.selection
-    if x is not None and total is None:
-        tables = BackwardTables(mean, var, gamma, work.eps, work.is_fixed, call.pool)
+    if _is_fused(work):
+        given: dict[str, Any] = {
+            name: call.given(name, span, part) for name in ("mean", "var", "gamma")
+        }
+        tables = BackwardTables(**given, eps=work.eps, is_fixed=work.is_fixed, pool=call.pool)
         return call.backend.backward(dy, x, tables, dx, call.threads, *fused)
     sums = None
     if total is not None:
         dgamma, dbeta = (a[None, part.channels] for a in (total.dgamma, total.dbeta))
         sums = GradientSums(dgamma, dbeta, total.count)
+    mean, var, gamma = (call.table(name, 1.0, span, part) for name in ("mean", "var", "gamma"))
     # What weighs nothing has no part in the statistics.
     coefficients = _coefficients(mean, var, gamma, work.eps, sums if call.count else None)
     call.backend.input_gradient(dy, x, coefficients, dx, call.threads, *fused)
@@ -292,11 +324,6 @@ def _coefficients(
 
 
 # ---- Sums of parts ----
-
-
-@quiet
-def _product(a: Table, b: Table) -> Table:
-    return np.asarray(a * b)
 
 
 @quiet

@@ -76,21 +76,11 @@ _default = _Defaults()
 _most_threads: int
 """Of a call where nobody gave fastbn a number; OpenMP's, if that is less."""
 _at_most: Callable[[int], int]
-"""That number of threads, or OpenMP's for the calling thread."""
-
-
-def current_backend() -> Backend:
-    """The backend that a call made here and now runs on."""
-    return current()[0]
-
-
-def current_threads() -> int:
-    """The number of threads that a call made here and now may use."""
-    return current()[1]
+"""The less of a number and OpenMP's for the calling thread."""
 
 
 def current() -> tuple[Backend, int]:
-    """Both, for callers that count nanoseconds."""
+    """The backend and the number of threads of a call made here and now; quick without a block."""
     backend, threads = _backend_here.get(), _threads_here.get()
     if backend is None and threads is None:
         return _default.backend, _default.threads or _at_most(_most_threads)
@@ -111,7 +101,7 @@ def get_backend() -> str:
     ...     fastbn.get_backend()
     'numpy'
     """
-    return current_backend().name
+    return current()[0].name
 
 
 def set_backend(name: str) -> None:
@@ -155,7 +145,7 @@ def get_num_threads() -> int:
     ``threadpoolctl.threadpool_limits`` changes), read anew by each call. Other threads, those of
     a pool too, have OpenMP's numbers of their own.
     """
-    return current_threads()
+    return current()[1]
 
 
 def set_num_threads(n: int) -> None:

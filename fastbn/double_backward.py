@@ -36,6 +36,7 @@ from fastbn.backends.base import (
     normal_scale,
     quiet,
 )
+from fastbn.backends.tuning import CHANNEL_BYTES
 from fastbn.config import current
 from fastbn.results import SecondGradients
 
@@ -171,23 +172,24 @@ def _double_backward(arguments: tuple[Any, ...], *, frozen: bool) -> SecondGradi
     """Both functions; `frozen` is what tells them apart."""
     ddx, ddgamma, ddbeta, dy, x, mean, var, gamma, eps, layout, activation = arguments
     vectors = {"mean": mean, "var": var, "gamma": gamma, "ddgamma": ddgamma, "ddbeta": ddbeta}
-    call = Call(current(), Batch(x, layout), single=frozen, **vectors)
+    call = Call(current(), Batch(x, layout), is_fixed=frozen, **vectors)
     dy = checks.arrays.companion("dy", dy, "x", call.array)
     if ddx is not None:
         ddx = checks.arrays.companion("ddx", ddx, "x", call.array)
     checks.arrays.some_gradient(ddx=ddx, ddgamma=ddgamma, ddbeta=ddbeta)
     eps = checks.options.epsilon(eps)
     checks.options.no_activation(activation)
-    ddy, dx, dgamma = call.output("ddy", None, {}), call.output("dx", None, {}), call.gradient()
+    ddy, dx, dgamma = call.output("ddy", None, {}), call.output("dx", None, {}), call.new_gradient()
     if call.is_empty:
         ddy.fill(0)
         dx.fill(0)
         return SecondGradients(ddy, dx, dgamma)
     (span,) = call.spans
     views = [None if a is None else span.view(a) for a in (ddx, dy, call.array, ddy, dx)]
-    for part in span.parts(call.array.nbytes):
+    held = CHANNEL_BYTES if ddx is not None else 2 * CHANNEL_BYTES  # a fused walk has tables, too
+    for part in span.parts(call.array.nbytes, held):
         work = _work(call, span, part, views, eps)
-        _differentiate(work, frozen, dgamma[part.channels], call.backend, call.threads)
+        _differentiate(work, frozen, dgamma[part.channels])
     return SecondGradients(ddy, dx, dgamma)
 
 
@@ -205,6 +207,8 @@ class _Work(NamedTuple):
     ddgamma: Table | None
     ddbeta: Table | None
     eps: float
+    backend: Backend
+    threads: int
 
 
 def _work(call: Call, span: Span, part: Part, views: list[Any], eps: float) -> _Work:
@@ -215,21 +219,23 @@ def _work(call: Call, span: Span, part: Part, views: list[Any], eps: float) -> _
         for name in ("ddgamma", "ddbeta")
     )
     ddx, dy, x, ddy, dx = (part.of(view) for view in views)
-    return _Work(ddx, dy, x, ddy, dx, mean, var, gamma, ddgamma, ddbeta, eps)
+    return _Work(
+        ddx, dy, x, ddy, dx, mean, var, gamma, ddgamma, ddbeta, eps, call.backend, call.threads
+    )
 
 
 @quiet
-def _differentiate(w: _Work, frozen: bool, dgamma: Array, backend: Backend, threads: int) -> None:
+def _differentiate(w: _Work, frozen: bool, dgamma: Array) -> None:
     """Write the results; dgamma, zeros until now, in gamma's type."""
     if w.ddx is None:
-        _without_ddx(w, frozen, backend, threads)
+        _without_ddx(w, frozen)
     elif frozen:
-        dgamma[...] = _through_constants(w, w.ddx, backend, threads)
+        dgamma[...] = _through_constants(w, w.ddx)
     else:
-        dgamma[...] = _through_statistics(w, w.ddx, backend, threads)
+        dgamma[...] = _through_statistics(w, w.ddx)
 
 
-def _without_ddx(w: _Work, frozen: bool, backend: Backend, threads: int) -> None:
+def _without_ddx(w: _Work, frozen: bool) -> None:
     """Write ddy and dx where dx' has no part in the loss: dx is the backward's, by ddgamma."""
     ddbeta = np.zeros_like(w.mean) if w.ddbeta is None else w.ddbeta
     if w.ddgamma is None:
@@ -237,44 +243,44 @@ def _without_ddx(w: _Work, frozen: bool, backend: Backend, threads: int) -> None
         w.dx[...] = 0
         return
     scale = normal_scale(w.ddgamma, w.var, w.eps)
-    backend.normalize(w.x, Affine(w.mean, scale, ddbeta), w.ddy, threads)
+    w.backend.normalize(w.x, Affine(w.mean, scale, ddbeta), w.ddy, w.threads)
     tables = BackwardTables(w.mean, w.var, w.ddgamma, w.eps, frozen)
-    backend.backward(w.dy, w.x, tables, w.dx, threads)
+    w.backend.backward(w.dy, w.x, tables, w.dx, w.threads)
 
 
-def _through_constants(w: _Work, ddx: Array, backend: Backend, threads: int) -> Table:
+def _through_constants(w: _Work, ddx: Array) -> Table:
     """Write ddy and dx; gives dgamma."""
     rstd = inverse_deviation(w.var, w.eps)
     of_ddy = frozen_coefficients(w.mean, rstd, w.gamma)
     if w.ddgamma is None:
-        _write_ddy(w, ddx, None, of_ddy, backend, threads)
+        _write_ddy(w, ddx, None, of_ddy)
         w.dx[...] = 0
     else:
-        _write_ddy(w, ddx, w.x, of_ddy._replace(b=w.ddgamma), backend, threads)
+        _write_ddy(w, ddx, w.x, of_ddy._replace(b=w.ddgamma))
         of_dx = frozen_coefficients(w.mean, rstd, w.ddgamma)
-        backend.input_gradient(w.dy, None, of_dx, w.dx, threads)
-    _, product = backend.gradient_moments(ddx, w.dy, np.zeros_like(rstd), threads)
+        w.backend.input_gradient(w.dy, None, of_dx, w.dx, w.threads)
+    _, product = w.backend.gradient_moments(ddx, w.dy, np.zeros_like(rstd), w.threads)
     return np.asarray(rstd * product)
 
 
-def _through_statistics(w: _Work, ddx: Array, backend: Backend, threads: int) -> Table:
+def _through_statistics(w: _Work, ddx: Array) -> Table:
     """The same where mean and variance move with x."""
     rstd, n = inverse_deviation(w.var, w.eps), w.x.shape[1] * w.x.shape[3]
-    sum_ddx, ddx_xhat = backend.gradient_moments(ddx, w.x, w.mean, threads)
-    sum_dy, dy_xhat = backend.gradient_moments(w.dy, w.x, w.mean, threads)
+    sum_ddx, ddx_xhat = w.backend.gradient_moments(ddx, w.x, w.mean, w.threads)
+    sum_dy, dy_xhat = w.backend.gradient_moments(w.dy, w.x, w.mean, w.threads)
     ddx_xhat, dy_xhat, mean_dy = ddx_xhat * rstd, dy_xhat * rstd, sum_dy / n
-    _, product = backend.gradient_moments(ddx, w.dy, mean_dy, threads)
+    _, product = w.backend.gradient_moments(ddx, w.dy, mean_dy, w.threads)
     dgamma = rstd * (product - ddx_xhat * (dy_xhat / n))
     of_ddy = gradient_coefficients(sum_ddx, ddx_xhat, n, w.mean, rstd, w.gamma)
     if w.ddgamma is not None:
         of_ddy = of_ddy._replace(b=of_ddy.b + w.ddgamma)
-    _write_ddy(w, ddx, w.x, of_ddy, backend, threads)
+    _write_ddy(w, ddx, w.x, of_ddy)
     # dx = p * P(ddx) + q * P(dy) - gamma * rstd * dgamma / n * xhat
     p, q = -of_ddy.a * (rstd * (dy_xhat / n)), of_ddy.b * rstd
     of_xhat = -(p * ddx_xhat + q * dy_xhat + of_ddy.a * dgamma) / n
-    backend.input_gradient(ddx, w.x, of_ddy._replace(a=p, b=of_xhat), w.dx, threads)
+    w.backend.input_gradient(ddx, w.x, of_ddy._replace(a=p, b=of_xhat), w.dx, w.threads)
     of_dy = Affine(mean_dy, q, np.zeros_like(q))
-    backend.normalize(w.dy, of_dy, w.dx, threads, Epilogue(LINEAR, w.dx))
+    w.backend.normalize(w.dy, of_dy, w.dx, w.threads, Epilogue(LINEAR, w.dx))
     return np.asarray(dgamma)
 
 
@@ -283,11 +289,9 @@ def _write_ddy(
     ddx: Array,
     x: Array | None,
     coefficients: GradientCoefficients,
-    backend: Backend,
-    threads: int,
 ) -> None:
     """What ddx and xhat make of ddy, and ddbeta."""
-    backend.input_gradient(ddx, x, coefficients, w.ddy, threads)
+    w.backend.input_gradient(ddx, x, coefficients, w.ddy, w.threads)
     if w.ddbeta is not None:
         shift = Affine(np.zeros_like(w.ddbeta), np.ones_like(w.ddbeta), w.ddbeta)
-        backend.normalize(w.ddy, shift, w.ddy, threads)
+        w.backend.normalize(w.ddy, shift, w.ddy, w.threads)

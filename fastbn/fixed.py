@@ -2,9 +2,6 @@
 
 ``y = (x - mean) * scale + beta`` with ``scale = gamma / sqrt(var + eps)``: Ioffe & Szegedy (2015),
 Algorithm 2, step 11. A frozen batch norm applies it; folding moves it into a neighbour's weights.
-
-And what objects that cannot be changed are made of: `locked` arrays, and copies that have what a
-subclass `added`.
 """
 
 from __future__ import annotations
@@ -43,17 +40,3 @@ def affine(vectors: Vectors, eps: float, channels: int) -> Affine:
         for name, default in _DEFAULTS.items()
     )
     return Affine(mean, normal_scale(gamma, var, eps), beta)
-
-
-def locked(a: NDArray[Any]) -> NDArray[Any]:
-    """A native copy over bytes, which nobody can make writeable."""
-    dtype = a.dtype.newbyteorder("=")
-    return np.ndarray(a.shape, dtype, np.asarray(a, dtype).tobytes())
-
-
-def added(made: object, kind: type) -> dict[str, Any] | None:
-    """What a subclass of `kind`, an immutable one, adds to its attributes: the state of a copy."""
-    own: Any = object.__getstate__(made)
-    attributes, slots = own  # the first None where there is no dictionary
-    every = (attributes or {}) | slots
-    return {n: value for n, value in every.items() if n not in vars(kind)} or None

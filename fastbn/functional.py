@@ -1,8 +1,9 @@
 """The verbs: batch normalization and its gradient, in training and with fixed statistics.
 
-Each verb first offers its arguments to the backend's plain entry, which does the whole call for
-contiguous arrays that fit, and otherwise answers None having touched nothing. Only then are they
-checked, explained and arranged, by a `Call`, which `_run` takes through the backend's passes.
+Each verb but `gradient_sums` first offers its arguments, if there is no mask and no weight, to the
+backend's plain entry, which does the whole call for contiguous arrays that fit and otherwise
+answers None, having touched nothing. Only then are they checked (`Batch`, `Call`), and `_run` takes
+the call through the backend's passes.
 """
 
 from __future__ import annotations
@@ -110,9 +111,9 @@ def batch_norm(
                 x, gamma, beta, eps, layout, activation, residual, out, threads
             )
         else:
-            groups = EACH_CHANNEL, virtual_batch
+            sharing = EACH_CHANNEL, virtual_batch
             plain = backend.plain_samples(
-                x, *groups, gamma, beta, eps, layout, activation, residual, out, threads
+                x, *sharing, gamma, beta, eps, layout, activation, residual, out, threads
             )
         if plain is not None:
             return BatchNormResult(*plain)
@@ -431,8 +432,7 @@ def moments(
         if plain is not None:
             return Statistics(*plain)
     call = Call(on, Batch(x, layout, where, weights), virtual_batch=virtual_batch)
-    mean, var = _run.moments(call)
-    return Statistics(call.shaped(mean), call.shaped(var))
+    return _run.moments(call)
 
 
 def gradient_sums(
@@ -484,7 +484,7 @@ def gradient_sums(
     True
     """
     batch = Batch(x, layout, where, weights)
-    call = Call(current(), batch, single=False, is_part=True, mean=mean, var=var)
+    call = Call(current(), batch, is_fixed=False, is_part=True, mean=mean, var=var)
     return _run.gradient_sums(call, dy, eps, activation, y)
 
 
@@ -504,18 +504,21 @@ def _gradients(
         if virtual_batch is None:
             plain = backend.plain_backward(*arguments, frozen, out, threads)
         else:
-            samples = *arguments[:2], EACH_CHANNEL, virtual_batch
-            plain = backend.plain_samples_backward(*samples, *arguments[2:], out, threads)
+            sharing = EACH_CHANNEL, virtual_batch
+            plain = backend.plain_samples_backward(
+                *arguments[:2], *sharing, *arguments[2:], out, threads
+            )
         if plain is not None:
             return named(*plain)
     dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual = arguments
     params = checks.options.flag("params", params)
-    lone = checks.arrays.may_lack_x(x, frozen=frozen, params=params)
+    without_x = checks.arrays.may_lack_x(x, frozen=frozen, params=params)
     checks.options.virtual_batch(virtual_batch, sums=sums)
-    kind = {"single": frozen, "is_part": sums is not None, "virtual_batch": virtual_batch}
+    kind = {"is_fixed": frozen, "is_part": sums is not None, "virtual_batch": virtual_batch}
     vectors = {"gamma": gamma, "mean": mean, "var": var}
     given = layout, where, weights
-    batch = Batch(dy, *given, name="dy") if lone else Batch(x, *given)
+    batch = Batch(dy, *given, name="dy") if without_x else Batch(x, *given)
     call = Call(on, batch, **kind, **vectors)
     options = _run.BackwardOptions(eps, params, activation, y, dresidual, out)
-    return _run.gradients(call, dy, options, is_fixed=frozen, sums=sums)
+    kind = {"has_x": not without_x, "is_fixed": frozen}
+    return _run.gradients(call, dy, options, **kind, sums=sums)

@@ -348,7 +348,7 @@ def _backward(groups: int, dy: Any, x: Any, *options: Any) -> Gradients | Residu
     mean, var, gamma, eps, layout, params, activation, y, dresidual, out = options
     params = checks.options.flag("params", params)
     vectors = {"gamma": gamma, "mean": mean, "var": var}
-    call = Call(on, Batch(x, layout), groups=groups, single=False, **vectors)
+    call = Call(on, Batch(x, layout), groups=groups, is_fixed=False, **vectors)
     return _run.gradients(
         call, dy, _run.BackwardOptions(eps, params, activation, y, dresidual, out)
     )

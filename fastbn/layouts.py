@@ -68,9 +68,9 @@ class Arrangement:
         """Arrange by the memory order of `x`, which is not empty, or of the `whole` array of which
         it is some samples.
 
-        `by_sample` wants the samples outermost, each some whole rows of N: other memory is copied.
-        So do `runs`, of as many samples each, of which `pool` consecutive channels may share
-        statistics.
+        `by_sample`: samples stay outermost and apart (each may have a weight). `runs`: as many
+        groups of equal numbers of samples. `pool`: consecutive channels that share statistics.
+        Other memory is copied.
         """
         channel = channel_axis(layout, x.ndim)
         axes = _memory_order(x if whole is None else whole, channel)

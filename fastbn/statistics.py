@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,8 @@ from fastbn._batch import Batch
 from fastbn._call import Call
 from fastbn.backends.base import quiet
 from fastbn.config import current
-from fastbn.fixed import added, locked
 from fastbn.functional import moments
+from fastbn.immutable import Immutable, locked
 from fastbn.results import PopulationStatistics
 from fastbn.weights import SEVERAL
 
@@ -34,7 +34,7 @@ Array = NDArray[Any]
 Vector = NDArray[np.float64]
 
 
-class Moments:
+class Moments(Immutable):
     """Count, mean and biased variance of each channel, which merge with those of other values.
 
     Parameters
@@ -69,6 +69,8 @@ class Moments:
     """
 
     __slots__ = ("__weakref__", "count", "effective_count", "mean", "var")
+    _called = "Moments"
+    _remedy = "make others"
     count: float
     mean: Vector
     var: Vector
@@ -89,7 +91,7 @@ class Moments:
         )
         checks.vectors.variance(var, nan=True)
         count = checks.statistics.count("count", count)
-        self._set(count, mean, var, checks.statistics.effective_count(effective_count, count))
+        self._fill(count, mean, var, checks.statistics.effective_count(effective_count, count))
 
     @classmethod
     def of(
@@ -112,8 +114,7 @@ class Moments:
         if batch.counts_all:
             mean, var = moments(batch.array, layout=batch.layout)
         else:
-            call = Call(current(), batch)
-            mean, var = map(call.shaped, _run.moments(call))
+            mean, var = _run.moments(Call(current(), batch))
         return cls._made(batch.count, mean, var, batch.effective)
 
     @property
@@ -237,21 +238,13 @@ class Moments:
     @classmethod
     def _made(cls, count: float, mean: Array, var: Array, effective_count: float) -> Moments:
         """Without checks."""
-        moments = object.__new__(cls)
-        moments._set(count, mean, var, effective_count)
-        return moments
+        made = object.__new__(cls)
+        made._fill(count, mean, var, effective_count)
+        return made
 
-    def _set(self, count: float, mean: Array, var: Array, effective_count: float) -> None:
-        object.__setattr__(self, "count", count)
-        object.__setattr__(self, "effective_count", effective_count)
-        for name, vector in (("mean", mean), ("var", var)):
-            object.__setattr__(self, name, locked(np.asarray(vector, np.float64)))
-
-    def __setattr__(self, name: str, value: Any) -> NoReturn:
-        raise AttributeError(f"Moments cannot be changed: {name!r} cannot be set; make others")
-
-    def __delattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"Moments cannot be changed: {name!r} cannot be deleted")
+    def _fill(self, count: float, mean: Array, var: Array, effective_count: float) -> None:
+        mean, var = (locked(np.asarray(vector, np.float64)) for vector in (mean, var))
+        self._set({"count": count, "effective_count": effective_count, "mean": mean, "var": var})
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Moments):
@@ -264,11 +257,7 @@ class Moments:
 
     def __reduce__(self) -> tuple[Any, ...]:
         given = self.count, self.mean, self.var, self.effective_count
-        return type(self)._made, given, added(self, Moments)
-
-    def __setstate__(self, added: dict[str, Any]) -> None:
-        for name, value in added.items():
-            object.__setattr__(self, name, value)
+        return type(self)._made, given, self._added(Moments)
 
     def __repr__(self) -> str:
         effective = f", effective_count={self.effective_count}" if self._is_weighed else ""

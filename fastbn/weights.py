@@ -33,7 +33,7 @@ SEVERAL = 1 + 2.0**-52
 class Weights:
     """What samples weigh, times a power of two."""
 
-    scaled: NDArray[np.float64]
+    values: NDArray[np.float64]
     exponent: int
     """Of the power."""
     places: int | Array
@@ -50,7 +50,7 @@ class Weights:
     @quiet
     def effective(self) -> float:
         """The effective number of values, of which there are some."""
-        largest, sums = self.scaled.max(), []
+        largest, sums = self.values.max(), []
         for places, weights in self._blocks():
             ratios = weights / largest  # all 1 where they are equal
             each = places * ratios
@@ -67,14 +67,14 @@ class Weights:
 
     def _blocks(self) -> Iterator[tuple[int | Array, Array]]:
         """Places and weights of as many samples as stay in cache: a sample may be a few values."""
-        for i in range(0, len(self.scaled), BLOCK):
+        for i in range(0, len(self.values), BLOCK):
             some = slice(i, i + BLOCK)
             places = self.places if isinstance(self.places, int) else self.places[some]
-            yield places, self.scaled[some]
+            yield places, self.values[some]
 
 
 @quiet
-def scaled(weights: Array, x: Array, channels: int, where: Array | None) -> Weights:
+def scale(weights: Array, x: Array, channels: int, where: Array | None) -> Weights:
     """Checked weights for the kernels."""
     places = _places(x, channels, where)
     given = np.require(weights, np.float64, ["C_CONTIGUOUS", "ALIGNED"])

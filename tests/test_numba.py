@@ -21,7 +21,7 @@ numba = pytest.importorskip("numba")
 call = pytest.importorskip("fastbn.backends.numba.call")
 compiling = pytest.importorskip("fastbn.backends.numba.compiling")
 finalize = pytest.importorskip("fastbn.backends.numba.finalize")
-instructions = pytest.importorskip("fastbn.backends.numba.instructions")
+halves = pytest.importorskip("fastbn.backends.numba.halves")
 pytestmark = pytest.mark.slow
 
 CALLS = """
@@ -134,7 +134,7 @@ def test_what_float32_does_not_fit_changes_no_neighbour(scale: float, layout: st
 def _copied(values: Any, out: Any) -> None:
     """Values in another type."""
     for i in range(values.size):
-        out[i] = instructions.narrow(instructions.wide(values[i]), out[i])
+        out[i] = halves.narrow(halves.wide(values[i]), out[i])
 
 
 _copy_all = numba.njit(_copied)
@@ -158,10 +158,10 @@ def _same(a: Any, b: Any) -> bool:
 def test_float16_by_integers_is_as_the_processor_does_it() -> None:
     """What converts where the processor does not."""
     every = np.arange(1 << 16).astype(np.uint16)
-    wide = numba.vectorize(["float64(uint16)"])(instructions._wide_half)
+    wide = numba.vectorize(["float64(uint16)"])(halves._wide_half)
     with np.errstate(all="ignore"):  # signalling NaNs
         assert _same(wide(every).astype(np.float32), every.view(np.float16).astype(np.float32))
-    narrow = numba.vectorize(["uint16(float64, uint16)"])(instructions._narrow_half)
+    narrow = numba.vectorize(["uint16(float64, uint16)"])(halves._narrow_half)
     bits = np.random.default_rng(0).integers(-(1 << 31), 1 << 31, 1 << 18).astype(np.int32)
     near = every.view(np.float16).astype(np.float32).view(np.int32)[:, None] + [0, 4095, 4096, 4097]
     singles = np.concatenate([bits, near.astype(np.int32).ravel()]).view(np.float32)

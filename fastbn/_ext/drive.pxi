@@ -4,43 +4,43 @@
 #    starts on what the cache still holds. Rows are walked in the order of memory, by all threads
 #    together, which meet between the passes and then turn back; so are planes where single blocks
 #    would leave threads idle (few channels). A map alone goes forward: it has seen nothing.
-# 2. Rows by column, back: the sums of columns are taken in the same walk as the row's, one row after
-#    the other: theirs stay in memory, the row's in registers. They are kept for as many rows as
-#    depend on shape alone.
+# 2. By column, backward: one walk over a sample's row takes its own two sums, in registers, and
+#    adds to the sums of every column, in memory. Each `rows_per_sum` rows, fixed by shape alone,
+#    have column sums of their own.
 
 # ---- Elementwise work, by kind ----
 
 # Each is a function of its own: compilers take twice as long over one that holds them all.
-cdef void map_y(const Task* t, const Piece* p) noexcept nogil:
-    map_chunk_of(0, t, p)
-cdef void map_activation(const Task* t, const Piece* p) noexcept nogil:
-    map_chunk_of(ACTIVATION | (t.kind & RESIDUAL), t, p)
-cdef void map_dx(const Task* t, const Piece* p) noexcept nogil:
-    map_chunk_of(WITH_X, t, p)
-cdef void map_dx_with_activation_grad(const Task* t, const Piece* p) noexcept nogil:
-    map_chunk_of(WITH_X | ACTIVATION_GRAD | (t.kind & DRESIDUAL), t, p)
-cdef void map_activation_grad(const Task* t, const Piece* p) noexcept nogil:
-    map_chunk_of(ACTIVATION_GRAD | (t.kind & DRESIDUAL), t, p)
-cdef void map_y_by_column(const Task* t, const Piece* p) noexcept nogil:
-    map_planes_of(BY_COLUMN, t, p)
-cdef void map_activation_by_column(const Task* t, const Piece* p) noexcept nogil:
-    map_planes_of(BY_COLUMN | ACTIVATION | (t.kind & RESIDUAL), t, p)
-cdef void map_dx_by_column(const Task* t, const Piece* p) noexcept nogil:
-    map_planes_of(BY_COLUMN | WITH_X, t, p)
-cdef void map_dx_with_activation_grad_by_column(const Task* t, const Piece* p) noexcept nogil:
-    map_planes_of(BY_COLUMN | WITH_X | ACTIVATION_GRAD | (t.kind & DRESIDUAL), t, p)
-cdef void map_masked(const Task* t, const Piece* p) noexcept nogil:
-    map_chunk_of(MASKED, t, p)
-cdef void map_masked_y(const Task* t, const Piece* p) noexcept nogil:
-    map_chunk_of(t.kind & (RESIDUAL | ACTIVATION | ACTIVATION_GRAD | DRESIDUAL) | MASKED, t, p)
-cdef void map_masked_dx(const Task* t, const Piece* p) noexcept nogil:
-    map_chunk_of(t.kind & (ACTIVATION_GRAD | DRESIDUAL) | WITH_X | MASKED, t, p)
-cdef void map_general_y(const Task* t, const Piece* p) noexcept nogil:
-    map_chunk_of((t.kind & ~WITH_X) | GENERAL, t, p)
-cdef void map_general_dx(const Task* t, const Piece* p) noexcept nogil:
-    map_chunk_of(t.kind | WITH_X | GENERAL, t, p)
+cdef void map_y(const Task* t, const Work* w) noexcept nogil:
+    map_chunk_of(0, t, w)
+cdef void map_activation(const Task* t, const Work* w) noexcept nogil:
+    map_chunk_of(ACTIVATION | (t.kind & RESIDUAL), t, w)
+cdef void map_dx(const Task* t, const Work* w) noexcept nogil:
+    map_chunk_of(WITH_X, t, w)
+cdef void map_dx_with_activation_grad(const Task* t, const Work* w) noexcept nogil:
+    map_chunk_of(WITH_X | ACTIVATION_GRAD | (t.kind & DRESIDUAL), t, w)
+cdef void map_activation_grad(const Task* t, const Work* w) noexcept nogil:
+    map_chunk_of(ACTIVATION_GRAD | (t.kind & DRESIDUAL), t, w)
+cdef void map_y_by_column(const Task* t, const Work* w) noexcept nogil:
+    map_planes(BY_COLUMN, t, w)
+cdef void map_activation_by_column(const Task* t, const Work* w) noexcept nogil:
+    map_planes(BY_COLUMN | ACTIVATION | (t.kind & RESIDUAL), t, w)
+cdef void map_dx_by_column(const Task* t, const Work* w) noexcept nogil:
+    map_planes(BY_COLUMN | WITH_X, t, w)
+cdef void map_dx_with_activation_grad_by_column(const Task* t, const Work* w) noexcept nogil:
+    map_planes(BY_COLUMN | WITH_X | ACTIVATION_GRAD | (t.kind & DRESIDUAL), t, w)
+cdef void map_masked(const Task* t, const Work* w) noexcept nogil:
+    map_chunk_of(MASKED, t, w)
+cdef void map_masked_y(const Task* t, const Work* w) noexcept nogil:
+    map_chunk_of(t.kind & (RESIDUAL | ACTIVATION | ACTIVATION_GRAD | DRESIDUAL) | MASKED, t, w)
+cdef void map_masked_dx(const Task* t, const Work* w) noexcept nogil:
+    map_chunk_of(t.kind & (ACTIVATION_GRAD | DRESIDUAL) | WITH_X | MASKED, t, w)
+cdef void map_general_y(const Task* t, const Work* w) noexcept nogil:
+    map_chunk_of((t.kind & ~WITH_X) | GENERAL, t, w)
+cdef void map_general_dx(const Task* t, const Work* w) noexcept nogil:
+    map_chunk_of(t.kind | WITH_X | GENERAL, t, w)
 
-ctypedef void (*MapChunk)(const Task*, const Piece*) noexcept nogil
+ctypedef void (*MapChunk)(const Task*, const Work*) noexcept nogil
 
 cdef MapChunk[KINDS] maps
 maps[0], maps[ACTIVATION], maps[ACTIVATION_GRAD] = map_y, map_activation, map_activation_grad
@@ -52,17 +52,16 @@ maps[BY_COLUMN | WITH_X | ACTIVATION_GRAD] = map_dx_with_activation_grad_by_colu
 
 cdef inline void map_chunk(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t j,
                            Py_ssize_t ahead) noexcept nogil:
-    cdef Piece p
-    p.g, p.c0, p.c1, p.j, p.ahead = g, c0, c1, j, ahead
+    cdef Work w = Work(g, c0, c1, j, ahead)
     cdef bint dx = t.kind & WITH_X
     if t.extreme[g]:
-        (map_general_dx if dx else map_general_y)(t, &p)
+        (map_general_dx if dx else map_general_y)(t, &w)
     elif t.kind == MASKED:
-        map_masked(t, &p)
+        map_masked(t, &w)
     elif t.mask != NULL:
-        (map_masked_dx if dx else map_masked_y)(t, &p)
+        (map_masked_dx if dx else map_masked_y)(t, &w)
     else:
-        maps[t.kind & ~(RESIDUAL | DRESIDUAL)](t, &p)
+        maps[t.kind & ~(RESIDUAL | DRESIDUAL)](t, &w)
 
 
 # ---- Order of work ----
@@ -85,23 +84,24 @@ cdef inline Py_ssize_t count_blocks(const Task* t, Py_ssize_t size) noexcept nog
 
 
 cdef inline Py_ssize_t next_block(Task* t, Py_ssize_t b, Py_ssize_t end) noexcept nogil:
-    """The block after b, whose next owner is free to be anyone or is known; `end` if none."""
+    """The block this thread takes after b: the next that nobody has taken (shared), or its own
+    next; `end` if there is none."""
     return min(fetch_add(&t.next_block, 1) if t.shared else b + 1, end)
 
 
-cdef inline void enter(Operand* a, const Operand* whole, const Block* k) noexcept nogil:
+cdef inline void move_operand(Operand* a, const Operand* whole, const Block* k) noexcept nogil:
     if whole.data != NULL:
         a.data = whole.data + (k.g * a.g + k.c0 * a.c) * <Py_ssize_t> sizeof(element)
 
 
-cdef inline void enter_table(Table* table, const Table* whole, const Block* k) noexcept nogil:
+cdef inline void move_table(Table* table, const Table* whole, const Block* k) noexcept nogil:
     if whole.period > 0:
         table.phase = whole.phase + k.c0
     elif whole.data != NULL:
         table.data = whole.data + k.g * table.g + k.c0 // max(table.pool, 1) * table.c
 
 
-cdef Task thread_of(const Task* t, Py_ssize_t thread) noexcept nogil:
+cdef Task task_of_thread(const Task* t, Py_ssize_t thread) noexcept nogil:
     """The task with a thread's tables, for blocks of its own."""
     cdef Task own = t[0]
     cdef Py_ssize_t pitch = sums_pitch(t)
@@ -116,25 +116,25 @@ cdef Task thread_of(const Task* t, Py_ssize_t thread) noexcept nogil:
     return own
 
 
-cdef void enter_block(Task* own, const Task* t, const Block* k) noexcept nogil:
+cdef void move_to_block(Task* own, const Task* t, const Block* k) noexcept nogil:
     """A thread's task on a block, as on a task of its own. (There may be a block for every few
     values, and a Task is long: only what differs is written.)"""
-    enter(&own.x, &t.x, k)
-    enter(&own.source, &t.source, k)
-    enter(&own.other, &t.other, k)
-    enter(&own.out, &t.out, k)
-    enter(&own.dresidual, &t.dresidual, k)
-    enter_table(&own.mean, &t.mean, k)
-    enter_table(&own.var, &t.var, k)
-    enter_table(&own.gamma, &t.gamma, k)
-    enter_table(&own.beta, &t.beta, k)
-    enter_table(&own.first, &t.first, k)
-    enter_table(&own.second, &t.second, k)
+    move_operand(&own.x, &t.x, k)
+    move_operand(&own.source, &t.source, k)
+    move_operand(&own.other, &t.other, k)
+    move_operand(&own.out, &t.out, k)
+    move_operand(&own.dresidual, &t.dresidual, k)
+    move_table(&own.mean, &t.mean, k)
+    move_table(&own.var, &t.var, k)
+    move_table(&own.gamma, &t.gamma, k)
+    move_table(&own.beta, &t.beta, k)
+    move_table(&own.first, &t.first, k)
+    move_table(&own.second, &t.second, k)
     own.phase = k.c0
     own.starts = t.starts + k.g
     if t.mask != NULL:
         own.mask = t.mask + k.g * t.mask_g
-        own.G = t.G - k.g   # weights end where they did
+        own.G = t.G - k.g   # by which selection_at finds the end of the mask and of weights
     if t.weights != NULL:
         own.weights = t.weights + k.g * t.weights_g
     if not t.channels_last:
@@ -156,7 +156,7 @@ cdef Task groups_of(const Task* t) noexcept nogil:
     return groups
 
 
-cdef void enter_groups(Task* groups, const Task* own) noexcept nogil:
+cdef void move_groups_to_block(Task* groups, const Task* own) noexcept nogil:
     """Those of another block."""
     groups.x.data, groups.starts = own.x.data, own.starts
     groups.first.data, groups.second.data = own.first.data, own.second.data
@@ -187,16 +187,16 @@ cdef void run_blocks(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil
     cdef Py_ssize_t blocks = count_blocks(t, t.block), later, ahead, j
     cdef Py_ssize_t end = blocks if t.shared else blocks * (thread + 1) // team
     cdef Py_ssize_t b = next_block(t, blocks * thread // team - 1, end)
-    cdef Task own = thread_of(t, thread), groups
+    cdef Task own = task_of_thread(t, thread), groups
     cdef const Task* summed = &own
     if t.grouped:
         groups = groups_of(&own)
         summed = &groups
     while b < end:
         k = block(t, b, t.block)
-        enter_block(&own, t, &k)
+        move_to_block(&own, t, &k)
         if t.grouped:
-            enter_groups(&groups, &own)
+            move_groups_to_block(&groups, &own)
         reduce_block(summed, 0, 0, summed.C)
         own.extreme[0] = False
         finalize(&own, summed, 0, 0, own.C)
@@ -209,8 +209,8 @@ cdef void run_blocks(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil
 
 
 cdef void run_split(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
-    """All threads share the chunks of all channels: unit u is chunk u // blocks of block u % blocks.
-    Each sums its own in the order in which memory has them and, from where it came to, writes back."""
+    """All threads share the chunks of all channels: unit u is chunk u // blocks of block u %
+    blocks. Each sums its own in the order of memory and then writes back from where it came to."""
     cdef Task groups = groups_of(t) if t.grouped else t[0]
     cdef Py_ssize_t blocks = count_blocks(&groups, t.block), units = blocks * groups.chunks, u, b
     cdef Py_ssize_t b0 = blocks * thread // team, b1 = blocks * (thread + 1) // team, u0, u1, i
@@ -243,41 +243,42 @@ cdef void run_split(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
         map_chunk(t, k.g, k.c0, k.c1, u // blocks, 0)
 
 
-# ---- Rows, back: both ways at once ----
+# ---- Fused backward by column ----
 
-cdef inline void sum_row(int kind, const Task* t, Py_ssize_t c, Py_ssize_t j, double mean,
-                         double rstd, double* column) noexcept nogil:
+cdef inline void sum_row(int kind, const Task* t, Py_ssize_t c, Py_ssize_t j, RowGradient row,
+                         double* column) noexcept nogil:
     """The sums of row c over chunk j, and of its columns."""
     cdef Chunk k = chunk(t, j)
     cdef Py_ssize_t s, size = k.s1 - k.s0, whole = size // 16 * 16
-    cdef Py_ssize_t place = row_of_gamma(t, c) * t.places + k.s0
+    cdef Py_ssize_t place = row_of_gamma(t, c) * t.places + k.s0, pitch = t.period * t.places
     cdef const double* gamma = t.gamma_wide + place
-    cdef double* dy_xhat = column + place
-    cdef double* dy = dy_xhat + t.period * t.places
-    cdef double* sum = sums(t, 0, j) + c
+    cdef double* sum = chunk_sums(t, 0, j) + c
     cdef wide first = wsplat(0), second = wsplat(0)
+    cdef SumPair both = SumPair(&first, &second)
     cdef Summed p = summed_at(t, 0, 0, c, k.s0)
-    cdef const ActivationParams* activation = &p.activation if kind & ACTIVATION_GRAD else NULL
+    column += place
+    row.act = &p.act if kind & ACTIVATION_GRAD else NULL
     p.x_ahead = p.dy_ahead = p.y_ahead = ahead_values()
     for s in range(0, whole, 16):
         fetch_summed(kind, &p, s)
-        add_row_gradients(p.dy + s, p.x + s, p.y + s, 16, mean, rstd, gamma + s, activation,
-                          &first, &second, dy_xhat + s, dy + s)
+        add_row_gradients(advance_sources(p.at, s, s, s), 16, &row, gamma + s, both, column + s,
+                          pitch)
     if whole < size:
-        add_row_gradients(p.dy + whole, p.x + whole, p.y + whole, size - whole, mean, rstd,
-                          gamma + whole, activation, &first, &second, dy_xhat + whole, dy + whole)
+        add_row_gradients(advance_sources(p.at, whole, whole, whole), size - whole, &row,
+                          gamma + whole, both, column + whole, pitch)
     sum[0], sum[t.pitch] = wsum(first), wsum(second)
 
 
 cdef inline void sum_rows_of(int kind, const Task* t, double* column) noexcept nogil:
     """The sums of a block's rows, one after the other, and of its columns."""
     cdef Py_ssize_t c, j
-    cdef double mean, var, rstd
+    cdef RowGradient row
+    cdef double var
     for c in range(t.C):
-        mean, var = entry(&t.mean, 0, c, 0), entry(&t.var, 0, c, 1)
-        rstd = 1 / sqrt(var + t.eps) if var + t.eps != 0 else 0
+        row.mean, var = table_value(&t.mean, 0, c, 0), table_value(&t.var, 0, c, 1)
+        row.rstd = 1 / sqrt(var + t.eps) if var + t.eps != 0 else 0
         for j in range(t.chunks):
-            sum_row(kind, t, c, j, mean, rstd, column)
+            sum_row(kind, t, c, j, row, column)
 
 
 cdef void sum_rows_and_columns(const Task* t, double* column) noexcept nogil:
@@ -290,27 +291,27 @@ cdef void sum_rows_and_columns(const Task* t, double* column) noexcept nogil:
 cdef void add_up_columns(const Task* t, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
     """The pieces' sums, from one place to another, into those of the first piece."""
     cdef Py_ssize_t i, piece, size = 2 * t.period * t.places
-    for piece in range(1, (t.C + t.rows_per_piece - 1) // t.rows_per_piece):
+    for piece in range(1, (t.C + t.rows_per_sum - 1) // t.rows_per_sum):
         for i in range(first, end):
             t.column_sums[i] += t.column_sums[piece * size + i]
 
 
-cdef void run_rows(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
-    """The fused backward by column: each thread takes pieces of rows, and of these a block at a time
-    through both passes."""
-    cdef Py_ssize_t pieces = (t.C + t.rows_per_piece - 1) // t.rows_per_piece
+cdef void run_backward_by_column(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
+    """The fused backward by column: each thread takes pieces of rows, and of these a block at a
+    time through both passes."""
+    cdef Py_ssize_t pieces = (t.C + t.rows_per_sum - 1) // t.rows_per_sum
     cdef Py_ssize_t size = 2 * t.period * t.places
     cdef Py_ssize_t piece, c, end, j
-    cdef Task own = thread_of(t, thread)
+    cdef Task own = task_of_thread(t, thread)
     cdef Block k
     cdef double* sum
     for piece in range(pieces * thread // team, pieces * (thread + 1) // team):
-        c, end = piece * t.rows_per_piece, min((piece + 1) * t.rows_per_piece, t.C)
+        c, end = piece * t.rows_per_sum, min((piece + 1) * t.rows_per_sum, t.C)
         sum = t.column_sums + piece * size
         memset(sum, 0, size * sizeof(double))
         while c < end:
             k.g, k.c0, k.c1 = 0, c, min(c + t.block, end)
-            enter_block(&own, t, &k)
+            move_to_block(&own, t, &k)
             sum_rows_and_columns(&own, sum)
             own.extreme[0] = False
             finalize(&own, &own, 0, 0, own.C)
@@ -322,16 +323,16 @@ cdef void run_rows(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
 
 
 cdef void work(Task* t, int thread, int team) noexcept nogil:
-    cdef fp_mode mode = usual_mode()
+    cdef fp_mode was = enter_usual_mode()
     if t.column_sums != NULL:
-        run_rows(t, thread, team)
+        run_backward_by_column(t, thread, team)
     elif t.split:
         run_split(t, thread, team)
     else:
         run_blocks(t, thread, team)
     if t.stream:
         stream_fence()
-    restore_mode(mode)
+    leave_mode(was)
 
 
 cdef int kind_of(const Task* t) noexcept nogil:
@@ -353,7 +354,8 @@ cdef inline Operand either(const Operand* a, const Operand* b) noexcept nogil:
 
 
 cdef void resolve_operands(Task* t) noexcept nogil:
-    """What the loops go by. An operand that is not there, and not read, is where another is."""
+    """Set kind, source and other, which the loops go by. An operand that is absent points at one
+    that is there: its addresses are computed, never read."""
     t.kind = kind_of(t)
     t.source = either(&t.dy, &t.x)
     t.x = either(&t.x, &t.dy)

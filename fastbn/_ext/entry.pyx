@@ -11,7 +11,7 @@
 
 from fastbn import activations
 from fastbn.backends import tuning as sizes
-from fastbn.backends.base import ROW_BYTES, SUM_BYTES, rows_per_piece
+from fastbn.backends.base import rows_per_sum
 from fastbn.elements import is_bfloat16
 from fastbn.layouts import ALL_CHANNELS, EACH_CHANNEL, LAYOUTS, SHORT, are_rows
 
@@ -24,7 +24,7 @@ from libc.string cimport memcpy, memset
 
 from fastbn._ext.task cimport (
     AFFINE, AHEAD, GRADIENT_MOMENTS, INPUT_GRADIENT, MOMENTS, MOST_MASKED_ROWS, NO_MAP, NO_REDUCE,
-    PACKED, WIDE, Map, Operand, Reduce, Run, Table, Task, sums_pitch,
+    PACKED, WIDE, Map, Operand, Reduce, Run, Table, Task, pitch_of, sums_pitch,
 )
 
 cnp.import_array()
@@ -63,14 +63,14 @@ cdef class Engine:
         """How often kernels of this instruction set have run."""
         return sum(module.calls() for module in self.modules)
 
-    cdef int go(self, Task* t, cnp.ndarray x, int threads) except -1:
+    cdef int run_task(self, Task* t, cnp.ndarray x, int threads) except -1:
         """Cut into chunks and parts, schedule, run: on what other calls in flight leave."""
         cdef int element = element_of(x), calls
         with nogil:
             set_element(t, element)
             join_planes(t)
             join_runs(t)
-            take_values(t, element)
+            use_values_as_means(t, element)
             set_chunks(t)
             set_groups(t)
             calls = enter_call()
@@ -83,13 +83,13 @@ cdef class Engine:
     cdef tuple with_tables(self, Task* t, cnp.ndarray x, int threads, Py_ssize_t pool=1):
         """Run with fresh (G, C / pool) tables for the results, and return them."""
         cdef cnp.ndarray first = new_table(t, pool)
-        cdef cnp.ndarray second = new_table(t, pool, is_single(t))
+        cdef cnp.ndarray second = new_table(t, pool, has_one_value(t))
         t.first, t.second = table(first), table(second)
         t.first.pool = t.second.pool = pool
-        self.go(t, x, threads)
+        self.run_task(t, x, threads)
         return first, second
 
-    cdef cnp.ndarray go_back_by_column(self, Task* t, cnp.ndarray x, object gamma, int threads):
+    cdef cnp.ndarray backward_by_column(self, Task* t, cnp.ndarray x, object gamma, int threads):
         """Run, and give the sums of columns, (2, P, S)."""
         cdef cnp.npy_intp size
         cdef cnp.ndarray sums, columns, doubles
@@ -97,18 +97,18 @@ cdef class Engine:
         doubles = new_columns(t, gamma, None, cnp.NPY_FLOAT64)
         set_columns(t, columns)
         t.gamma_wide = <const double*> cnp.PyArray_DATA(doubles)
-        t.rows_per_piece = rows_per_piece(t.period, t.S, t.C)
-        size = ceil_div(t.C, t.rows_per_piece) * 2 * t.period * t.places + LINE
+        t.rows_per_sum = rows_per_sum(t.period, t.S, t.C)
+        size = ceil_div(t.C, t.rows_per_sum) * 2 * t.period * t.places + LINE
         sums = at_line(cnp.PyArray_EMPTY(1, &size, cnp.NPY_FLOAT64, 0))
         t.column_sums = <double*> cnp.PyArray_DATA(sums)
-        self.go(t, x, threads)
+        self.run_task(t, x, threads)
         sums = sums[: 2 * t.period * t.places].reshape(2, t.period, t.places)
         return sums[:, :, : t.S]
 
     cdef tuple sum_runs(self, Task* t, cnp.ndarray x, int threads):
-        """Run, some runs and channels at a time, whose tables of sums are small, and add up the sums of
-        all runs, one after the other."""
-        cdef Py_ssize_t limit = calls_limit(t) // sum_bytes, C, G, g, c = 0
+        """Run, some runs and channels at a time, whose tables of sums are small, and add up the
+        sums of all runs, one after the other."""
+        cdef Py_ssize_t limit = verb_limit(t) // sum_bytes, C, G, g, c = 0
         cdef cnp.ndarray first = new_vector(t.channels, cnp.NPY_FLOAT64, True)
         cdef cnp.ndarray second = new_vector(t.channels, cnp.NPY_FLOAT64, True)
         cdef cnp.ndarray firsts, seconds
@@ -129,8 +129,8 @@ cdef class Engine:
     # The functions of a backend
 
     def walks(self, cnp.ndarray view, Py_ssize_t pool=1):
-        """Whether a view can be processed where it lies: folded rows must be dense, and so must what
-        is summed as one plane."""
+        """Whether a view can be processed where it lies: folded rows must be dense, and so must
+        what is summed as one plane."""
         cdef Py_ssize_t N = cnp.PyArray_DIM(view, 1), C = cnp.PyArray_DIM(view, 2)
         cdef Py_ssize_t S = cnp.PyArray_DIM(view, 3), itemsize = cnp.PyArray_ITEMSIZE(view)
         cdef bint dense_rows = N == 1 or cnp.PyArray_STRIDE(view, 1) == C * itemsize
@@ -152,7 +152,7 @@ cdef class Engine:
         t.x, t.out = operand(&t, x), operand(&t, out)
         t.mean, t.gamma, t.beta = table(affine.mean), table(affine.scale), table(affine.beta)
         fuse_epilogue(&t, epilogue)
-        self.go(&t, x, threads)
+        self.run_task(&t, x, threads)
 
     def gradient_moments(self, cnp.ndarray dy, cnp.ndarray x, cnp.ndarray mean, int threads,
                          activation_grad=None, selection=None):
@@ -160,8 +160,8 @@ cdef class Engine:
         t.x, t.dy = operand(&t, x), operand(&t, dy)
         t.mean = table(mean)
         fuse_activation_grad(&t, activation_grad, False)
-        sum_dy_centred, sum_dy = self.with_tables(&t, x, threads)
-        return sum_dy, sum_dy_centred
+        sum_dy_xmu, sum_dy = self.with_tables(&t, x, threads)
+        return sum_dy, sum_dy_xmu
 
     def input_gradient(self, cnp.ndarray dy, x, coefficients, cnp.ndarray out, int threads,
                        activation_grad=None, selection=None):
@@ -177,13 +177,14 @@ cdef class Engine:
                 t.rest = table(coefficients.rest)
             t.mean, t.rstd = table(coefficients.mean), table(coefficients.rstd)
         fuse_activation_grad(&t, activation_grad, True)
-        self.go(&t, dy, threads)
+        self.run_task(&t, dy, threads)
 
     def forward(self, cnp.ndarray x, tables, cnp.ndarray out, int threads, epilogue=None,
                 selection=None):
         cdef Task t = new_task(x, MOMENTS, AFFINE, selection, tables.pool)
         t.x, t.out = operand(&t, x), operand(&t, out)
-        t.gamma, t.beta, t.eps = table(tables.gamma), table(tables.beta), tables.eps
+        set_parameters(&t, tables.gamma, tables.beta)
+        t.eps = tables.eps
         fuse_epilogue(&t, epilogue)
         return self.with_tables(&t, x, threads, t.pool)
 
@@ -192,7 +193,8 @@ cdef class Engine:
         cdef Map map = AFFINE if tables.is_fixed else INPUT_GRADIENT
         cdef Task t = new_task(x, GRADIENT_MOMENTS, map, selection, tables.pool)
         t.x, t.dy, t.out = operand(&t, x), operand(&t, dy), operand(&t, out)
-        t.mean, t.var, t.gamma = table(tables.mean), table(tables.var), table(tables.gamma)
+        t.mean, t.var = table(tables.mean), table(tables.var)
+        set_parameters(&t, tables.gamma, None)
         t.mean.pool, t.var.pool, t.eps = t.pool, t.pool, tables.eps
         fuse_activation_grad(&t, activation_grad, True)
         return self.with_tables(&t, x, threads)
@@ -213,7 +215,7 @@ cdef class Engine:
         t.x, t.dy, t.out = operand(&t, x), operand(&t, dy), operand(&t, out)
         t.mean, t.var, t.eps = table(tables.mean), table(tables.var), tables.eps
         fuse_activation_grad(&t, activation_grad, True)
-        dgamma, dbeta = self.go_back_by_column(&t, x, tables.gamma, threads)
+        dgamma, dbeta = self.backward_by_column(&t, x, tables.gamma, threads)
         return dgamma, dbeta
 
     # The plain entries
@@ -227,9 +229,9 @@ cdef class Engine:
         t.reduce, t.map = MOMENTS, NO_MAP
         t.x = dense(&t, x)
         mean = new_vector(t.channels, cnp.NPY_FLOAT64)
-        var = new_vector(t.channels, cnp.NPY_FLOAT64, is_single(&t))
+        var = new_vector(t.channels, cnp.NPY_FLOAT64, has_one_value(&t))
         t.first, t.second = table(mean), table(var)
-        self.go(&t, x, threads)
+        self.run_task(&t, x, threads)
         return mean, var
 
     def plain_batch_norm(self, x, gamma, beta, eps, layout, activation, residual, out,
@@ -243,9 +245,9 @@ cdef class Engine:
         if out is None:
             return None
         mean = new_vector(t.channels, cnp.NPY_FLOAT64)
-        var = new_vector(t.channels, cnp.NPY_FLOAT64, is_single(&t))
+        var = new_vector(t.channels, cnp.NPY_FLOAT64, has_one_value(&t))
         t.first, t.second = table(mean), table(var)
-        self.go(&t, x, threads)
+        self.run_task(&t, x, threads)
         return out, mean, var
 
     def plain_samples(self, x, groups, samples, gamma, beta, eps, layout, activation, residual,
@@ -272,7 +274,7 @@ cdef class Engine:
             return None
         out = set_plain_normalize(&t, x, mean, var, gamma, beta, eps, activation, residual, out)
         if out is not None:
-            self.go(&t, x, threads)
+            self.run_task(&t, x, threads)
         return out
 
     def plain_frozen(self, affine, str layout, activation):
@@ -301,19 +303,19 @@ cdef class Engine:
         cdef cnp.ndarray dgamma, dbeta
         cdef int element
         memset(&t, 0, sizeof(Task))
-        cdef bint lone = frozen and params is False
+        cdef bint dx_only = frozen and params is False
         if not set_plain_statistics(&t, dy, mean, var, layout, params, frozen):
             return None
         results = set_plain_backward(&t, dy, x, mean, var, gamma, eps, activation, y, dresidual,
-                                     frozen, lone, out)
+                                     frozen, dx_only, out)
         if results is None:
             return None
         out, dresidual = results
-        if not lone:
+        if not dx_only:
             element = gradient_type(dy if gamma is None else gamma)
             dgamma, dbeta = new_vector(t.channels, element), new_vector(t.channels, element)
             t.first, t.second = table(dgamma), table(dbeta)
-        self.go(&t, dy, threads)
+        self.run_task(&t, dy, threads)
         if params is False:
             return out, None, None, dresidual
         return out, dgamma, dbeta, dresidual
@@ -337,7 +339,7 @@ cdef class Engine:
             return None
         out, dresidual = results
         if t.period > 0:
-            sums = self.go_back_by_column(&t, x, gamma, threads).reshape(2, -1)
+            sums = self.backward_by_column(&t, x, gamma, threads).reshape(2, -1)
         else:
             sums = self.sum_runs(&t, x, threads)
         if not params:
@@ -372,6 +374,9 @@ cdef Task new_task(cnp.ndarray x, int reduce, int map, object selection, Py_ssiz
     memset(&t, 0, sizeof(Task))
     set_view(&t, x, pool)
     t.reduce, t.map, t.pool = <Reduce> reduce, <Map> map, pool
+    t.verb_bytes = verb_bytes
+    if reduce == MOMENTS or (reduce != NO_REDUCE and t.map != NO_MAP):
+        t.verb_bytes = sum_bytes
     if selection is not None:
         select_places(&t, selection.mask, selection.weights, selection.count)
     return t
@@ -444,5 +449,5 @@ cdef class Frozen:
         wide = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64
         t.prepared = self.double if wide else self.single
         t.extreme = self.extreme + wide
-        self.engine.go(&t, x, threads)
+        self.engine.run_task(&t, x, threads)
         return out

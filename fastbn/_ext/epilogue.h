@@ -13,12 +13,12 @@ typedef struct {
 } ActivationParams;
 
 INLINE ActivationParams activation_params(double slope, double top) {
-    return (ActivationParams){slope, top, choose(is_finite(top), top, NAN)};
+    return (ActivationParams){slope, top, is_finite(top) ? top : NAN};
 }
 /* v * slope, and 0 for a slope of 0 whatever v is. */
 INLINE vec_register sloped(vec_register v, real slope) {
-    mask_register kept = (mask_register){0} - (slope != 0);
-    return (vec_register)((mask_register)(v * slope) & kept);
+    mask_register unless_zero = (mask_register){0} - (slope != 0);
+    return (vec_register)((mask_register)(v * slope) & unless_zero);
 }
 #if FASTBN_WIDTH == 64 && !defined(FASTBN_PORTABLE)
 #ifdef FASTBN_F64
@@ -55,29 +55,30 @@ INLINE vec_register below(vec_register y, real bound, vec_register a) {
 INLINE vec_register lesser(vec_register most, vec_register v) { return where(v > most, most, v); }
 #endif
 /* v <= 0 ? slope * v : min(v, top); NaN stays. */
-INLINE vec activate(vec v, const ActivationParams *b) {
+INLINE vec activate(vec v, const ActivationParams *act) {
     UNROLLED (int i = 0; i < VEC_REGISTERS; i++) {
-        vec_register a = v.r[i], most = (real)b->top - (vec_register){0};
-        v.r[i] = up_to(a, 0, sloped(a, (real)b->slope), lesser(most, a));
+        vec_register a = v.r[i], most = (real)act->top - (vec_register){0};
+        v.r[i] = up_to(a, 0, sloped(a, (real)act->slope), lesser(most, a));
     }
     return v;
 }
 /* dy times the slope of the activation where it gave y; a NaN lets dy through. */
-INLINE vec activation_grad(vec dy, vec y, const ActivationParams *b) {
+INLINE vec activation_grad(vec dy, vec y, const ActivationParams *act) {
     UNROLLED (int i = 0; i < VEC_REGISTERS; i++) {
         vec_register a = dy.r[i], at = y.r[i];
-        a = up_to(at, 0, sloped(a, (real)b->slope), a);
-        dy.r[i] = below(at, (real)b->cutoff, a);
+        a = up_to(at, 0, sloped(a, (real)act->slope), a);
+        dy.r[i] = below(at, (real)act->cutoff, a);
     }
     return dy;
 }
 
 /* As `activation_grad`, in float64. */
-INLINE f64_register activation_grad_wide(f64_register dy, f64_register y, const ActivationParams *b) {
-    i64_register kept = (i64_register){0} - (b->slope != 0);
-    f64_register sloped = (f64_register)((i64_register)(dy * b->slope) & kept);
+INLINE f64_register activation_grad_wide(f64_register dy, f64_register y,
+                                         const ActivationParams *act) {
+    i64_register unless_zero = (i64_register){0} - (act->slope != 0);
+    f64_register sloped = (f64_register)((i64_register)(dy * act->slope) & unless_zero);
     dy = where_wide(y <= 0, sloped, dy);
-    return where_wide(y >= b->cutoff, (f64_register){0}, dy);
+    return where_wide(y >= act->cutoff, (f64_register){0}, dy);
 }
 
 #endif

@@ -8,7 +8,6 @@
 /* Register i of a table. */
 INLINE f64_register load(const double *p, long i) { return load_register(p + i * DOUBLES); }
 INLINE void store(double *p, long i, f64_register a) { store_register(p + i * DOUBLES, a); }
-INLINE f64_register splat(double a) { return a - (f64_register){0}; }
 INLINE f64_register square_root(f64_register a) {
 #if defined(FASTBN_PORTABLE)
     return (f64_register){sqrt(a[0]), sqrt(a[1])};
@@ -40,23 +39,24 @@ INLINE f64_register product(f64_register difference, f64_register factor) {
 INLINE f64_register magnitude(f64_register a) {
     return (f64_register)((i64_register)a & INT64_MAX);
 }
-INLINE i64_register all_marks(void) { return ~(i64_register){0}; }
-INLINE int are_all(i64_register mask) {
+INLINE i64_register all_lanes(void) { return ~(i64_register){0}; }
+INLINE int every_lane(i64_register mask) {
     int64_t all = -1;
     UNROLLED (int i = 0; i < DOUBLES; i++) all &= mask[i];
     return all != 0;
 }
 /* Which are 0, not finite, or between these bounds. */
-INLINE i64_register between(f64_register a, double least, double most) {
+INLINE i64_register is_special_or_between(f64_register a, double least, double most) {
     f64_register size = magnitude(a);
     return ((size > least) & (size < most)) | (size == 0) | ~(size <= DBL_MAX);
 }
-/* What the element type multiplies by without help from powers of two, or where nothing helps: */
-INLINE i64_register usual_scales(f64_register a) { return between(a, 1e-18, 1e18); }
-/* what multiplies x - mean, which is a factor of its own, and the mean, none of whose digits may fall
- * below the element type's range. */
-INLINE i64_register usual_slopes(f64_register a) { return between(a, 1e-36, 1e36); }
-INLINE i64_register usual_means(f64_register a) { return between(a, 1e-20, 1e36); }
+/* Coefficients for which the element type's products stay in range without x_scale and dy_scale; so
+ * are 0, infinity and NaN, which no scale helps. */
+INLINE i64_register usual_scales(f64_register a) { return is_special_or_between(a, 1e-18, 1e18); }
+/* For the slope of x - mean the bounds are wider, since x - mean is itself in range. For the mean
+ * the lower one is narrower: lo, its last digits, must stay normal. */
+INLINE i64_register usual_slopes(f64_register a) { return is_special_or_between(a, 1e-36, 1e36); }
+INLINE i64_register usual_means(f64_register a) { return is_special_or_between(a, 1e-20, 1e36); }
 /* A power of two near |a|, in the range of the element type; 1 for 0, infinity and NaN. */
 INLINE f64_register power_of_two(f64_register a) {
     f64_register size = magnitude(a), least = splat(LEAST_POWER), most = splat(MOST_POWER);
@@ -78,13 +78,15 @@ INLINE f64_register sqrt_pow2(f64_register a) {
 INLINE f64_register inverse_of_power(f64_register a) {
     return (f64_register)((INT64_C(2046) << 52) - (i64_register)a);
 }
-/* The power of two that brings (x - mean)*b half of b's way, so that all stays in range. */
+/* x_scale, a power of two P near rstd * sqrt|b|: (x - mean)*P is then near xhat * sqrt|b|, and
+ * b*rstd/P near sqrt|b|. Smaller where mean*P would overflow. */
 INLINE f64_register gradient_pow2(f64_register b, f64_register rstd, f64_register mean) {
     f64_register wanted = rstd * where_wide(b != 0, rough_root(b), splat(1));
     f64_register most = FARTHEST / magnitude(mean);
     return power_of_two(where_wide(wanted < most, wanted, most));
 }
-/* a, or if it is finite the element type's largest value: 0 times a factor stays 0. */
+/* a, with finite values cut to the largest of the element type: as infinity, a coefficient would
+ * turn 0 into NaN. */
 INLINE f64_register saturated(f64_register a) {
     f64_register nearest = where_wide(a < -LARGEST, splat(-LARGEST), a);
     nearest = where_wide(nearest > LARGEST, splat(LARGEST), nearest);

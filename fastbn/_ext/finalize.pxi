@@ -5,17 +5,14 @@
 #    roots and divisions are done for several channels at once.
 # 2. y = (x - hi)*scale + shift has scale = gamma*rstd and shift = beta - lo*scale, where hi is the
 #    mean as the element type has it, and lo what remains. dx = a*(dy - dy_mean) + b*xhat is
-#    (dy - dhi)*a + (((x - hi) - lo)*b*rstd + rest) with what the roundings of dy_mean and of lo lose
-#    in `rest`. Coefficients stand in rows, `pitch` apart.
-# 3. The last rows are powers of two by which x and dy are multiplied where scales are so extreme
-#    that a product would leave the element type's range. They are 1 everywhere else, and the loops
-#    leave them out but for runs that are marked `extreme`.
+#    (dy - dhi)*a + (((x - hi) - lo)*b*rstd + rest) with what the roundings of dy_mean and of lo
+#    lose in `rest`. Coefficients stand in rows, `pitch` apart.
+# 3. The last rows are x_scale and dy_scale, powers of two by which x and dy are multiplied where
+#    coefficients are so extreme that a product would leave the element type's range. They are 1
+#    everywhere else, and the loops leave them out but for runs that are marked `extreme`.
 
 cdef enum:
     STEP = 64           # channels that are finalized at a time
-    X_SCALE = 3         # rows of the powers of two: of y's coefficients,
-    DX_DY_SCALE = 6     # and of dx's
-    DX_X_SCALE = 7
 
 
 cdef inline Py_ssize_t registers(Py_ssize_t count) noexcept nogil:
@@ -33,7 +30,7 @@ cdef void gather_pooled(const Table* table, Py_ssize_t g, Py_ssize_t c, Py_ssize
     cdef Py_ssize_t i = 0, end
     cdef double value
     while i < count:
-        value = entry(table, g, c + i, 0)
+        value = table_value(table, g, c + i, 0)
         end = min(i + table.pool - (c + i) % table.pool, count)
         while i < end:
             values[i] = value
@@ -58,6 +55,7 @@ cdef void store_ones(double* values) noexcept nogil:
         values[i] = 1
 
 
+# Defaults of `gather`, as many as are finalized at a time.
 cdef double[STEP] zeros, ones
 memset(zeros, 0, sizeof(zeros))
 store_ones(ones)
@@ -85,7 +83,7 @@ cdef const double* gather(const Table* table, Py_ssize_t g, Py_ssize_t c, Py_ssi
             values[i] = (<const float*> row)[i]
     else:
         for i in range(count):
-            values[i] = entry(table, g, c + i, default[0])
+            values[i] = table_value(table, g, c + i, default[0])
     return values
 
 
@@ -105,8 +103,8 @@ cdef void scatter(const Table* table, Py_ssize_t g, Py_ssize_t c, Py_ssize_t cou
 
 cdef inline const double* padded(const Task* t, double* row, Py_ssize_t c, Py_ssize_t count,
                                  double* aside) noexcept nogil:
-    """Entries of a table of the task from channel c on, with zeros up to a whole register: as they lie
-    or, where others' follow, aside."""
+    """Entries of a table of the task from channel c on, with zeros up to a whole register: as they
+    lie or, where others' follow, aside."""
     cdef Py_ssize_t i
     if count % DOUBLES == 0:
         return row + c
@@ -179,7 +177,7 @@ cdef void set_shift(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) n
     cdef const double* found = values
     for c in range(c0, c1):
         unit[c] = 1
-    for c from c0 <= c < end by STEP:
+    for c in range(c0, end, 64):
         count = min(STEP, end - c)
         if t.reduce == MOMENTS:
             first_values(first_place(t, g, c), t.x.c, count, values)
@@ -193,11 +191,12 @@ cdef void set_shift(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) n
 cdef inline bint is_doubtful(const Task* t, Py_ssize_t g, Py_ssize_t c,
                              double per_value) noexcept nogil:
     """Whether the shift was too far from the mean, or the squares too large, for the sums."""
-    cdef double m = t.total[g * 2 * t.pitch + c]
-    cdef double square = t.total[(g * 2 + 1) * t.pitch + c]
-    # The mean of d*d is (1 + (m/s)**2) variances: beyond 16 deviations digits go missing.
-    cdef bint fits = is_finite(square) & (m * (m * per_value) * (257 / 256.) <= square)
-    return is_finite(m) & (not fits)
+    cdef double sum_d = t.total[g * 2 * t.pitch + c]
+    cdef double sum_dd = t.total[(g * 2 + 1) * t.pitch + c]
+    # |m| <= 16 s, said in sums: m*m <= 256 var = 256 (sum_dd/n - m*m), so m*m * 257/256 <=
+    # sum_dd/n.
+    cdef bint fits = is_finite(sum_dd) & (sum_d * (sum_d * per_value) * (257 / 256.) <= sum_dd)
+    return is_finite(sum_d) & (not fits)
 
 
 cdef void sum_again(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
@@ -240,7 +239,7 @@ cdef void finish_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t 
     cdef double inverse = exact_inverse(t.count)
     cdef doubles m, v, u
     sum_again(t, g, c0, c1)
-    for c from c0 <= c < end by STEP:
+    for c in range(c0, end, 64):
         count = min(STEP, end - c)
         sum = padded(t, total, c, count, sums)
         square = padded(t, total + t.pitch, c, count, squares)
@@ -293,17 +292,17 @@ cdef void invert_pooled(const Table* var, double eps, Py_ssize_t c, Py_ssize_t c
             i += 1
 
 
-cdef struct Deviations:
+cdef struct Variances:
     # Some channels' variances or, where they are pooled or there are none, 1 / sqrt(var + eps).
     const double* values
     double eps
     bint inverted
 
 
-cdef inline Deviations gather_deviations(const Task* t, const Table* var, Py_ssize_t g,
+cdef inline Variances gather_variances(const Task* t, const Table* var, Py_ssize_t g,
                                          Py_ssize_t c, Py_ssize_t count,
                                          double* aside) noexcept nogil:
-    cdef Deviations k
+    cdef Variances k
     k.values, k.eps = gather(var, g, c, count, ones, aside), t.eps
     k.inverted = var.pool > 1 or var.data == NULL
     if var.pool > 1 and var.data != NULL:
@@ -311,28 +310,28 @@ cdef inline Deviations gather_deviations(const Task* t, const Table* var, Py_ssi
     return k
 
 
-cdef inline doubles load_rstd(const Deviations* k, Py_ssize_t i) noexcept nogil:
+cdef inline doubles load_rstd(const Variances* k, Py_ssize_t i) noexcept nogil:
     """1 / sqrt(var + eps), and 0 where that sum is 0: the channel is constant, y = beta. 1 without
     variances, when gamma already is the scale."""
     return load(k.values, i) if k.inverted else inverse_root(load(k.values, i) + k.eps)
 
 
-cdef inline marks put_affine(const Rows* rows, Py_ssize_t i, bint extreme, doubles mean,
-                             doubles scale, doubles beta) noexcept nogil:
-    """A register of channels' coefficients hi, scale, shift of y = (x - hi)*scale + shift, and
-    whether they do without powers of two."""
-    cdef doubles power = splat(1)
-    cdef marks usual = usual_scales(scale)
+cdef inline lane_mask put_affine(const Rows* rows, Py_ssize_t i, bint extreme, doubles mean,
+                                 doubles scale, doubles beta) noexcept nogil:
+    """Write a register of channels' rows hi, scale, shift of y = (x - hi)*scale + shift; which do
+    without x_scale."""
+    cdef doubles x_scale = splat(1)
+    cdef lane_mask usual = usual_scales(scale)
     if extreme:
-        power = sqrt_pow2(scale)
-        mean = mean * power
-        scale = scale * inverse_of_power(power)
-    put_row(rows, 2, i, beta - product(mean - rounded_to_real(mean), scale))
+        x_scale = sqrt_pow2(scale)
+        mean = mean * x_scale
+        scale = scale * inverse_of_power(x_scale)
+    put_row(rows, Y_SHIFT, i, beta - product(mean - rounded_to_real(mean), scale))
     if extreme:
         scale = saturated(scale)
-    put_row(rows, 0, i, mean)
-    put_row(rows, 1, i, scale)
-    put_row(rows, X_SCALE, i, power)
+    put_row(rows, Y_HI, i, mean)
+    put_row(rows, Y_SCALE, i, scale)
+    put_row(rows, Y_X_SCALE, i, x_scale)
     return usual
 
 
@@ -343,10 +342,10 @@ cdef bint pack_affine(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t coun
     cdef const Table* table = &t.second if t.reduce == MOMENTS else &t.var
     cdef const double* mean = gather(&t.first if t.reduce == MOMENTS else &t.mean, g, c, count,
                                      zeros, means)
-    cdef Deviations rstd = gather_deviations(t, table, g, c, count, vars)
+    cdef Variances rstd = gather_variances(t, table, g, c, count, vars)
     cdef const double* gamma = gather(&t.gamma, g, c, count, ones, gammas)
     cdef const double* beta = gather(&t.beta, g, c, count, zeros, betas)
-    cdef marks usual = all_marks()
+    cdef lane_mask usual = all_lanes()
     cdef doubles scale
     cdef Rows rows
     cdef Py_ssize_t i
@@ -354,8 +353,8 @@ cdef bint pack_affine(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t coun
     for i in range(registers(count)):
         scale = load_rstd(&rstd, i) * load(gamma, i)
         usual &= put_affine(&rows, i, extreme, load(mean, i), scale, load(beta, i))
-    end_rows(&rows, t, g, c, count, X_SCALE + 1)
-    return are_all(usual)
+    end_rows(&rows, t, g, c, count, Y_X_SCALE + 1)
+    return every_lane(usual)
 
 
 # ---- Coefficients of dx ----
@@ -365,33 +364,33 @@ cdef struct Gradient:
     doubles a, b, dy_mean, mean, rstd, rest
 
 
-cdef inline marks put_gradient(const Rows* rows, Py_ssize_t i, bint extreme,
-                               Gradient k) noexcept nogil:
-    """The coefficients dhi, a, hi, lo, b, rest of dx = (dy - dhi)*a + (((x - hi) - lo)*b + rest),
-    and whether they do without powers of two: the mean of dy is taken off where a dy equal to it
-    leaves 0, and all of x - mean is kept, in hi, lo and, in the rest, what remains."""
-    cdef doubles dy_power = splat(1), x_power = splat(1), lo
-    cdef marks usual = usual_scales(k.a) & usual_slopes(k.b * k.rstd) & usual_means(k.mean)
+cdef inline lane_mask put_gradient(const Rows* rows, Py_ssize_t i, bint extreme,
+                                   Gradient k) noexcept nogil:
+    """Write the rows dhi, a, hi, lo, b, rest of dx = (dy - dhi)*a + (((x - hi) - lo)*b + rest);
+    which channels do without x_scale and dy_scale. hi + lo is the mean to twice the element type's
+    digits. What dhi and lo lose in rounding goes into rest, so that dy = mean(dy) gives 0."""
+    cdef doubles dy_scale = splat(1), x_scale = splat(1), lo
+    cdef lane_mask usual = usual_scales(k.a) & usual_slopes(k.b * k.rstd) & usual_means(k.mean)
     if extreme:
-        dy_power = sqrt_pow2(k.a)
-        x_power = gradient_pow2(k.b, k.rstd, k.mean)
-        k.a = k.a * inverse_of_power(dy_power)
-        k.dy_mean = k.dy_mean * dy_power
-        k.rstd = k.rstd * inverse_of_power(x_power)
-        k.mean = k.mean * x_power
+        dy_scale = sqrt_pow2(k.a)
+        x_scale = gradient_pow2(k.b, k.rstd, k.mean)
+        k.a = k.a * inverse_of_power(dy_scale)
+        k.dy_mean = k.dy_mean * dy_scale
+        k.rstd = k.rstd * inverse_of_power(x_scale)
+        k.mean = k.mean * x_scale
     k.b = k.b * k.rstd
     lo = k.mean - rounded_to_real(k.mean)
     k.rest = k.rest - product(k.dy_mean - rounded_to_real(k.dy_mean), k.a)
-    put_row(rows, 5, i, k.rest - product(lo - rounded_to_real(lo), k.b))
+    put_row(rows, DX_REST, i, k.rest - product(lo - rounded_to_real(lo), k.b))
     if extreme:
         k.a, k.b = saturated(k.a), saturated(k.b)
-    put_row(rows, 0, i, k.dy_mean)
-    put_row(rows, 1, i, k.a)
-    put_row(rows, 2, i, k.mean)
-    put_row(rows, 3, i, lo)
-    put_row(rows, 4, i, k.b)
-    put_row(rows, DX_DY_SCALE, i, dy_power)
-    put_row(rows, DX_X_SCALE, i, x_power)
+    put_row(rows, DX_DHI, i, k.dy_mean)
+    put_row(rows, DX_A, i, k.a)
+    put_row(rows, DX_HI, i, k.mean)
+    put_row(rows, DX_LO, i, lo)
+    put_row(rows, DX_B, i, k.b)
+    put_row(rows, DX_DY_SCALE, i, dy_scale)
+    put_row(rows, DX_X_SCALE, i, x_scale)
     return usual
 
 
@@ -404,10 +403,10 @@ cdef bint pack_gradient(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t co
     cdef const double* sum_dy_xhat = padded(t, total, c, count, sums_dy_xhat)
     cdef const double* sum_dy = padded(t, total + t.pitch, c, count, sums_dy)
     cdef const double* mean = gather(&t.mean, g, c, count, zeros, means)
-    cdef Deviations rstd = gather_deviations(t, &t.var, g, c, count, vars)
+    cdef Variances rstd = gather_variances(t, &t.var, g, c, count, vars)
     cdef const double* gamma = gather(&t.gamma, g, c, count, ones, gammas)
     cdef double inverse = exact_inverse(t.count)
-    cdef marks usual = all_marks()
+    cdef lane_mask usual = all_lanes()
     cdef doubles dy_xhat, dy
     cdef Gradient k
     cdef Rows rows
@@ -426,10 +425,10 @@ cdef bint pack_gradient(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t co
         elif t.map == AFFINE:
             usual &= put_affine(&rows, i, extreme, splat(0), k.a, splat(0))
     if t.map != NO_MAP:
-        end_rows(&rows, t, g, c, count, rows_of(t))
+        end_rows(&rows, t, g, c, count, rows_written(t))
     scatter(&t.first, g, c, count, dgamma)
     scatter(&t.second, g, c, count, sum_dy)
-    return are_all(usual)
+    return every_lane(usual)
 
 
 cdef bint pack_pooled(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t count,
@@ -441,9 +440,9 @@ cdef bint pack_pooled(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t coun
     cdef const double* dy_xhat = padded(t, total, c, count, means_dy_xhat)
     cdef const double* dy = padded(t, total + t.pitch, c, count, means_dy)
     cdef const double* mean = gather(&t.mean, g, c, count, zeros, means)
-    cdef Deviations rstd = gather_deviations(t, &t.var, g, c, count, vars)
+    cdef Variances rstd = gather_variances(t, &t.var, g, c, count, vars)
     cdef const double* gamma = gather(&t.gamma, g, c, count, ones, gammas)
-    cdef marks usual = all_marks()
+    cdef lane_mask usual = all_lanes()
     cdef Gradient k
     cdef Rows rows
     cdef Py_ssize_t i
@@ -455,7 +454,7 @@ cdef bint pack_pooled(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t coun
         k.b, k.rest = load(dy_xhat, i) * -k.rstd, load(dy, i) * -k.rstd
         usual &= put_gradient(&rows, i, extreme, k)
     end_rows(&rows, t, g, c, count, PACKED)
-    return are_all(usual)
+    return every_lane(usual)
 
 
 cdef bint pack_given(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t count,
@@ -468,7 +467,7 @@ cdef bint pack_given(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t count
     cdef const double* mean = gather(&t.mean, g, c, count, zeros, means)
     cdef const double* rstd = gather(&t.rstd, g, c, count, ones, rstds)
     cdef const double* rest = gather(&t.rest, g, c, count, zeros, rests)
-    cdef marks usual = all_marks()
+    cdef lane_mask usual = all_lanes()
     cdef Gradient k
     cdef Rows rows
     cdef Py_ssize_t i
@@ -478,7 +477,7 @@ cdef bint pack_given(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t count
         k.mean, k.rstd, k.rest = load(mean, i), load(rstd, i), load(rest, i)
         usual &= put_gradient(&rows, i, extreme, k)
     end_rows(&rows, t, g, c, count, PACKED)
-    return are_all(usual)
+    return every_lane(usual)
 
 
 cdef void sum_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t count) noexcept nogil:
@@ -487,7 +486,7 @@ cdef void sum_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t co
     cdef double[STEP] vars, sums, dy_xhat
     cdef double* total = t.total + g * 2 * t.pitch
     cdef const double* sum = padded(t, total, c, count, sums)
-    cdef Deviations rstd = gather_deviations(t, &t.var, g, c, count, vars)
+    cdef Variances rstd = gather_variances(t, &t.var, g, c, count, vars)
     cdef Py_ssize_t i
     for i in range(registers(count)):
         store(dy_xhat, i, load(sum, i) * load_rstd(&rstd, i))
@@ -497,13 +496,13 @@ cdef void sum_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t co
 
 
 cdef void pool_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c0) noexcept nogil:
-    """dgamma and dbeta of a group's channels -> the means of gamma*dy*xhat and gamma*dy, instead."""
+    """dgamma and dbeta of a group's channels -> the means of gamma*dy*xhat and gamma*dy."""
     cdef double* total = t.total + g * 2 * t.pitch
     cdef double[STEP] gammas
     cdef const double* gamma
     cdef double dy_xhat = 0, dy = 0
     cdef Py_ssize_t c, i, count, end = c0 + t.pool
-    for c from c0 <= c < end by STEP:
+    for c in range(c0, end, 64):
         count = min(STEP, end - c)
         gamma = gather(&t.gamma, g, c, count, ones, gammas)
         for i in range(count):
@@ -514,15 +513,16 @@ cdef void pool_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c0) noexcept no
         total[c], total[t.pitch + c] = dy_xhat, dy
 
 
-cdef inline int rows_of(const Task* t) noexcept nogil:
+cdef inline int rows_written(const Task* t) noexcept nogil:
     """How many rows of coefficients the map has."""
-    return PACKED if t.map == INPUT_GRADIENT else X_SCALE + 1
+    return PACKED if t.map == INPUT_GRADIENT else Y_X_SCALE + 1
 
 
 # ---- All channels of a block ----
 
 cdef bint pack(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t count,
                bint extreme) noexcept nogil:
+    """Write some channels' coefficients of whatever the map is; whether all are usual."""
     if t.reduce == GRADIENT_MOMENTS and t.pool > 1:
         return pack_pooled(t, g, c, count, extreme)
     if t.reduce == GRADIENT_MOMENTS:
@@ -537,23 +537,24 @@ cdef void finish_coefficients(const Task* t, Py_ssize_t g, Py_ssize_t c0,
     """Sums of gradients -> results; and the packed coefficients of the map, if there is one."""
     cdef Py_ssize_t c, count, end = channels_of_run(t, c1)
     if t.reduce == GRADIENT_MOMENTS and t.pool > 1:
-        for c from c0 <= c < end by STEP:
+        for c in range(c0, end, 64):
             sum_gradients(t, g, c, min(STEP, end - c))
         for c in range((end - c0) // t.pool):
             pool_gradients(t, g, c0 + c * t.pool)
-    for c from c0 <= c < end by STEP:
+    for c in range(c0, end, 64):
         count = min(STEP, end - c)
         if not pack(t, g, c, count, False):
             set_flag(&t.extreme[g])
             pack(t, g, c, count, True)
     if t.map != NO_MAP:
-        repeat(t, packed(t, g), c0, rows_of(t))
+        repeat(t, packed(t, g), c0, rows_written(t))
 
 
 cdef void repeat(const Task* t, real* row, Py_ssize_t c0, int rows) noexcept nogil:
     """The channels' coefficients once for each sample in a row of memory, and their beginning
     once more behind the end, for vectors that are streamed and reach into the next row."""
-    cdef Py_ssize_t i, done, more, end = t.pitch if c0 == 0 and t.channels_last and t.stream else t.C
+    cdef bint reaches = c0 == 0 and t.channels_last and t.stream
+    cdef Py_ssize_t i, done, more, end = t.pitch if reaches else t.C
     for i in range(rows):
         done = t.channels
         while done < end:
@@ -566,17 +567,17 @@ cdef void repeat(const Task* t, real* row, Py_ssize_t c0, int rows) noexcept nog
 cdef void unpack(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
     """Coefficients that were packed before, for rows of memory that hold several samples."""
     cdef const real* row = <const real*> t.prepared
-    cdef Py_ssize_t i, pitch = (t.channels + 15) // 16 * 16 + 16, end = channels_of_run(t, c1)
+    cdef Py_ssize_t i, pitch = pitch_of(t.channels), end = channels_of_run(t, c1)
     if t.fold == 1:
         return
-    for i in range(X_SCALE + 1):
+    for i in range(Y_X_SCALE + 1):
         memcpy(packed(t, g) + i * t.pitch + c0, row + i * pitch + c0, (end - c0) * sizeof(real))
-    repeat(t, packed(t, g), c0, X_SCALE + 1)
+    repeat(t, packed(t, g), c0, Y_X_SCALE + 1)
 
 
 cdef void finalize(const Task* t, const Task* summed, Py_ssize_t g, Py_ssize_t c0,
                    Py_ssize_t c1) noexcept nogil:
-    """What stands between the passes; `summed` is the task, or all of its groups."""
+    """Sums -> results and coefficients; `summed` is the task, or all of its groups."""
     cdef Py_ssize_t first = 0 if t.grouped else c0, end = summed.C if t.grouped else c1
     if t.prepared != NULL:
         unpack(t, g, c0, c1)

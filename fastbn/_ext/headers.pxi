@@ -20,6 +20,8 @@ cdef extern from "simd.h" nogil:
     void vsplat_each(vec* v, const real* p, long pitch, int count)
     void vload_each(vec* v, const real* p, long pitch, int count)
     vec vsplat(real a)
+    const int Y_HI, Y_SCALE, Y_SHIFT, Y_ROWS, Y_X_SCALE     # rows of packed coefficients
+    const int DX_DHI, DX_A, DX_HI, DX_LO, DX_B, DX_REST, DX_ROWS, DX_DY_SCALE, DX_X_SCALE
     vec affine(vec x, const vec* k)
     vec gradient_weighed(vec dy, vec x, vec w, const vec* k)
     vec gradient(vec dy, vec x, const vec* k)
@@ -58,22 +60,28 @@ cdef extern from "epilogue.h" nogil:
     ctypedef struct ActivationParams:
         pass
     ActivationParams activation_params(double slope, double top)
-    vec activate(vec v, const ActivationParams* b)
-    vec activation_grad(vec dy, vec y, const ActivationParams* b)
+    vec activate(vec v, const ActivationParams* act)
+    vec activation_grad(vec dy, vec y, const ActivationParams* act)
 
 cdef extern from "sums.h" nogil:
-    void add_moments(const element* x, long n, wide shift, wide unit, wide* first, wide* second)
-    void add_gradients(const element* dy, const element* x, const element* y, long n, wide mean,
-                       const ActivationParams* b, wide* first, wide* second)
-    void add_row_gradients(const element* dy, const element* x, const element* y, long n,
-                           double mean, double rstd, const double* gamma,
-                           const ActivationParams* b, wide* first, wide* second,
-                           double* column_first, double* column_second)
-    void add_masked_moments(const element* x, mask16 some, wide weight, long n, wide shift,
-                            wide unit, wide* first, wide* second)
-    void add_masked_gradients(const element* dy, const element* x, const element* y, mask16 some,
-                              long n, wide mean, const ActivationParams* b, wide* first,
-                              wide* second)
+    ctypedef struct Sources:
+        const element* x
+        const element* dy
+        const element* y
+    ctypedef struct SumPair:
+        wide* first
+        wide* second
+    ctypedef struct RowGradient:
+        double mean, rstd
+        const ActivationParams* act
+    void add_moments(Sources p, long n, wide shift, wide unit, SumPair sums)
+    void add_gradients(Sources p, long n, wide mean, const ActivationParams* act, SumPair sums)
+    void add_row_gradients(Sources p, long n, const RowGradient* row, const double* gamma,
+                           SumPair sums, double* column, long pitch)
+    void add_masked_moments(Sources p, mask16 mask, wide weight, long n, wide shift, wide unit,
+                            SumPair sums)
+    void add_masked_gradients(Sources p, mask16 mask, long n, wide mean,
+                              const ActivationParams* act, SumPair sums)
 
 cdef extern from "finalize.h" nogil:
     ctypedef double doubles "f64_register"   # C knows how many
@@ -88,12 +96,12 @@ cdef extern from "finalize.h" nogil:
     double exact_inverse(double n)
     doubles not_negative(doubles a)
     doubles product(doubles difference, doubles factor)
-    ctypedef long long marks "i64_register"
-    marks all_marks()
-    bint are_all(marks mask)
-    marks usual_scales(doubles a)
-    marks usual_slopes(doubles a)
-    marks usual_means(doubles a)
+    ctypedef long long lane_mask "i64_register"
+    lane_mask all_lanes()
+    bint every_lane(lane_mask mask)
+    lane_mask usual_scales(doubles a)
+    lane_mask usual_slopes(doubles a)
+    lane_mask usual_means(doubles a)
     doubles sqrt_pow2(doubles a)
     doubles gradient_pow2(doubles b, doubles rstd, doubles mean)
     doubles inverse_of_power(doubles a)
@@ -102,8 +110,8 @@ cdef extern from "finalize.h" nogil:
 cdef extern from "machine.h" nogil:
     ctypedef struct fp_mode:
         pass
-    fp_mode usual_mode()
-    void restore_mode(fp_mode mode)
+    fp_mode enter_usual_mode()
+    void leave_mode(fp_mode was)
     void prefetch(const element* p, bint wanted)
     void set_flag(unsigned char* flag)
     long fetch_add(long* counter, long by)

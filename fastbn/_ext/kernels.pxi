@@ -1,24 +1,29 @@
 # The kernels: moments, normalization and their gradients, for one element type and one
 # instruction set. `setup.py` compiles this file once for each pair of them.
 #
-# 1. Data. A call is a `Task` on (G, N, C, S) views. With *planes* a row is one plane, S
-#    contiguous values of one channel; with *channels last* it is one sample, C contiguous
-#    columns. A channel's values are cut into chunks that depend on shape and element type alone.
-#    A reduction gives two sums for each (chunk, channel), merged later in the order of chunks; a
-#    map is elementwise. So neither threads nor blocking nor the kind of store can change a bit.
+# 1. Data. A call is a `Task` on (G, N, C, S) views: G runs (virtual batches), N samples, C
+#    channels, S values. *Planes*: the S values of a channel and sample lie side by side. *Channels
+#    last*: S = 1, and a row is a sample, its C columns side by side. A call has a *reduce* (two
+#    sums of each channel), a *map* (y or dx of each value), or both, with *finalize* between.
+#    Chunks of a channel depend on shape and element type alone, and their sums are merged in order:
+#    no bit depends on threads, blocks or kind of store.
 # 2. Lanes. Work goes 16 elements at a time (simd.h). Planes: lane l sums the values at
 #    l, l + 16, ... of a plane and goes on over the planes of the chunk; the lanes are added up
 #    once a chunk. Channels last: each column has a lane of its own, and rows follow each other.
-# 3. Sums are float64, whatever the elements are. Moments are sums of d = x - shift and d*d with the
-#    channel's first value as the shift: mean = shift + m and var = sum(d*d)/n - m*m, m = sum(d)/n,
-#    lose 1 + (m/s)**2 roundings, little unless that value is far out. Then (and where float64
-#    squares overflow) the channel is summed again about the mean just found, right for any data.
-# 4. Channels that are pooled share their statistics, as in group norm. For moments a group is summed
-#    as one plane where it is one in memory; else, and on the way back, each channel is summed by
-#    itself, and finalize puts those of a group together. So a block is of whole groups.
-# 5. A row (of layer norm) is a plane whose gamma and beta are by column: maps multiply by them after
-#    or, back, before all else.
-# 6. One chapter a file: reduce.pxi (sums), finalize.pxi (from sums to coefficients),
+# 3. Sums are float64. With d = x - shift and m = sum(d) / n: mean = shift + m, and var = sum(d*d) /
+#    n - m*m. The subtraction costs a factor 1 + (m/s)**2 of precision, s the standard deviation.
+#    shift is the channel's first value, so that is little unless the value is an outlier. Where |m|
+#    > 16 s, or a square overflows, the channel is summed again about shift + m.
+# 4. Channels that are pooled share their statistics, as in group norm. For moments a group is
+#    summed as one plane where it is one in memory; else, and on the way back, each channel is
+#    summed by itself, and finalize puts those of a group together. So a block is of whole groups.
+# 5. By column (layer norm of (N, C)): each sample's group is a plane with statistics of its own,
+#    and gamma and beta belong to columns. y = xhat*gamma + beta is done after the affine map;
+#    backward, dy is first multiplied by gamma.
+# 6. Constants. setup.py makes every "cdef inline" function always_inline. So an argument that the
+#    caller gives as a literal, as kind or n = 16, is a constant in the loop: "if kind & MASKED"
+#    costs nothing, and each literal makes a loop of its own, as templates would.
+# 7. One chapter a file: reduce.pxi (sums), finalize.pxi (from sums to coefficients),
 #    elementwise.pxi (y and dx), drive.pxi (the order of work).
 
 from cython.parallel cimport parallel
@@ -30,7 +35,7 @@ from libc.string cimport memcpy, memset
 from fastbn._ext.task cimport (
     ACTIVATION, ACTIVATION_GRAD, AFFINE, AHEAD, BY_COLUMN, DRESIDUAL, GENERAL, GRADIENT_MOMENTS,
     INPUT_GRADIENT, KINDS, MASKED, MOMENTS, MOST_MASKED_ROWS, NO_MAP, NO_REDUCE, PACKED, RESIDUAL,
-    WIDE, WITH_X, Operand, Table, Task, sums_pitch,
+    WIDE, WITH_X, Operand, Table, Task, pitch_of, sums_pitch,
 )
 
 include "headers.pxi"
@@ -42,7 +47,9 @@ cdef inline element* at(const Operand* a, Py_ssize_t g, Py_ssize_t n, Py_ssize_t
     return <element*> a.data + g * a.g + n * a.n + c * a.c
 
 
-cdef inline double entry(const Table* t, Py_ssize_t g, Py_ssize_t c, double default) noexcept nogil:
+cdef inline double table_value(const Table* t, Py_ssize_t g, Py_ssize_t c,
+                               double default) noexcept nogil:
+    """A table's entry for channel c of run g."""
     if t.data == NULL:
         return default
     if t.pool > 1:
@@ -54,14 +61,19 @@ cdef inline double entry(const Table* t, Py_ssize_t g, Py_ssize_t c, double defa
     return (<const double*> (t.data + g * t.g + c * t.c))[0]
 
 
-cdef inline double* sums(const Task* t, Py_ssize_t g, Py_ssize_t j) noexcept nogil:
-    """Chunk j's two rows of sums."""
+cdef inline double* chunk_sums(const Task* t, Py_ssize_t g, Py_ssize_t j) noexcept nogil:
+    """Chunk j's two rows of sums; all chunks share one pair where n_partials is 1."""
     return t.partial + (g * t.n_partials + min(j, t.n_partials - 1)) * 2 * t.pitch
 
 
 cdef inline real* packed(const Task* t, Py_ssize_t g) noexcept nogil:
     """Run g's rows of coefficients."""
     return <real*> t.packed + g * PACKED * t.pitch
+
+
+cdef struct Strip:
+    # Columns [left, left + width) of rows [n0, n1).
+    Py_ssize_t n0, n1, left, width
 
 
 cdef struct Chunk:
@@ -78,34 +90,33 @@ cdef inline Chunk chunk(const Task* t, Py_ssize_t j) noexcept nogil:
     return k
 
 
-cdef struct Selected:
-    # Which places count, and what weighs there: the mask where the work is, whether vectors of it
-    # end before it does, how a row is read, the weights from its first sample on, if there are any,
-    # and how many samples a row has.
-    const unsigned char* mask
+cdef struct Selection:
+    # Which places count, and what their samples weigh, from some value or row on.
+    const unsigned char* mask       # the byte of the first value or sample here
     const unsigned char* mask_end
-    bint whole, weighed
-    mask16 numbers
-    weights weighs
-    Py_ssize_t samples
+    bint in_range                   # sixteen bytes may be loaded in MOST_MASKED_ROWS rows from here
+    bint weighed
+    mask16 numbers                  # of sixteen columns, which sample of the row each belongs to
+    weights weighs                  # the weights from this sample on
+    Py_ssize_t samples              # in a row of memory
 
-cdef struct Marked:
-    # The same of a few rows of one sample each.
-    mask16[MOST_MASKED_ROWS] some
+cdef struct RowMasks:
+    # The masks and weights of a few rows of one sample each.
+    mask16[MOST_MASKED_ROWS] mask
     double[MOST_MASKED_ROWS] weight
 
 cdef double unweighed = 1
 
 
-cdef inline Selected selected_at(const Task* t, Py_ssize_t g, Py_ssize_t n,
+cdef inline Selection selection_at(const Task* t, Py_ssize_t g, Py_ssize_t n,
                                  Py_ssize_t s) noexcept nogil:
     """At value s of plane n, or at row n."""
-    cdef Selected p
+    cdef Selection p
     cdef Py_ssize_t sample = n * t.fold
     memset(&p.numbers, 0, sizeof(mask16))
     p.samples, p.weighed = t.fold, t.weights != NULL
     p.mask, p.mask_end = t.mask + g * t.mask_g + sample * t.S + s, t.mask + t.G * t.mask_g
-    p.whole = p.mask_end - p.mask >= (MOST_MASKED_ROWS + 1) * t.fold + 16
+    p.in_range = p.mask_end - p.mask >= (MOST_MASKED_ROWS + 1) * t.fold + 16
     p.weighs.first, p.weighs.end, p.weighs.left, p.weighs.each = &unweighed, &unweighed + 1, 16, 16
     if p.weighed:
         p.weighs.first = t.weights + g * t.weights_g + sample // t.weight_samples
@@ -115,7 +126,7 @@ cdef inline Selected selected_at(const Task* t, Py_ssize_t g, Py_ssize_t n,
     return p
 
 
-cdef inline void pass_samples(Selected* p, Py_ssize_t samples) noexcept nogil:
+cdef inline void pass_samples(Selection* p, Py_ssize_t samples) noexcept nogil:
     p.mask += samples
     if p.weighed:
         p.weighs.left -= samples
@@ -124,27 +135,28 @@ cdef inline void pass_samples(Selected* p, Py_ssize_t samples) noexcept nogil:
             p.weighs.left += p.weighs.each
 
 
-cdef inline Selected at_columns(const Task* t, const Selected* row, Py_ssize_t c) noexcept nogil:
+cdef inline Selection at_columns(const Task* t, const Selection* row, Py_ssize_t c) noexcept nogil:
     """At sixteen columns of a row: each is of the sample that it belongs to."""
-    cdef Selected p = row[0]
+    cdef Selection p = row[0]
     pass_samples(&p, t.samples[c])
     p.numbers = sample_numbers(t.numbers + c)
     return p
 
 
-cdef inline mask16 mask_at(const Selected* p) noexcept nogil:
+cdef inline mask16 mask_at(const Selection* p) noexcept nogil:
     """Of sixteen columns those that count."""
-    return mask_permute(p.numbers, mask_load(p.mask) if p.whole
+    return mask_permute(p.numbers, mask_load(p.mask) if p.in_range
                         else mask_load_before(p.mask_end, p.mask))
 
 
-cdef inline bint mark(const Task* t, Selected p, Py_ssize_t rows, Marked* marked) noexcept nogil:
-    """A few rows from this one on, and whether they are of one sample each."""
+cdef inline bint masks_of_rows(const Task* t, Selection p, Py_ssize_t rows,
+                               RowMasks* masks) noexcept nogil:
+    """Those of a few rows from this one on; whether these are of one sample each."""
     cdef Py_ssize_t r
     if t.fold > 1:
         return False
     for r in range(rows):
-        marked.some[r], marked.weight[r] = mask_broadcast(p.mask), p.weighs.first[0]
+        masks.mask[r], masks.weight[r] = mask_broadcast(p.mask), p.weighs.first[0]
         pass_samples(&p, 1)
     return True
 

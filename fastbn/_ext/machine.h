@@ -12,25 +12,25 @@
 #include <fenv.h>
 #endif
 
-/* The usual floating-point mode, in which nothing is flushed, while a kernel runs: a thread of the
- * team has the mode of whoever called first, and the caller may have another by now. */
+/* Set the default floating-point mode, which flushes no subnormals, and return what was set: a
+ * thread of the team has the mode of whoever called first; the caller may have another by now. */
 #ifdef FASTBN_PORTABLE
 typedef fenv_t fp_mode;
-INLINE fp_mode usual_mode(void) {
+INLINE fp_mode enter_usual_mode(void) {
     fp_mode was;
     fegetenv(&was);
     fesetenv(FE_DFL_ENV);
     return was;
 }
-INLINE void restore_mode(fp_mode mode) { fesetenv(&mode); }
+INLINE void leave_mode(fp_mode was) { fesetenv(&was); }
 #else
 typedef unsigned fp_mode;
-INLINE fp_mode usual_mode(void) {
+INLINE fp_mode enter_usual_mode(void) {
     fp_mode was = _mm_getcsr();
     _mm_setcsr(_MM_MASK_MASK);
     return was;
 }
-INLINE void restore_mode(fp_mode mode) { _mm_setcsr(mode); }
+INLINE void leave_mode(fp_mode was) { _mm_setcsr(was); }
 #endif
 
 INLINE void prefetch(const element *p, int wanted) {

@@ -1,7 +1,7 @@
 # Parts: what follows in memory is joined, and what would need too many tables is cut.
 #
-# No bit depends on either. Tables stay small beside the array: `run_parts` takes wide arrays with few
-# values a channel some channels at a time.
+# No bit depends on either. Tables stay small beside the array: `run_parts` takes wide arrays with
+# few values a channel some channels at a time.
 
 cdef enum:
     OPERANDS = 6
@@ -74,19 +74,20 @@ cdef void join_runs(Task* t) noexcept nogil:
         t[0] = joined
 
 
-cdef bint is_single(const Task* t) noexcept nogil:
+cdef bint has_one_value(const Task* t) noexcept nogil:
     """Whether a channel of a run is a single value."""
     return t.N * t.S == 1 and t.fold == 1
 
 
-cdef void take_values(Task* t, int element) noexcept nogil:
+cdef void use_values_as_means(Task* t, int element) noexcept nogil:
     """A forward of one value a channel: that is its mean, and its variance the 0 that fresh tables
     hold, if all are finite; what is left is a map."""
     cdef Py_ssize_t c
-    cdef bint fits = t.G == 1 and t.channels_last and is_single(t) and t.pool == 1
+    cdef bint fits = t.G == 1 and t.channels_last and has_one_value(t) and t.pool == 1
     cdef int finite = 1
     cdef double* mean = <double*> t.first.data
-    fits = fits and t.mask == NULL and t.reduce == MOMENTS and t.map == AFFINE and (element == F32 or element == F64)
+    fits = fits and t.mask == NULL and t.reduce == MOMENTS and t.map == AFFINE
+    fits = fits and (element == F32 or element == F64)
     if not fits or flushes():
         return
     if element == F32:
@@ -151,7 +152,7 @@ cdef int run_parts(Task* t, Run run, int threads) except -1 nogil:
     cdef Py_ssize_t most, G, C, g = 0, c
     cdef Task part
     schedule(t, threads)
-    if owners_of(t) * t.pitch * table_bytes(t) <= limit_of(t):
+    if owners_of(t) * t.pitch * table_bytes(t) <= kernel_limit(t):
         return run_part(t, run, threads)
     t.n_partials = most_chunks(t)     # some parts may be shared by all threads
     most = channels_at_once(t)

@@ -1,10 +1,11 @@
-# Plain calls: arguments as most calls have them, read by NumPy's C interface in a few nanoseconds each.
+# Plain calls: arguments as most calls have them, read by NumPy's C interface in a few nanoseconds
+# each.
 #
-# None of these functions says why something is not plain: that is for fastbn.checks. Nothing has been
-# touched when one says no.
+# None of these functions says why something is not plain: that is for fastbn.checks. Nothing has
+# been touched when one says no.
 
 cdef dict layouts = LAYOUTS
-cdef Py_ssize_t short_plane = SHORT, row_bytes = ROW_BYTES
+cdef Py_ssize_t short_plane = SHORT, row_bytes = sizes.ROW_BYTES
 
 
 cdef bint set_plain_shape(Task* t, object x, object layout):
@@ -35,8 +36,8 @@ cdef bint set_plain_shape(Task* t, object x, object layout):
 
 
 cdef object set_plain_samples(Task* t, object x, object layout, object groups, object samples):
-    """A plain shape with runs of some samples, or with rows, of `groups` of channels: the shape of a
-    table of what shares statistics. None where these are not plain, or where tables of all rows
+    """A plain shape with runs of some samples, or with rows, of `groups` of channels: the shape of
+    a table of what shares statistics. None where these are not plain, or where tables of all rows
     would not be small."""
     cdef Py_ssize_t N, C, S, of_run, count, pool
     cdef bint last
@@ -47,7 +48,8 @@ cdef object set_plain_samples(Task* t, object x, object layout, object groups, o
     N, C, last = cnp.PyArray_DIM(x, 0), t.channels, layouts[layout] < 0
     if not 1 <= samples <= N or groups > C:
         return None
-    of_run, count = samples, C if groups == EACH_CHANNEL else 1 if groups == ALL_CHANNELS else groups
+    of_run = samples
+    count = C if groups == EACH_CHANNEL else 1 if groups == ALL_CHANNELS else groups
     if N % of_run != 0 or C % count != 0:
         return None
     S, pool = cnp.PyArray_SIZE(x) // (N * C), C // count
@@ -55,7 +57,7 @@ cdef object set_plain_samples(Task* t, object x, object layout, object groups, o
     if groups == ALL_CHANNELS:
         shape = (N // of_run,)
     if of_run * S == 1 and are_rows(count, pool):
-        if N * count * row_bytes > calls_limit(t):
+        if N * count * row_bytes > verb_limit(t):
             return None
         set_shape(t, 1, 1, N * count, pool, False)
         t.period = count
@@ -81,7 +83,7 @@ cdef bint are_statistics(object a, tuple shape):
     return cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT64 and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> a)
 
 
-cdef bint fits(Task* t, object v):
+cdef bint is_parameter(Task* t, object v):
     """Whether v is a native (C,) array of float32 or float64."""
     return (cnp.PyArray_CheckExact(v) and cnp.PyArray_NDIM(v) == 1
             and cnp.PyArray_DIM(v, 0) == parameters_of(t)
@@ -214,7 +216,7 @@ cdef object set_plain_forward(Task* t, object x, object gamma, object beta, obje
     """A training forward on a shape that is set: its output, or None."""
     if not is_valid_eps(eps):
         return None
-    if not (gamma is None or fits(t, gamma)) or not (beta is None or fits(t, beta)):
+    if not (gamma is None or is_parameter(t, gamma)) or not (beta is None or is_parameter(t, beta)):
         return None
     if not set_activation(t, activation) or not set_residual(t, residual, x):
         return None
@@ -233,7 +235,7 @@ cdef object set_plain_normalize(Task* t, object x, object mean, object var, obje
                                 object beta, object eps, object activation, object residual,
                                 object out):
     """The same of y by given statistics."""
-    if not fits(t, mean) or not fits(t, var):
+    if not is_parameter(t, mean) or not is_parameter(t, var):
         return None
     t.mean, t.var = table(mean), table(var)
     if not is_valid_variance(t, False):
@@ -250,7 +252,7 @@ cdef bint set_plain_statistics(Task* t, object dy, object mean, object var, obje
     """Whether dy's shape and the statistics of a backward are plain: then they are set."""
     if not set_plain_shape(t, dy, layout) or not (params is True or params is False):
         return False
-    if not fits(t, mean) or not fits(t, var):
+    if not is_parameter(t, mean) or not is_parameter(t, var):
         return False
     t.mean, t.var = table(mean), table(var)
     return frozen or not (t.mean.single or t.var.single)
@@ -258,12 +260,12 @@ cdef bint set_plain_statistics(Task* t, object dy, object mean, object var, obje
 
 cdef tuple set_plain_backward(Task* t, object dy, object x, object mean, object var, object gamma,
                               object eps, object activation, object y, object dresidual,
-                              bint frozen, bint lone, object out):
+                              bint frozen, bint dx_only, object out):
     """A backward on dy's shape, which is set, by statistics that are: dx and dresidual, or None.
-    `lone` is that of dx alone by fixed statistics."""
-    if not is_valid_eps(eps) or not (gamma is None or fits(t, gamma)):
+    `dx_only` is that of dx alone by fixed statistics."""
+    if not is_valid_eps(eps) or not (gamma is None or is_parameter(t, gamma)):
         return None
-    if not (lone and x is None) and not is_like(x, dy):
+    if not (dx_only and x is None) and not is_like(x, dy):
         return None
     if not is_valid_variance(t, not frozen) or not set_activation_grad(t, activation, y, dy):
         return None
@@ -281,12 +283,12 @@ cdef tuple set_plain_backward(Task* t, object dy, object x, object mean, object 
               and all_apart(out, mean, var, gamma, y)
               and (dresidual is None or apart(out, dresidual))):
         return None
-    t.reduce = NO_REDUCE if lone else GRADIENT_MOMENTS
+    t.reduce = NO_REDUCE if dx_only else GRADIENT_MOMENTS
     t.map = AFFINE if frozen else INPUT_GRADIENT
     t.eps = eps
     t.dy, t.out = dense(t, dy), dense(t, out)
     set_parameters(t, gamma, None)
-    if lone:
+    if dx_only:
         memset(&t.mean, 0, sizeof(Table))   # dy is not centred
     else:
         t.x = dense(t, x)
@@ -297,10 +299,10 @@ cdef tuple set_plain_backward(Task* t, object dy, object x, object mean, object 
 
 cdef bint may_cut_sums(Task* t) noexcept:
     """Whether the sums of a run may be taken some channels at a time, or need not."""
-    return t.fold == 1 and t.pool == 1 or t.channels * sum_bytes <= calls_limit(t)
+    return t.fold == 1 and t.pool == 1 or t.channels * sum_bytes <= verb_limit(t)
 
 
-# ---- For backends without compiled entries: the (G, N, C, S) shape of what is plain, and outputs ----
+# ---- For backends without compiled entries: the (G, N, C, S) shape, and outputs ----
 
 cdef tuple shape_of(Task* t):
     return 1, <Py_ssize_t> t.count // t.S, t.channels, t.S

@@ -2,18 +2,18 @@
 #
 # 1. `set_chunks` cuts the samples into chunks. It sees shape and element type alone, for it decides
 #    roundings.
-# 2. `schedule` decides what no bit depends on: blocks, streaming stores, threads. Its thresholds are
-#    `tuning`, which experiments may change by `tune`.
+# 2. `schedule` decides what no bit depends on: blocks, streaming stores, threads. Its thresholds
+#    are `tuning`, which experiments may change by `tune`.
 
 cdef enum:
     LINE = 64
     LANES = 16
-    FOLD_BELOW = 64         # columns; rows narrower than this are taken several at a time,
-    MANY = 65536            # and in arrays of this many values all rows of broken vectors
+    FOLD_BELOW = 64         # columns; narrower rows are folded, several samples to a row,
+    FOLD_FROM = 65536       # and rows that are no whole vectors, from so many values of a run on
     CHUNK = 16384           # values of a channel in a chunk: the lanes' sums stay short
     FEWEST_ROWS = 64        # samples in a chunk, channels last
     MOST_ROWS = 1024        # twice that of half types: sums take up 0.4 % of what is summed
-    MANY_CHANNELS = 1024    # of a run, which is worked on as fast as several joined
+    MANY_CHANNELS = 1024    # a run this wide gains nothing from being joined (join_runs)
     OVERFLOWING = 65536     # bytes of coefficients that L1 does not keep from row to row
 
 
@@ -50,7 +50,7 @@ cdef void set_shape(Task* t, Py_ssize_t G, Py_ssize_t N, Py_ssize_t C, Py_ssize_
     cdef Py_ssize_t k = 1
     t.G, t.N, t.C, t.S, t.channels, t.fold, t.rest_columns = G, N, C, S, C, 1, 0
     t.channels_last, t.count = channels_last, <double> N * S
-    if channels_last and (C < FOLD_BELOW or C % 16 != 0 and N * C >= MANY):
+    if channels_last and (C < FOLD_BELOW or C % 16 != 0 and N * C >= FOLD_FROM):
         while k * C % 16 != 0:
             k *= 2
         if k <= N and k * C <= most_folded:
@@ -68,14 +68,9 @@ cdef void set_pitch(Task* t) noexcept nogil:
     t.pitch = pitch_of(t.C)
 
 
-cdef Py_ssize_t pitch_of(Py_ssize_t channels) noexcept nogil:
-    """Coefficients in a row of packed ones."""
-    return ceil_div(channels, LANES) * LANES + LANES
-
-
 cdef void set_groups(Task* t) noexcept nogil:
-    """The chunks of whole groups, where these are planes: of planes, or of all channels
-    that there are."""
+    """Group norm's moments: where a group's channels are one stretch of memory (planes, or all
+    channels of a sample) they are summed as one plane, in chunks of its own."""
     cdef Task groups = t[0]
     t.group_chunks = 0
     t.grouped = t.pool > 1 and t.reduce == MOMENTS and (not t.channels_last or t.pool == t.channels)
@@ -110,7 +105,8 @@ cdef Py_ssize_t bytes_of(Task* t) noexcept nogil:
 
 
 cdef int count_inputs(Task* t) noexcept nogil:
-    # dy may be its own activation_grad
+    # y is dy itself where dresidual is wanted without an activation (keep_dresidual): count it
+    # once.
     return ((t.x.data != NULL) + (t.dy.data != NULL) + (t.residual.data != NULL)
             + (t.y.data != NULL and t.y.data != t.dy.data))
 
@@ -158,7 +154,7 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
     elif t.channels_last:
         block = t.C     # runs, each by one thread
     elif t.column_sums != NULL:
-        t.threads = min(<Py_ssize_t> t.threads, ceil_div(t.C, t.rows_per_piece))
+        t.threads = min(<Py_ssize_t> t.threads, ceil_div(t.C, t.rows_per_sum))
         block = rows_at_once(t, tuning.fused_block // column)
     else:
         t.split = is_uneven(t, channels // t.pool)
@@ -185,7 +181,7 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
 
 cdef Py_ssize_t rows_at_once(Task* t, Py_ssize_t most) noexcept nogil:
     """Rows of a block, back: so many at most as all threads may have tables for."""
-    return max(min(most, limit_of(t) // (t.threads * table_bytes(t)) - 2 * LANES), 1)
+    return max(min(most, kernel_limit(t) // (t.threads * table_bytes(t)) - 2 * LANES), 1)
 
 
 cdef bint is_uneven(Task* t, Py_ssize_t units) noexcept nogil:
@@ -194,7 +190,7 @@ cdef bint is_uneven(Task* t, Py_ssize_t units) noexcept nogil:
 
 
 cdef bint streams_alike(Task* t, Py_ssize_t row) noexcept nogil:
-    """Whether lines of dresidual begin where those of `out` do; ends of short rows are not joined."""
+    """Whether lines of dresidual begin where those of `out` do; short rows' ends are not joined."""
     return ((t.out.data - t.dresidual.data) % LINE == 0 and t.out.g == t.dresidual.g
             and t.out.n == t.dresidual.n and t.out.c == t.dresidual.c
             and (row % LINE == 0 or row >= 1024))

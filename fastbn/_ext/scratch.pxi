@@ -1,7 +1,7 @@
 # Scratch: the tables between the passes, and how many channels may have them at a time.
 
 cdef Py_ssize_t usual_scratch = sizes.SCRATCH, scratch_part = sizes.SCRATCH_PART
-cdef Py_ssize_t call_bytes = sizes.CHANNEL_BYTES, sum_bytes = SUM_BYTES
+cdef Py_ssize_t verb_bytes = sizes.CHANNEL_BYTES, sum_bytes = sizes.SUM_BYTES
 cdef double calls_share = sizes.CALLS_SHARE
 
 
@@ -80,7 +80,8 @@ cdef void set_starts(Task* t) noexcept nogil:
 
 
 cdef Py_ssize_t columns_of_samples(Task* t) noexcept nogil:
-    """Of a row and of what vectors reach of the next one, where a mask asks whose they are."""
+    """Entries of `samples` and `numbers`: for the columns of a row and the sixteen that a vector
+    may reach beyond; none without a mask."""
     return t.pitch + LANES if t.mask != NULL and t.channels_last else 0
 
 
@@ -92,30 +93,28 @@ cdef void set_samples(Task* t) noexcept nogil:
 
 
 cdef Py_ssize_t table_bytes(Task* t) noexcept nogil:
-    """Of a channel."""
+    """Bytes of one channel's tables."""
     return rows_of_sums(t) * <Py_ssize_t> sizeof(double) + PACKED * t.real_bytes
 
 
-cdef Py_ssize_t limit_of(Task* t) noexcept nogil:
-    """What all tables together may take: what verbs leave, which of one run make few."""
+cdef Py_ssize_t kernel_limit(Task* t) noexcept nogil:
+    """What the kernels' tables may take: the limit of a call (SCRATCH, or a part of the array) less
+    the verb's own tables, at most CALLS_SHARE of it."""
     cdef Py_ssize_t both = max(tuning.scratch, bytes_of(t) // scratch_part)
     cdef Py_ssize_t calls = <Py_ssize_t> (both * calls_share)
     if t.G == 1 and t.period == 0:
-        calls = min(calls, t.channels * call_bytes)
+        calls = min(calls, t.channels * t.verb_bytes)
     return both - calls
 
 
-cdef Py_ssize_t calls_limit(Task* t) noexcept nogil:
-    """What those of a verb may: above it verbs work in parts."""
+cdef Py_ssize_t verb_limit(Task* t) noexcept nogil:
+    """What a verb's own tables may take; above it verbs work in parts."""
     return <Py_ssize_t> (max(usual_scratch, bytes_of(t) // scratch_part) * calls_share)
 
 
 cdef Py_ssize_t channels_at_once(Task* t) noexcept nogil:
-    """How many channels' tables are in memory at a time: all, or equal parts of whole vectors.
-
-    The verbs have a share of the limits as well, where they make tables of their own.
-    """
-    cdef Py_ssize_t most = max(limit_of(t) // table_bytes(t) // LANES, 1) * LANES
+    """How many channels' tables are in memory at a time: all, or equal parts of whole vectors."""
+    cdef Py_ssize_t most = max(kernel_limit(t) // table_bytes(t) // LANES, 1) * LANES
     if t.C <= most or t.fold > 1 or t.pool > 1 or t.period > 0 or t.prepared != NULL:
         return max(most, t.C)
     return ceil_div(t.C, ceil_div(t.C, most) * LANES) * LANES

@@ -8,9 +8,9 @@
  *    than the register would be spilled to memory by the compiler.
  * 3. Memory holds `element`s, arithmetic is done in `real`s, and load and store alone know the
  *    difference: float16 and bfloat16 become float32 there, and are rounded to nearest even.
- * 4. The arithmetic is the compiler's own on vector types. Intrinsics stand only where it has no
- *    word for what is meant, or finds too many: loads and stores of part of a vector, streaming
- *    stores, conversions, sums on the pipes that multiply, and the floating-point mode.
+ * 4. The arithmetic is the compiler's own on vector types. Intrinsics stand where it has no
+ *    expression for what is meant, or makes several instructions of one: loads and stores of part
+ *    of a vector, streaming stores, conversions, additions by FMA, and the floating-point mode.
  * 5. The build defines FASTBN_WIDTH (bytes in a register), FASTBN_F32, FASTBN_F64, FASTBN_F16 or
  *    FASTBN_BF16 (the element type), and FASTBN_PORTABLE where no intrinsic may be used.
  */
@@ -160,9 +160,6 @@ OF_PART void store_part(element *p, raw_register v, long n, int i) {
 }
 #endif
 
-/* ---- Scalars: without branches, so that loops over channels become vectors ---- */
-
-INLINE double choose(int condition, double a, double b) { return condition ? a : b; }
 INLINE int is_finite(double a) { return fabs(a) <= DBL_MAX; }
 
 /* ---- vec: elementwise work ---- */
@@ -239,6 +236,7 @@ INLINE void stream_fence(void) {
     _mm_sfence();
 #endif
 }
+/* GCC spreads a scalar over a vector operand; minus 0, unlike plus 0, leaves a -0 as it is. */
 INLINE vec vsplat(real a) {
     vec v;
     UNROLLED (int i = 0; i < VEC_REGISTERS; i++)
@@ -254,26 +252,31 @@ INLINE void vload_each(vec *v, const real *p, long pitch, int count) {
         UNROLLED (int j = 0; j < VEC_REGISTERS; j++)
             memcpy(&v[i].r[j], p + i * pitch + j * ELEMENTS, sizeof v[i].r[j]);
 }
-/* y = (x - hi)*scale + shift, of coefficients k in this order. */
+/* Rows of packed coefficients. Y_ROWS and DX_ROWS are those of the usual loops, which leave the
+ * powers of two behind them out. */
+enum { Y_HI, Y_SCALE, Y_SHIFT, Y_ROWS, Y_X_SCALE = Y_ROWS };
+enum { DX_DHI, DX_A, DX_HI, DX_LO, DX_B, DX_REST, DX_ROWS, DX_DY_SCALE = DX_ROWS, DX_X_SCALE };
+/* y = (x - hi)*scale + shift. */
 INLINE vec affine(vec x, const vec *k) {
     UNROLLED (int i = 0; i < VEC_REGISTERS; i++)
-        x.r[i] = (x.r[i] - k[0].r[i]) * k[1].r[i] + k[2].r[i];
+        x.r[i] = (x.r[i] - k[Y_HI].r[i]) * k[Y_SCALE].r[i] + k[Y_SHIFT].r[i];
     return x;
 }
-/* dx = (dy - dhi)*a + (((x - hi) - lo)*b + rest), of coefficients k in this order. */
+/* dx = (dy - dhi)*a + (((x - hi) - lo)*b + rest). */
 INLINE vec gradient(vec dy, vec x, const vec *k) {
     UNROLLED (int i = 0; i < VEC_REGISTERS; i++) {
-        vec_register d = x.r[i] - k[2].r[i] - k[3].r[i];
-        dy.r[i] = (dy.r[i] - k[0].r[i]) * k[1].r[i] + (d * k[4].r[i] + k[5].r[i]);
+        vec_register d = x.r[i] - k[DX_HI].r[i] - k[DX_LO].r[i];
+        vec_register own = (dy.r[i] - k[DX_DHI].r[i]) * k[DX_A].r[i];
+        dy.r[i] = own + (d * k[DX_B].r[i] + k[DX_REST].r[i]);
     }
     return dy;
 }
 /* The same where samples weigh w, of the means alone. */
 INLINE vec gradient_weighed(vec dy, vec x, vec w, const vec *k) {
     UNROLLED (int i = 0; i < VEC_REGISTERS; i++) {
-        vec_register d = x.r[i] - k[2].r[i] - k[3].r[i];
-        vec_register own = (dy.r[i] - k[0].r[i] * w.r[i]) * k[1].r[i];
-        dy.r[i] = own + (d * k[4].r[i] + k[5].r[i]) * w.r[i];
+        vec_register d = x.r[i] - k[DX_HI].r[i] - k[DX_LO].r[i];
+        vec_register own = (dy.r[i] - k[DX_DHI].r[i] * w.r[i]) * k[DX_A].r[i];
+        dy.r[i] = own + (d * k[DX_B].r[i] + k[DX_REST].r[i]) * w.r[i];
     }
     return dy;
 }
@@ -394,9 +397,10 @@ INLINE wide wload_table_part(const double *p, long n) {
 INLINE void wstore_table(double *p, wide w) {
     UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) store_register(p + i * DOUBLES, w.r[i]);
 }
+INLINE f64_register splat(double a) { return a - (f64_register){0}; }
 INLINE wide wsplat(double a) {
     wide w;
-    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) w.r[i] = a - (f64_register){0};
+    UNROLLED (int i = 0; i < WIDE_REGISTERS; i++) w.r[i] = splat(a);
     return w;
 }
 INLINE wide wadd(wide a, wide b) {

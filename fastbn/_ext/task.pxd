@@ -8,8 +8,8 @@ cdef struct Operand:
 
 cdef struct Table:
     # A (G, C) table of float64 or, where `single`, float32; strides count bytes. NULL data stands
-    # for the default that its field names. Of `pool` channels together it has one entry; 0: of each.
-    # With a `period`, which is not 0 then, channel c has entry (c + phase) % period.
+    # for the default that its field names. Of `pool` channels it has one entry together; 0: of
+    # each. With a `period`, which is not 0 then, channel c has entry (c + phase) % period.
     char* data
     Py_ssize_t g, c, pool, period, phase
     bint single
@@ -21,20 +21,20 @@ cdef enum Reduce:
 
 cdef enum Map:
     NO_MAP
-    AFFINE              # out = (source - mean) * scale + beta; the source is x, or dy if there is one
+    AFFINE              # out = (source - mean) * scale + beta; the source is x, or dy if given
     INPUT_GRADIENT      # out = a*(dy - dy_mean) + b*xhat
 
 cdef enum:
-    # What the loops of a map do, and of a sum.
-    WITH_X = 1          # the gradient of the input, or its sums: x beside dy
-    RESIDUAL = 2        # a residual is added
-    ACTIVATION = 4          # then comes an activation
-    ACTIVATION_GRAD = 8           # dy is multiplied by the slope of the activation where it gave y
-    DRESIDUAL = 16          # that product is stored, as the residual's gradient
-    MASKED = 32       # places are masked and, in moments and their gradient, samples weighed
-    BY_COLUMN = 64      # gamma and beta are of places in a plane, not of planes
-    GENERAL = 128       # extreme scales, and so all of these: see elementwise.pxi
-    KINDS = 256         # above all sums of these
+    # Bits of `kind`: what a loop does.
+    WITH_X = 1              # reads x beside dy: gradient moments, input gradient
+    RESIDUAL = 2            # adds the residual to y
+    ACTIVATION = 4          # then applies the activation
+    ACTIVATION_GRAD = 8     # multiplies dy by the activation's slope at y
+    DRESIDUAL = 16          # stores that product, the gradient of the residual
+    MASKED = 32             # a mask selects places; weights scale what is summed, and dx's means
+    BY_COLUMN = 64          # gamma and beta go by column of a plane (layer norm)
+    GENERAL = 128           # extreme coefficients: x and dy are multiplied by x_scale and dy_scale
+    KINDS = 256             # one more than the largest kind
 
 cdef struct Task:
     Reduce reduce
@@ -45,23 +45,25 @@ cdef struct Task:
     bint channels_last
     Py_ssize_t G, N, C, S, channels, fold, rest_columns
     double count, eps
-    # Consecutive channels that share their statistics, 1 or more; gamma and beta are their own. What
-    # is `grouped` is summed as planes of whole groups, which are cut into chunks of their own.
+    # Consecutive channels that share their statistics, 1 or more; gamma and beta are their own.
+    # What is `grouped` is summed as planes of whole groups, which have chunks of their own.
     Py_ssize_t pool
     bint grouped
     Py_ssize_t group_size, group_chunks, group_rows, group_pieces, group_piece, group_pitch
-    # NULL data where there is none: y gates dy, and dresidual is what it lets through.
+    # NULL data where there is none. y: the activation's output. dresidual: where dy times the slope
+    # is stored.
     Operand x, dy, out, residual, y, dresidual
-    # Which places count, a byte each; NULL: all. Planes: byte s of sample n at n*S + s.
-    # Inside: one a sample. Of each `weight_samples` samples a weight; NULL: 1.
+    # Which places count, a byte each; NULL: all. Planes: byte s of sample n at n*S + s. Channels
+    # last: byte n for sample n. weights: one for each `weight_samples` samples; NULL: all 1.
     const unsigned char* mask
     Py_ssize_t mask_g
     const double* weights
     Py_ssize_t weights_g, weight_samples
-    # By column: plane c goes by row (c + phase) % period of gamma, as doubles, and of gamma and beta,
-    # as reals, each (period, places). Back, the planes are cut into pieces of `rows_per_piece`, each with its
-    # own sums of dy * xhat and dy, (pieces, 2, period, places), which are added up into the first.
-    Py_ssize_t period, phase, places, rows_per_piece
+    # By column: plane c goes by row (c + phase) % period of gamma, as doubles, and of gamma and
+    # beta, as reals, each (period, places). Back, the planes are cut into pieces of
+    # `rows_per_sum`, each with its own sums of dy * xhat and dy, (pieces, 2, period, places),
+    # which are added up into the first.
+    Py_ssize_t period, phase, places, rows_per_sum
     const double* gamma_wide
     const char* columns
     double* column_sums
@@ -75,6 +77,8 @@ cdef struct Task:
     Table mean, var, gamma, beta
     # Given coefficients of the input's gradient, instead of those that follow from sums.
     Table a, b, dy_mean, rstd, rest
+    # Bytes of tables that the caller holds for each channel meanwhile.
+    Py_ssize_t verb_bytes
     # Bytes of an element of arrays, and of one in arithmetic.
     Py_ssize_t itemsize, real_bytes
     # Results: mean and var, or the sums of dy * (x - mean), over s where var is given, and of dy.
@@ -99,11 +103,12 @@ cdef struct Task:
     Py_ssize_t pitch
     double* shift       # (G, pitch): what is subtracted from x before summing
     double* unit        # (G, pitch): a power of two that keeps float64 squares in range
-    # (G, n_partials, 2, pitch): each chunk's two sums; who sums all chunks adds them up one by one.
+    # (G, n_partials, 2, pitch): each chunk's two sums. n_partials is the number of chunks, or 1
+    # where one thread sums all of a channel's chunks and adds each to `total` at once (add_chunk).
     double* partial
     Py_ssize_t n_partials
     double* total       # (G, 2, pitch): the merged sums; `partial` itself where one chunk is all
-    double* compensation        # (G, 2, pitch): what roundings have taken from them, where one is kept
+    double* compensation    # (G, 2, pitch): the rounding errors of `total`, where n_partials is 1
     double* channel_moments        # (G, 2, pitch): mean and var of channels that are pooled
     Py_ssize_t* starts  # (G): the first place that weighs anything
     # (pitch + 16): which of a folded row's samples a column is of, and the same modulo 256.
@@ -113,6 +118,11 @@ cdef struct Task:
     unsigned char* extreme  # (G): whether they take powers of two, which are 1 elsewhere
     # Coefficients that were packed before, for unfolded rows: then there is nothing to finalize.
     char* prepared
+
+
+cdef inline Py_ssize_t pitch_of(Py_ssize_t channels) noexcept nogil:
+    """Coefficients in a row of packed ones: whole vectors, and one more that may be read behind."""
+    return (channels + 15) // 16 * 16 + 16
 
 
 cdef inline Py_ssize_t sums_pitch(const Task* t) noexcept nogil:
@@ -125,5 +135,5 @@ ctypedef void (*Run)(Task*) noexcept nogil
 cdef enum:
     PACKED = 8          # the most coefficients that a map has
     WIDE = 48           # columns; rows at least as wide are masked one by one
-    MOST_MASKED_ROWS = 16    # the most rows that are worked on together where a mask mask16 places
-    AHEAD = 4096        # bytes from a value to the one fetched meanwhile; rows are mapped with twice that
+    MOST_MASKED_ROWS = 16    # the most rows that are worked on together where there is a mask
+    AHEAD = 4096        # bytes from a value to the one fetched meanwhile; twice that of mapped rows

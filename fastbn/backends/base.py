@@ -5,8 +5,9 @@
 2. Arrays come as views made by `fastbn.layouts`: native, aligned, not empty, all of one shape and
    element type, and of one of two families: *planes* (S contiguous) or *channels last* (S = 1, C
    contiguous). N and G may have any strides, and axes of length 1 those of a dense array.
-3. Statistics, parameters and sums are (G, C) float64 tables with any strides, so that a vector
-   shared by all runs is the same table with a stride of 0.
+3. Statistics, parameters and sums are (G, C) tables with any strides, so that a vector shared by
+   all runs is the same table with a stride of 0. What fused walks are given are tables of float32
+   or float64, as the caller has them; all others are float64.
 4. Passes write into arrays that the caller made, in place too: then `out` is the same view as one
    of the inputs.
 5. Between two passes, *finalize* makes coefficients of sums, in float64: `normal_scale` and
@@ -57,8 +58,8 @@ class GradientCoefficients(NamedTuple):
 class ForwardTables(NamedTuple):
     """What fused forward is given: y = gamma * (x - mean) / sqrt(var + eps) + beta."""
 
-    gamma: Table
-    beta: Table
+    gamma: Array | None
+    beta: Array | None
     eps: float
     pool: int = 1
     """Consecutive channels that share their statistics."""
@@ -67,13 +68,30 @@ class ForwardTables(NamedTuple):
 class BackwardTables(NamedTuple):
     """What fused backward is given; tables of statistics are (G, C / pool)."""
 
-    mean: Table
-    var: Table
-    gamma: Table
+    mean: Array
+    var: Array
+    gamma: Array | None
     eps: float
     is_fixed: bool = False
     """Whether the statistics are constants, and let no gradient through."""
     pool: int = 1
+
+
+class ForwardRowTables(NamedTuple):
+    """What fused forward on rows is given: gamma and beta by column, (P, S)."""
+
+    gamma: Table
+    beta: Table
+    eps: float
+
+
+class BackwardRowTables(NamedTuple):
+    """What fused backward on rows is given: statistics of rows, (1, R), and gamma by column."""
+
+    mean: Table
+    var: Table
+    gamma: Table
+    eps: float
 
 
 class Part(NamedTuple):
@@ -83,7 +101,7 @@ class Part(NamedTuple):
     channels: slice
 
     def of(self, a: Any) -> Any:
-        """The same of a (G, N, C, S) array; None of None."""
+        """These runs and channels of a (G, N, C, S) array; None for None."""
         return None if a is None else a[self.runs, :, self.channels]
 
 
@@ -117,12 +135,12 @@ class Selection(NamedTuple):
     mask: NDArray[np.bool_]
     """(G, N, S), contiguous."""
     weights: Table | None
-    """(G, M), contiguous, of each N / M consecutive samples; they weigh in statistics alone. What
-    weighs 0 is not looked at for them."""
+    """(G, M), contiguous: a weight for each N / M consecutive entries of N (channels-last views
+    have a sample's places there). Only statistics are weighted; what weighs 0 is not read."""
     count: float  # type: ignore[assignment]  # in place of tuple.count, which nobody misses
     """Of a channel: the sum of the weights of its places; more than 0."""
 
-    def rows(self, run: int) -> Table | None:
+    def sample_weights(self, run: int) -> Table | None:
         """A run's weights, (N, 1)."""
         if self.weights is None:
             return None
@@ -200,15 +218,12 @@ def pooled_coefficients(
     return GradientCoefficients(gamma * rstd, b, np.zeros_like(rstd), mean, rstd, rest)
 
 
-RUN_BYTES = 32
-"""Of a call's tables, for a channel of each of many runs: what a fused walk takes and gives."""
-SUM_BYTES = 16
-"""The same where statistics are read where they lie."""
-ROW_BYTES = 24
-"""The same of rows, for a row."""
+def filled(table: Array | None, default: float) -> Table:
+    """A table as float64, or what stands for all of one that is not given."""
+    return np.full((1, 1), default) if table is None else np.asarray(table, np.float64)
 
 
-def rows_per_piece(period: int, size: int, rows: int) -> int:
+def rows_per_sum(period: int, size: int, rows: int) -> int:
     """How many rows have sums of columns together, by their shape alone: about a sixty-fourth of
     them, but not so few that the sums outgrow 1.6 % of the rows, or half a MiB where that is more,
     nor so many that roundings do."""
@@ -252,8 +267,8 @@ class Backend(ABC):
         return _never_plain
 
     def walks(self, view: Array, pool: int = 1) -> bool:
-        """Whether a view of one of the two families is computed on where it lies, in a call that
-        pools so many channels."""
+        """Whether a view of one of the two families is computed on where it lies; `pool`: channels
+        whose moments are summed as one plane."""
         return True
 
     def channel_bytes(self, shape: tuple[int, int, int, int]) -> int:
@@ -310,7 +325,7 @@ class Backend(ABC):
     def forward_rows(
         self,
         x: Array,
-        tables: ForwardTables,
+        tables: ForwardRowTables,
         out: Array,
         threads: int,
         epilogue: Epilogue | None = None,
@@ -323,7 +338,7 @@ class Backend(ABC):
         self,
         dy: Array,
         x: Array,
-        tables: BackwardTables,
+        tables: BackwardRowTables,
         out: Array,
         threads: int,
         activation_grad: ActivationGrad | None = None,
@@ -341,12 +356,13 @@ class Backend(ABC):
         selection: Selection | None = None,
     ) -> tuple[Table, Table]:
         """Fused forward: moments, then normalize; gives mean and variance."""
-        gamma, beta, eps, pool = tables
+        eps, pool = tables.eps, tables.pool
+        gamma, beta = filled(tables.gamma, 1.0), filled(tables.beta, 0.0)
         found = mean, var = self.moments(x, threads, selection)
         if pool > 1:
             found = pooled_moments(mean, var, pool)
             mean, var = (np.repeat(a, pool, 1) for a in found)
-        affine = Affine(mean, normal_scale(gamma, var, eps), beta)
+        affine = Affine(mean, normal_scale(gamma, var, eps), np.broadcast_to(beta, mean.shape))
         self.normalize(x, affine, out, threads, epilogue, selection)
         return found
 
@@ -365,19 +381,20 @@ class Backend(ABC):
 
         By fixed statistics dx = gamma * rstd * dy. Gives dgamma, dbeta, (G, C) whatever is pooled.
         """
-        mean, var, gamma, eps, is_fixed, pool = tables
+        eps, is_fixed, pool = tables.eps, tables.is_fixed, tables.pool
+        mean, var = (np.asarray(a, np.float64) for a in (tables.mean, tables.var))
+        gamma = filled(tables.gamma, 1.0)
         if pool > 1:
             mean, var = (np.repeat(a, pool, 1) for a in (mean, var))
         rstd = inverse_deviation(var, eps)
-        sum_dy, sum_dy_centred = self.gradient_moments(
-            dy, x, mean, threads, activation_grad, selection
-        )
-        dgamma = sum_dy_centred * rstd
+        sum_dy, sum_dy_xmu = self.gradient_moments(dy, x, mean, threads, activation_grad, selection)
+        dgamma = sum_dy_xmu * rstd
         count = x.shape[1] * x.shape[3] if selection is None else selection.count
         sums = sum_dy, dgamma, count, mean, rstd, gamma
-        coefficients = gradient_coefficients(*sums)
         if pool > 1:
             coefficients = pooled_coefficients(*sums, pool)
+        else:
+            coefficients = gradient_coefficients(*sums)
         of_x = None if is_fixed else x
         self.input_gradient(dy, of_x, coefficients, out, threads, activation_grad, selection)
         return dgamma, sum_dy

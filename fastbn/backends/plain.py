@@ -23,6 +23,7 @@ from fastbn.backends.base import (
     ForwardTables,
     GradientCoefficients,
     Table,
+    filled,
     normal_scale,
     quiet,
 )
@@ -85,7 +86,7 @@ class PlainCalls(Backend):
             return None
         x, gamma, beta, eps, _, activation, residual, _ = given
         shape, y = found
-        tables = ForwardTables(_table(gamma, 1.0), _table(beta, 0.0), eps)
+        tables = ForwardTables(_row(gamma), _row(beta), eps)
         epilogue = _epilogue(of(activation), residual, shape)
         target = reshaped(y, shape)
         mean, var = self.forward(reshaped(x, shape), tables, target, threads, epilogue)
@@ -98,7 +99,7 @@ class PlainCalls(Backend):
             return None
         x, mean, var, gamma, beta, eps, _, activation, residual, _ = given
         shape, y = found
-        affine = Affine(mean[None], _scale(gamma, var, eps), _table(beta, 0.0))
+        affine = Affine(mean[None], _scale(gamma, var, eps), filled(_row(beta), 0.0))
         epilogue = _epilogue(of(activation), residual, shape)
         self.normalize(reshaped(x, shape), affine, reshaped(y, shape), threads, epilogue)
         return np.asarray(y)
@@ -124,7 +125,7 @@ class PlainCalls(Backend):
             coefficients = GradientCoefficients(scale, *[np.zeros((1, 1))] * 4)
             self.input_gradient(view, None, coefficients, target, threads, grad)
             return dx, None, None, dresidual
-        tables = BackwardTables(mean[None], var[None], _table(gamma, 1.0), eps, frozen)
+        tables = BackwardTables(mean[None], var[None], _row(gamma), eps, frozen)
         sums = self.backward(view, reshaped(x, shape), tables, target, threads, grad)
         if not params:
             return dx, None, None, dresidual
@@ -133,9 +134,9 @@ class PlainCalls(Backend):
         return dx, dgamma, dbeta, dresidual
 
 
-def _table(vector: Any, default: float) -> Any:
-    """(1, C) of a vector, or what stands for it."""
-    return np.full((1, 1), default) if vector is None else vector[None]
+def _row(vector: Any) -> Any:
+    """(1, C) of a vector, None of None."""
+    return None if vector is None else vector[None]
 
 
 def _epilogue(activation: Activation | None, residual: Any, shape: Shape) -> Epilogue | None:
@@ -149,7 +150,7 @@ def _epilogue(activation: Activation | None, residual: Any, shape: Shape) -> Epi
 @quiet
 def _scale(gamma: Any, var: Array, eps: float) -> Table:
     """gamma / sqrt(var + eps) as a table."""
-    return normal_scale(_table(gamma, 1.0), var.astype(np.float64)[None], eps)
+    return normal_scale(filled(_row(gamma), 1.0), filled(_row(var), 1.0), eps)
 
 
 @quiet

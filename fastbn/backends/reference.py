@@ -5,7 +5,7 @@
    constant channel gives a variance of exactly 0 and a large mean costs no digits; the variance
    is then taken about the mean, at a scale where no square overflows, and corrected for what
    rounding left of the mean (Chan, Golub & LeVeque 1983, equation 1.7).
-3. A channel is looked at a time: the temporaries are one channel's.
+3. One channel is worked on at a time: the temporaries are one channel's.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from fastbn.backends.base import (
     Affine,
     Array,
     Backend,
-    BackwardTables,
+    BackwardRowTables,
     Epilogue,
-    ForwardTables,
+    ForwardRowTables,
     GradientCoefficients,
     Selection,
     Table,
@@ -66,8 +66,8 @@ class ReferenceBackend(Backend):
         for channel in _channels(x):
             centred = _doubles(x, channel) - mean[channel]
             y = centred * scale[channel] + beta[channel]
-            y = y if epilogue is None else _finished(y, epilogue, channel)
-            _plane(out, channel)[...] = _kept(y, channel, selection)
+            y = y if epilogue is None else _with_epilogue(y, epilogue, channel)
+            _plane(out, channel)[...] = _masked(y, channel, selection)
 
     @quiet
     def gradient_moments(
@@ -79,13 +79,15 @@ class ReferenceBackend(Backend):
         activation_grad: ActivationGrad | None = None,
         selection: Selection | None = None,
     ) -> tuple[Table, Table]:
-        sum_dy, sum_dy_centred = _table(x), _table(x)
+        sum_dy, sum_dy_xmu = _table(x), _table(x)
         for channel in _channels(x):
-            dy_values = _kept(_gated(dy, activation_grad, channel), channel, selection)
-            centred = _kept(_doubles(x, channel) - mean[channel], channel, selection)
+            dy_values = _masked(
+                _through_activation(dy, activation_grad, channel), channel, selection
+            )
+            centred = _masked(_doubles(x, channel) - mean[channel], channel, selection)
             sum_dy[channel] = dy_values.sum()
-            sum_dy_centred[channel] = (dy_values * centred).sum()
-        return sum_dy, sum_dy_centred
+            sum_dy_xmu[channel] = (dy_values * centred).sum()
+        return sum_dy, sum_dy_xmu
 
     @quiet
     def input_gradient(
@@ -100,10 +102,10 @@ class ReferenceBackend(Backend):
     ) -> None:
         a, b, dy_mean, mean, rstd, rest = coefficients
         for channel in _channels(dy):
-            dx = _kept(_gated(dy, activation_grad, channel), channel, selection)
+            dx = _masked(_through_activation(dy, activation_grad, channel), channel, selection)
             if activation_grad is not None and activation_grad.dresidual is not None:
                 _plane(activation_grad.dresidual, channel)[...] = dx
-            weights = None if selection is None else selection.rows(channel[0])
+            weights = None if selection is None else selection.sample_weights(channel[0])
             w = 1.0 if weights is None else weights
             if x is not None:
                 dx = dx - w * dy_mean[channel]
@@ -112,25 +114,25 @@ class ReferenceBackend(Backend):
                 dx += w * (b[channel] * ((_doubles(x, channel) - mean[channel]) * rstd[channel]))
             if rest is not None:
                 dx += rest[channel]
-            _plane(out, channel)[...] = _kept(dx, channel, selection)
+            _plane(out, channel)[...] = _masked(dx, channel, selection)
 
     @quiet
     def forward_rows(
         self,
         x: Array,
-        tables: ForwardTables,
+        tables: ForwardRowTables,
         out: Array,
         threads: int,
         epilogue: Epilogue | None = None,
     ) -> tuple[Table, Table]:
-        gamma, beta, eps, _ = tables
+        gamma, beta, eps = tables
         mean, var = self.moments(x, threads)
         rstd = inverse_deviation(var, eps)
         for row in _channels(x):
             place = row[1] % len(gamma)
             xhat = (_doubles(x, row) - mean[row]) * rstd[row]
             y = xhat * gamma[place] + beta[place]
-            _plane(out, row)[...] = y if epilogue is None else _finished(y, epilogue, row)
+            _plane(out, row)[...] = y if epilogue is None else _with_epilogue(y, epilogue, row)
         return mean, var
 
     @quiet
@@ -138,7 +140,7 @@ class ReferenceBackend(Backend):
         self,
         dy: Array,
         x: Array,
-        tables: BackwardTables,
+        tables: BackwardRowTables,
         out: Array,
         threads: int,
         activation_grad: ActivationGrad | None = None,
@@ -148,7 +150,7 @@ class ReferenceBackend(Backend):
         dgamma, dbeta = np.zeros((2, *gamma.shape))
         for row in _channels(x):
             place = row[1] % len(gamma)
-            dy_values = _gated(dy, activation_grad, row)
+            dy_values = _through_activation(dy, activation_grad, row)
             if activation_grad is not None and activation_grad.dresidual is not None:
                 _plane(activation_grad.dresidual, row)[...] = dy_values
             xhat = (_doubles(x, row) - mean[row]) * rstd[row]
@@ -188,37 +190,41 @@ def _weighed(
     values = _doubles(x, channel)
     if selection is None:
         return values, None
-    mask, rows = selection.mask[channel[0]], selection.rows(channel[0])
+    mask, rows = selection.mask[channel[0]], selection.sample_weights(channel[0])
     if rows is None:
         return values[mask], None
     mask = mask & (rows > 0)
     return values[mask], np.broadcast_to(rows, mask.shape)[mask]
 
 
-def _kept(values: Table, channel: tuple[int, int], selection: Selection | None) -> Table:
+def _masked(values: Table, channel: tuple[int, int], selection: Selection | None) -> Table:
     """The values where they count, and 0 elsewhere."""
     return values if selection is None else np.where(selection.mask[channel[0]], values, 0.0)
 
 
-def _finished(y: Table, epilogue: Epilogue, channel: tuple[int, int]) -> Table:
+def _with_epilogue(y: Table, epilogue: Epilogue, channel: tuple[int, int]) -> Table:
     """What follows normalization."""
     if epilogue.residual is not None:
         y = y + _doubles(epilogue.residual, channel)
-    return np.where(y <= 0, _times(epilogue.activation, y), np.minimum(y, epilogue.activation.top))
+    return np.where(
+        y <= 0, _times_slope(epilogue.activation, y), np.minimum(y, epilogue.activation.top)
+    )
 
 
-def _gated(dy: Array, activation_grad: ActivationGrad | None, channel: tuple[int, int]) -> Table:
+def _through_activation(
+    dy: Array, activation_grad: ActivationGrad | None, channel: tuple[int, int]
+) -> Table:
     """dy, where an activation stands between it and the normalization: times its slope."""
     values = _doubles(dy, channel)
     if activation_grad is None:
         return values
     y = _doubles(activation_grad.y, channel)
-    gated = np.where(y <= 0, _times(activation_grad.activation, values), values)
+    gated = np.where(y <= 0, _times_slope(activation_grad.activation, values), values)
     top = activation_grad.activation.top
     return np.where((y >= top) & (top < np.inf), 0, gated)
 
 
-def _times(activation: Activation, values: Table) -> Table:
+def _times_slope(activation: Activation, values: Table) -> Table:
     """Times the slope, and 0 for a slope of 0 whatever the values."""
     return values * activation.slope if activation.slope else np.zeros_like(values)
 

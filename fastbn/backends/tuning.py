@@ -1,6 +1,8 @@
 """The sizes by which backends order their work: the caches of this machine, and what follows.
 
-No bit of a result depends on them.
+No bit of a result depends on them, but for MOST_FOLDED, which is the same everywhere. The compiled
+kernels read them by name (`Tuning` in _ext/schedule.pxi); `fastbn._ext.entry.tune` overrides them
+for experiments.
 """
 
 from __future__ import annotations
@@ -90,10 +92,18 @@ worked on in parts.
 """
 
 CALLS_SHARE = 0.6
-"""Of these limits: for the tables that a verb makes. Compiled kernels have what it leaves."""
+"""The share of these limits for tables that `_run` makes; compiled kernels have the rest."""
 
 CHANNEL_BYTES = 160
-"""Of a verb's tables, for a channel of one run: up to twenty float64 vectors at a time."""
+"""Of tables, for a channel of one run, of verbs that make some: up to twenty float64 vectors at a
+time."""
+
+RUN_BYTES = 32
+"""Of tables that a fused walk is given and gives, for each channel of each run."""
+SUM_BYTES = 16
+"""The same for each channel of one run: its two sums or statistics alone."""
+ROW_BYTES = 24
+"""The same for each row."""
 
 MOST_FOLDED = 1280
 """Columns that narrow rows are folded into at most, several samples to a row."""

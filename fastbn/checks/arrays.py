@@ -18,8 +18,8 @@ from fastbn.errors import shown
 from fastbn.layouts import LAYOUTS, channel_axis
 
 
-def plain(value: Any) -> NDArray[Any] | None:
-    """An array as numpy.ndarray itself, whatever its class makes of it; None of what is none."""
+def as_ndarray(value: Any) -> NDArray[Any] | None:
+    """The array as numpy.ndarray itself, whatever its subclass; None if it is no array."""
     if type(value) is np.ndarray:
         return value
     if not issubclass(type(value), np.ndarray):
@@ -55,7 +55,7 @@ def array(name: str, value: Any, types: Types = WIDE) -> NDArray[Any]:
             f"{name} is a numpy.ma.MaskedArray, expected a plain numpy.ndarray of {known}: "
             f"a mask would be ignored; pass {name}.filled(value), or {name}.data to ignore it"
         )
-    a = plain(value)
+    a = as_ndarray(value)
     if a is None:
         raise TypeError(
             f"{name} is {described(value)}, expected a numpy.ndarray of {known}; "
@@ -150,7 +150,7 @@ def where(value: Any, x_name: str, x: NDArray[Any], layout: str) -> NDArray[np.b
             "where is a numpy.ma.MaskedArray, expected a plain numpy.ndarray of bool; pass "
             "where.filled(False)"
         )
-    a = plain(value)
+    a = as_ndarray(value)
     if a is None:
         remedy = _converted("where", value, "bool")
         raise TypeError(f"where is {described(value)}, {expected}; {remedy}")

@@ -16,7 +16,7 @@ from fastbn.checks.arrays import ANY, WIDE, array
 from fastbn.checks.memory import writeable
 from fastbn.checks.options import flag, option
 from fastbn.checks.vectors import Owner, channel_vector, mean, variance
-from fastbn.checks.words import as_float, described, first_bad, whole_number
+from fastbn.checks.words import as_float, described, first_bad, is_number, whole_number
 from fastbn.elements import is_float
 from fastbn.errors import shown
 
@@ -59,7 +59,7 @@ def weight_of_old(decay: Any) -> float:
 
 def _weight(name: str, value: Any, whose: str) -> float:
     """A number from 0 to 1."""
-    if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
+    if not is_number(value):
         raise TypeError(
             f"{name} is {described(value)}, expected a number from 0 to 1; for the average of all "
             "batches pass momentum=None"
@@ -125,7 +125,7 @@ def frozen_statistics(value: Any, tracks: bool) -> bool:
 
 def limit(name: str, value: Any, least: float, meaning: str) -> float:
     """How far renormalization goes at most."""
-    if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
+    if not is_number(value):
         raise TypeError(
             f"{name} is {described(value)}, expected a number, {least} or more; pass a float"
         )

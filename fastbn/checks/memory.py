@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn.checks.arrays import plain
+from fastbn.checks.arrays import as_ndarray
 from fastbn.checks.words import described, dtype_code, dtype_words
 
 
@@ -32,7 +32,7 @@ def output(
     def make() -> str:
         return f"make it with numpy.empty({x.shape}, {dtype_code(x, x_name)})"
 
-    a = plain(value)
+    a = as_ndarray(value)
     if a is None or isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is {described(value)}, expected a numpy.ndarray of {wanted()}, or None; "

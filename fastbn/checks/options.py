@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from fastbn import activations
 from fastbn.activations import Activation
-from fastbn.checks.words import as_float, described, whole_number, word_of, wrong_type_or_value
+from fastbn.checks.words import (
+    as_float,
+    described,
+    is_number,
+    whole_number,
+    word_of,
+    wrong_type_or_value,
+)
 from fastbn.errors import shown
 from fastbn.layouts import LAYOUTS
 
@@ -94,7 +100,7 @@ def option(name: str, value: Any, known: tuple[str, ...]) -> str:
 
 def epsilon(value: Any) -> float:
     """eps: a finite number, zero or more."""
-    if not isinstance(value, Real) or isinstance(value, bool | np.bool_):
+    if not is_number(value):
         raise TypeError(
             f"eps is {described(value)}, expected a number, zero or more; pass a float, as 1e-5"
         )

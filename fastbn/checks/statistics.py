@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn.checks.arrays import array, plain
+from fastbn.checks.arrays import array, as_ndarray
 from fastbn.checks.layers import running
 from fastbn.checks.vectors import statistic
-from fastbn.checks.words import described
+from fastbn.checks.words import described, is_number
 from fastbn.errors import shown
 from fastbn.results import GradientSums
 
@@ -25,9 +25,9 @@ ROUNDING = 2.0**-40
 def count(name: str, value: Any) -> float:
     """How many values there are, or the sum of their weights: finite, zero or more; also an array
     of it alone, as sums over processes give it."""
-    a = plain(value)
+    a = as_ndarray(value)
     number = a[()] if a is not None and a.ndim == 0 else value
-    if not isinstance(number, Real) or isinstance(number, bool | np.bool_):
+    if not is_number(number):
         raise TypeError(f"{name} is {described(value)}, expected a number of values; pass an int")
     n = int(number) if isinstance(number, Integral) else float(number)
     if not 0 <= n <= sys.float_info.max:
@@ -48,7 +48,7 @@ def gradient_sums(
             "them, added up over all parts of the batch"
         )
     dgamma, dbeta = (
-        statistic(f"sums[{i}]", value[i], x_name, x, layout, single=False) for i in (0, 1)
+        statistic(f"sums[{i}]", value[i], x_name, x, layout, is_fixed=False) for i in (0, 1)
     )
     n = count("sums[2]", value[2])
     if n < own:

@@ -40,17 +40,17 @@ def per_channel(
     layout: str,
     *,
     types: Types = ANY,
-    groups: int | None = None,
+    runs: int | None = None,
 ) -> NDArray[Any]:
-    """A (C,) or (groups, C) array that fits the channels of `x`."""
+    """A (C,) or (runs, C) array that fits the channels of `x`."""
     a = array(name, value, types)
     axis = channel_axis(layout, x.ndim)
     channels = x.shape[axis]
-    if a.shape == ((channels,) if groups is None else (groups, channels)):
+    if a.shape == ((channels,) if runs is None else (runs, channels)):
         return a
-    if groups is not None:
+    if runs is not None:
         raise ValueError(
-            f"{name} has shape {a.shape}, expected ({groups}, {channels}): with virtual_batch a "
+            f"{name} has shape {a.shape}, expected ({runs}, {channels}): with virtual_batch a "
             f"row for each group of the {len(x)} samples of {x_name}; pass what batch_norm returned"
         )
     message = (
@@ -102,12 +102,12 @@ def statistic(
     x: NDArray[Any],
     layout: str,
     *,
-    single: bool = True,
-    groups: int | None = None,
+    is_fixed: bool = True,
+    runs: int | None = None,
 ) -> NDArray[Any]:
-    """mean or var of each channel; less than float64, widened, only where `single` says so."""
-    types = ANY if single else DOUBLE
-    a = per_channel(name, value, x_name, x, layout, types=types, groups=groups)
+    """mean or var of each channel: of any type, widened, where fixed; else float64."""
+    types = ANY if is_fixed else DOUBLE
+    a = per_channel(name, value, x_name, x, layout, types=types, runs=runs)
     return widened(a)
 
 

@@ -73,3 +73,8 @@ def listed(names: Sequence[Any]) -> str:
     """Some names, in words."""
     more = f" and {len(names) - SOME} more" if len(names) > SOME else ""
     return ", ".join(map(shown, names[:SOME])) + more
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a real number, and no flag."""
+    return isinstance(value, Real) and not isinstance(value, bool)

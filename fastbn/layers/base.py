@@ -29,8 +29,8 @@ PARAMETERS = {"weight": "gamma", "bias": "beta"}
 
 
 def at_once(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-    """A call of a compiled function for each of the arguments, as `map` has them: to be made in
-    one, in which Python looks for no signal, so that an interrupt comes before all or after all."""
+    """All these calls as one loop in C (deque over map). Python handles signals between its own
+    instructions, so KeyboardInterrupt comes before all of them or after."""
     return partial(deque, map(function, *arguments), 0)
 
 
@@ -42,7 +42,8 @@ def write(arrays: Sequence[Array], values: Sequence[Any]) -> None:
 
 
 def _closing(init: Callable[..., None]) -> Callable[..., None]:
-    """A constructor after which, if no other goes on, the layer has all its attributes."""
+    """Wrap a class's __init__: when the outermost returns, __setattr__ begins to refuse unknown
+    names."""
 
     @wraps(init)
     def closing(self: AffineLayer, *args: Any, **kwargs: Any) -> None:
@@ -57,7 +58,7 @@ class AffineLayer:
     """The base of the layers: each adds its own forward and backward."""
 
     _state_names: ClassVar[Mapping[str, str]] = PARAMETERS
-    """Of a layer's arrays: those of its state, and its own."""
+    """The names in a state dictionary, PyTorch's, and the attributes that hold the arrays."""
     _is_made = False
     """Whether the constructor is through."""
 

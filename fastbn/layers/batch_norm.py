@@ -35,7 +35,7 @@ from fastbn.layers.base import PARAMETERS, AffineLayer
 from fastbn.layers.frozen import FrozenBatchNorm
 from fastbn.layers.renormalization import Correction, Renormalization, correction
 from fastbn.layers.running import MOMENTUM, NAMES, RunningStatistics
-from fastbn.results import BatchNormResult
+from fastbn.results import BatchNormResult, Statistics
 from fastbn.statistics import Moments
 
 Array = NDArray[Any]
@@ -315,26 +315,26 @@ class BatchNorm(AffineLayer):
             An argument has a wrong type, shape or value, the running statistics are no statistics,
             or a policy says so. Nothing has been written.
         """
-        batch = Batch(x, self.layout, where, weights, made=("BatchNorm", self.channels))
+        batch = Batch(x, self.layout, where, weights, made_for=("BatchNorm", self.channels))
         x, effective = batch.array, batch.effective
-        options = self.activation, residual, out
+        fused = {"activation": self.activation, "residual": residual, "out": out}
         k, corrected = None, None
-        if runs := self._by_running(effective):
+        if by_running := self._by_running(effective):
             mean, var = (a.copy() for a in self._running.checked(writes=False))
             vectors = {"mean": mean, "var": var, "gamma": self.gamma, "beta": self.beta}
-            y = self._normalized(batch, None, options, own=False, **vectors)
+            y = self._normalized(batch, None, fused, own=False, **vectors)
         else:
             if self.training or self._running.observe is not None:
                 k = checks.options.virtual_batch(self.virtual_batch)
-            (y, mean, var), corrected = self._by_batch(batch, effective, k, options)
+            (y, mean, var), corrected = self._by_batch(batch, effective, k, fused)
         x_kept = None if out is not None and checks.memory.share(out, x) else x
         y_kept = None if self.activation is None else y
-        statistics = mean, var, y_kept, runs
+        statistics = mean, var, y_kept, by_running
         self._forward = _Forward(x.shape, x_kept, *statistics, where, weights, k, corrected)
         return y
 
     def _by_batch(
-        self, batch: Batch, effective: float, k: int | None, options: tuple[Any, ...]
+        self, batch: Batch, effective: float, k: int | None, fused: dict[str, Any]
     ) -> tuple[BatchNormResult, Correction | None]:
         """Normalize by the batch's own statistics, and see to the running ones."""
         nonfinite = checks.options.option("nonfinite", self.nonfinite, checks.layers.NONFINITE)
@@ -342,7 +342,7 @@ class BatchNorm(AffineLayer):
         counts = _counts(len(batch.array), effective, k)
         updates, corrected = self._updates(counts), None
         renormalizes = updates and self.renormalization is not None
-        if renormalizes or (nonfinite == "raise" and options[-1] is not None and counts.any()):
+        if renormalizes or (nonfinite == "raise" and fused["out"] is not None and counts.any()):
             mean, var = self._moments(batch, k)
             renewed = self._renewed(mean, var, counts, updates)  # before y is written
             gamma, beta = self.gamma, self.beta
@@ -350,10 +350,10 @@ class BatchNorm(AffineLayer):
                 corrected = self._correction(mean, var)
                 gamma, beta = self._parameters(corrected)
             vectors = {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
-            y = self._normalized(batch, k, options, own=True, **vectors)
+            y = self._normalized(batch, k, fused, own=True, **vectors)
             result = BatchNormResult(y, mean, var)
         else:
-            result = self._batch_norm(batch, k, options)
+            result = self._batch_norm(batch, k, fused)
             renewed = self._renewed(result.mean, result.var, counts, updates)
         self._running.renew(renewed)
         if self._running.observe is not None:
@@ -363,33 +363,28 @@ class BatchNorm(AffineLayer):
 
     # The verbs on a batch that is checked: where all of it counts, by their plain entries.
 
-    def _moments(self, batch: Batch, k: int | None) -> Any:
+    def _moments(self, batch: Batch, k: int | None) -> Statistics:
         if batch.counts_all:
             return moments(batch.array, layout=self.layout, virtual_batch=k)
-        call = Call(current(), batch, virtual_batch=k)
-        return map(call.shaped, _run.moments(call))
+        return _run.moments(Call(current(), batch, virtual_batch=k))
 
-    def _batch_norm(self, batch: Batch, k: int | None, options: tuple[Any, ...]) -> BatchNormResult:
+    def _batch_norm(self, batch: Batch, k: int | None, fused: dict[str, Any]) -> BatchNormResult:
         if batch.counts_all:
-            activation, residual, out = options
             given = batch.array, self.gamma, self.beta
-            fused: dict[str, Any] = {"activation": activation, "residual": residual, "out": out}
             return batch_norm(*given, eps=self.eps, layout=self.layout, virtual_batch=k, **fused)
         vectors: dict[str, Any] = {"gamma": self.gamma, "beta": self.beta}
         call = Call(current(), batch, virtual_batch=k, **vectors)
-        return _run.batch_norm(call, self.eps, *options)
+        return _run.batch_norm(call, self.eps, **fused)
 
     def _normalized(
-        self, batch: Batch, k: int | None, options: tuple[Any, ...], *, own: bool, **vectors: Any
+        self, batch: Batch, k: int | None, fused: dict[str, Any], *, own: bool, **vectors: Any
     ) -> Array:
         """By given statistics; NaN stays in its channel where they are the batch's own."""
         batch = batch.unweighed()
         if batch.counts_all and not own:
-            activation, residual, out = options
-            fused: dict[str, Any] = {"activation": activation, "residual": residual, "out": out}
             return normalize(batch.array, eps=self.eps, layout=self.layout, **vectors, **fused)
-        call = Call(current(), batch, virtual_batch=k, single=not own, **vectors)
-        return _run.normalize(call, self.eps, *options)
+        call = Call(current(), batch, virtual_batch=k, is_fixed=not own, **vectors)
+        return _run.normalize(call, self.eps, **fused)
 
     def _correction(self, mean: Array, var: Array) -> Correction:
         """r and d of a batch with these statistics, by the running ones as they are."""
@@ -550,8 +545,8 @@ class BatchNorm(AffineLayer):
             return {}
         each = var.reshape(len(counts), -1)
         unbiased = each * (counts / (counts - 1))[:, None] if self.unbiased else each
-        mean, var, runs = (_over_groups(a, counts) for a in (mean, each, unbiased))
-        renewed = self._running.average(mean, runs) if updates else {}
+        mean, var, unbiased = (_over_groups(a, counts) for a in (mean, each, unbiased))
+        renewed = self._running.average(mean, unbiased) if updates else {}
         if self.nonfinite == "raise":
             checks.layers.finite({"mean": mean, "variance": var}, renewed)
         elif self.nonfinite == "skip":

@@ -4,7 +4,7 @@ computed once."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +16,13 @@ from fastbn.activations import Activation
 from fastbn.backends.base import Affine, Backend, quiet
 from fastbn.config import current
 from fastbn.functional import ActivationName, normalize_backward
+from fastbn.immutable import Immutable, locked
 from fastbn.results import Gradients, ResidualGradients
 
 Array = NDArray[Any]
 
 
-class FrozenBatchNorm:
+class FrozenBatchNorm(Immutable):
     """Normalize by given statistics, again and again: `normalize` without its repeated part.
 
     ``y = activation(gamma * (x - mean) / sqrt(var + eps) + beta + residual)``, bit for bit what
@@ -74,6 +75,8 @@ class FrozenBatchNorm:
         "shift",
         "var",
     )
+    _called = "FrozenBatchNorm"
+    _remedy = "make another"
     mean: Array
     var: Array
     gamma: Array | None
@@ -101,20 +104,19 @@ class FrozenBatchNorm:
         owner = checks.vectors.owner_of(mean)
         given = fixed.checked(mean, var, gamma, beta, owner)
         eps = checks.options.epsilon(eps)
-        affine = Affine(*map(fixed.locked, fixed.affine(given, eps, owner.channels)))
+        affine = Affine(*map(locked, fixed.affine(given, eps, owner.channels)))
         mine: dict[str, Any] = {
-            **{name: None if v is None else fixed.locked(v) for name, v in given.items()},
+            **{name: None if v is None else locked(v) for name, v in given.items()},
             "eps": eps,
             "layout": checks.options.layout(layout),
             "activation": checks.options.activation_name(activation),
             "_activation": checks.options.activation(activation),
             "_affine": affine,
             "scale": affine.scale,
-            "shift": fixed.locked(_shift(affine)),
+            "shift": locked(_shift(affine)),
             "_plain": {},
         }
-        for name, value in mine.items():
-            object.__setattr__(self, name, value)
+        self._set(mine)
 
     def __call__(
         self,
@@ -143,8 +145,8 @@ class FrozenBatchNorm:
         TypeError, ValueError
             An argument has a wrong type, shape or value; nothing has been written.
         """
+        backend, threads = on = current()
         if where is None:
-            backend, threads = current()
             plain = self._plain.get(backend)
             if plain is None:
                 made = backend.plain_frozen(self._affine, self.layout, self._activation)
@@ -152,8 +154,8 @@ class FrozenBatchNorm:
             y = plain(x, residual, out, threads)
             if y is not None:
                 return y
-        batch = Batch(x, self.layout, where, made=("FrozenBatchNorm", len(self.mean)))
-        call = Call(current(), batch, **self._affine._asdict())
+        batch = Batch(x, self.layout, where, made_for=("FrozenBatchNorm", len(self.mean)))
+        call = Call(on, batch, **self._affine._asdict())
         return _run.normalize(call, None, self.activation, residual, out)
 
     @overload
@@ -225,22 +227,10 @@ class FrozenBatchNorm:
             out=out,
         )
 
-    def __setattr__(self, name: str, value: Any) -> NoReturn:
-        raise AttributeError(
-            f"FrozenBatchNorm cannot be changed: {name!r} cannot be set; make another"
-        )
-
-    def __delattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"FrozenBatchNorm cannot be changed: {name!r} cannot be deleted")
-
     def __reduce__(self) -> tuple[Any, ...]:
         vectors = self.mean, self.var, self.gamma, self.beta
         options = {"eps": self.eps, "layout": self.layout, "activation": self.activation}
-        return _made, (type(self), vectors, options), fixed.added(self, FrozenBatchNorm)
-
-    def __setstate__(self, added: dict[str, Any]) -> None:
-        for name, value in added.items():
-            object.__setattr__(self, name, value)
+        return _made, (type(self), vectors, options), self._added(FrozenBatchNorm)
 
     def __repr__(self) -> str:
         return (

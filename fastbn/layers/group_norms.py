@@ -105,7 +105,7 @@ class SampleNorm(AffineLayer, ABC):
         TypeError, ValueError
             An argument has a wrong type, shape or value. Nothing has been written.
         """
-        x = Batch(x, self.layout, made=(type(self).__name__, self.channels)).array
+        x = Batch(x, self.layout, made_for=(type(self).__name__, self.channels)).array
         forward, _ = self._verbs
         y, mean, var = forward(
             x,

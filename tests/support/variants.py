@@ -81,7 +81,7 @@ def activate(name: str) -> Iterator[Variant]:
             yield Variant(name, compiled, compiled.calls)
         else:
             stack.enter_context(fastbn.use_backend(backend_name))
-            backend = config.current_backend()
+            backend = config.current()[0]
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             yield Variant(name, backend, _counted(backend, patch))
 

@@ -19,13 +19,15 @@ from fastbn.backends.base import (
     Affine,
     Array,
     Backend,
+    BackwardRowTables,
     BackwardTables,
     Epilogue,
+    ForwardRowTables,
     ForwardTables,
     GradientCoefficients,
     Selection,
     Table,
-    rows_per_piece,
+    rows_per_sum,
 )
 from fastbn.backends.numba import jobs, team
 from fastbn.backends.numba.call import Call, channel_bytes, walks
@@ -52,7 +54,7 @@ class NumbaBackend(PlainCalls):
     ) -> tuple[Table, Table]:
         call = Call(x, selection)
         call.give(jobs.GAMMA, 1.0)
-        call.array(x, "x", "dy", "beside", "out", "kept")
+        call.array(x, "x", "dy", "other", "out", "dresidual")
         call.run(threads, backward=False, sums=True, writes=False)
         return call.take(jobs.MEAN), call.take(jobs.VAR)
 
@@ -83,20 +85,20 @@ class NumbaBackend(PlainCalls):
             return super().forward(x, tables, out, threads, epilogue, selection)
         call = Call(x, selection)
         call.with_eps(tables.eps)
-        call.give(jobs.GAMMA, tables.gamma)
-        call.give(jobs.BETA, tables.beta)
+        call.give(jobs.GAMMA, 1.0 if tables.gamma is None else tables.gamma)
+        call.give(jobs.BETA, 0.0 if tables.beta is None else tables.beta)
         _forward(call, x, out, threads, epilogue, sums=True)
         return call.take(jobs.MEAN), call.take(jobs.VAR)
 
     def forward_rows(
         self,
         x: Array,
-        tables: ForwardTables,
+        tables: ForwardRowTables,
         out: Array,
         threads: int,
         epilogue: Epilogue | None = None,
     ) -> tuple[Table, Table]:
-        call = Call(x, placed=True)
+        call = Call(x, by_column=True)
         call.with_eps(tables.eps)
         call.give(jobs.GAMMA, 1.0)
         call.places("gamma", tables.gamma)
@@ -152,11 +154,11 @@ class NumbaBackend(PlainCalls):
     ) -> tuple[Table, Table]:
         if tables.pool > 1:
             return super().backward(dy, x, tables, out, threads, activation_grad, selection)
-        mean, var, gamma, eps, is_fixed, _ = tables
+        gamma = 1.0 if tables.gamma is None else tables.gamma
         call = Call(x, selection)
-        call.with_eps(eps)
-        call.set(frozen=is_fixed)
-        for row, values in ((jobs.MEAN, mean), (jobs.VAR, var), (jobs.GAMMA, gamma)):
+        call.with_eps(tables.eps)
+        call.set(frozen=tables.is_fixed)
+        for row, values in ((jobs.MEAN, tables.mean), (jobs.VAR, tables.var), (jobs.GAMMA, gamma)):
             call.give(row, values)
         _backward(call, dy, x, out, threads, activation_grad, sums=True)
         return call.take(jobs.DGAMMA), call.take(jobs.DBETA)
@@ -165,15 +167,15 @@ class NumbaBackend(PlainCalls):
         self,
         dy: Array,
         x: Array,
-        tables: BackwardTables,
+        tables: BackwardRowTables,
         out: Array,
         threads: int,
         activation_grad: ActivationGrad | None = None,
     ) -> tuple[Table, Table]:
-        mean, var, gamma, eps, *_ = tables
+        mean, var, gamma, eps = tables
         (period, size), rows = gamma.shape, mean.size
-        block = rows_per_piece(period, size, rows)
-        call = Call(x, placed=True, block=block)
+        block = rows_per_sum(period, size, rows)
+        call = Call(x, by_column=True, block=block)
         call.with_eps(eps)
         for row, values in ((jobs.MEAN, mean), (jobs.VAR, var), (jobs.GAMMA, 1.0)):
             call.give(row, values)
@@ -189,13 +191,13 @@ def _forward(
     call: Call, x: Array, out: Array, threads: int, epilogue: Epilogue | None, sums: bool
 ) -> None:
     """y, and what an epilogue adds."""
-    call.array(x, "x", "dy", "beside", "kept")
+    call.array(x, "x", "dy", "other", "dresidual")
     call.array(out, "out")
     if epilogue is not None:
         call.activate(*epilogue.activation)
         if epilogue.residual is not None:
-            call.array(epilogue.residual, "beside")
-            call.set(adds=True)
+            call.array(epilogue.residual, "other")
+            call.set(has_residual=True)
     call.run(threads, backward=False, sums=sums, writes=True)
 
 
@@ -210,16 +212,16 @@ def _backward(
 ) -> None:
     """dx, after the gradient through an activation; without one y does not matter."""
     call.array(x, "x")
-    call.array(dy, "dy", "beside", "out", "kept")
+    call.array(dy, "dy", "other", "out", "dresidual")
     if out is not None:
         call.array(out, "out")
     if activation_grad is not None and activation_grad.activation != LINEAR:
         slope, top = activation_grad.activation
         call.activate(slope, math.nan if top == math.inf else top)
-        call.array(activation_grad.y, "beside")
+        call.array(activation_grad.y, "other")
     if activation_grad is not None and activation_grad.dresidual is not None and out is not None:
-        call.array(activation_grad.dresidual, "kept")
-        call.set(keeps=True)
+        call.array(activation_grad.dresidual, "dresidual")
+        call.set(has_dresidual=True)
     call.run(threads, backward=True, sums=sums, writes=out is not None)
 
 

@@ -48,18 +48,18 @@ class Shape(NamedTuple):
     fold: int
     channels: int
     spread: int
-    height: int
+    chunk_rows: int
     piece: int
     pieces: int
     chunks: int
 
 
 @lru_cache(256)
-def _shape_of(shape: tuple[int, ...], selected: bool, placed: bool) -> Shape:
+def _shape_of(shape: tuple[int, ...], selected: bool, by_column: bool) -> Shape:
     """Rows, columns and chunks: they follow from the shape alone."""
     runs, n, channels, size = shape
     fold, spread = 1, 1
-    is_rows = not placed and (size == 1 or (size < TINY and not selected))
+    is_rows = not by_column and (size == 1 or (size < TINY and not selected))
     if is_rows:
         spread, size = size, 1
         while not selected and fold * channels * spread < NARROW and 2 * fold <= n:
@@ -74,14 +74,14 @@ def _bodies(
     dtype: np.dtype[Any], is_rows: bool, backward: bool, sums: bool, writes: bool, *kinds: bool
 ) -> tuple[int, int, int, int]:
     """The addresses of what a job calls; 0 of what it does not."""
-    family, way = rows if is_rows else planes, "backward" if backward else "forward"
-    plain, start = (False,) * 3, getattr(finalize, "start_" + way)
-    finish = getattr(finalize, "finish_" + way)
+    family, direction = rows if is_rows else planes, "backward" if backward else "forward"
+    plain, start = (False,) * 3, getattr(finalize, "start_" + direction)
+    finish = getattr(finalize, "finish_" + direction)
     return (
         body(start, dtype, *plain) if sums else 0,
-        body(getattr(family, "add_" + way), dtype, *kinds) if sums else 0,
+        body(getattr(family, "add_" + direction), dtype, *kinds) if sums else 0,
         body(finish, _DOUBLE, *plain) if sums else 0,
-        body(getattr(family, "write_" + way), dtype, *kinds) if writes else 0,
+        body(getattr(family, "write_" + direction), dtype, *kinds) if writes else 0,
     )
 
 
@@ -101,16 +101,16 @@ class Call:
     """A job, and the arrays that it points at."""
 
     def __init__(
-        self, x: Array, selection: Selection | None = None, placed: bool = False, block: int = 0
+        self, x: Array, selection: Selection | None = None, by_column: bool = False, block: int = 0
     ) -> None:
-        self.shape = shape = _shape_of(x.shape, selection is not None, placed)
+        self.shape = shape = _shape_of(x.shape, selection is not None, by_column)
         self.table = np.empty((ROWS, shape.runs, shape.columns))
         self._kinds, self._dtype, self._block = (
-            [selection is not None, False, placed],
+            [selection is not None, False, by_column],
             x.dtype,
             block,
         )
-        self._words, self._total, self._kept = [0] * (JOB.itemsize // 8), 0, [self.table]
+        self._words, self._total, self._alive = [0] * (JOB.itemsize // 8), 0, [self.table]
         self._numbers = [x.shape[1] * x.shape[3], 0.0, 1.0, math.inf]  # count, eps, slope, top
         first = _PLACE["runs"]
         self._words[first : first + len(shape) - 1] = shape[1:]
@@ -128,24 +128,24 @@ class Call:
         mask, weights, self._numbers[0] = selection
         self.set(mask=mask.ctypes.data)
         if weights is not None:
-            alike = mask.shape[1] // weights.shape[1]
-            self.set(weights=weights.ctypes.data, alike=alike)
+            weight_samples = mask.shape[1] // weights.shape[1]
+            self.set(weights=weights.ctypes.data, weight_samples=weight_samples)
 
     def _set_firsts(self, selection: Selection) -> None:
         """Point at the first place of each run that counts: where moments take their shift."""
         weighs, weights = selection.mask, selection.weights
         if weights is not None:
-            alike = weighs.shape[1] // weights.shape[1]
-            weighs = weighs & (weights > 0).repeat(alike, 1)[:, :, None]
-        firsts = weighs.reshape(len(weighs), -1).argmax(1).astype(np.float64)
-        self.set(firsts=firsts.ctypes.data)
-        self._kept.append(firsts)
+            weight_samples = weighs.shape[1] // weights.shape[1]
+            weighs = weighs & (weights > 0).repeat(weight_samples, 1)[:, :, None]
+        starts = weighs.reshape(len(weighs), -1).argmax(1).astype(np.float64)
+        self.set(starts=starts.ctypes.data)
+        self._alive.append(starts)
 
     def with_eps(self, eps: float) -> None:
         self._numbers[1] = eps
 
     def activate(self, slope: float, top: float) -> None:
-        """What is fused: an activation, and what stands `beside`."""
+        """What is fused: an activation, and the residual or the y that goes with it."""
         self._kinds[1], self._numbers[2:] = True, [slope, top]
 
     def _row(self, row: int) -> Any:
@@ -164,7 +164,7 @@ class Call:
         """Point at a table (period, size) of what belongs to places."""
         values = np.ascontiguousarray(values)
         self.set(**{name: values.ctypes.data}, period=len(values))
-        self._kept.append(values)
+        self._alive.append(values)
 
     def array(self, a: Array, *names: str) -> None:
         """Point at an array that is walked where it lies."""
@@ -174,7 +174,7 @@ class Call:
         for name in names:
             first = _PLACE[name]
             self._words[first : first + 4] = place
-        self._kept.append(a)
+        self._alive.append(a)
         self._total += a.nbytes
 
     def run(self, threads: int, backward: bool, sums: bool, writes: bool) -> None:
@@ -193,10 +193,10 @@ class Call:
         block, whole = self._order(threads, 2 if backward else 1, sums)
         partial = np.empty((shape.chunks, 2, shape.runs, shape.columns) if sums else 0)
         self.set(start=start, add=add, finish=finish, write=write, stream=stream, block=block)
-        tall = shape.height
+        map_rows = shape.chunk_rows
         if shape.is_rows:  # each chunk begins with the coefficients of its columns
-            tall = max(tall, -(-shape.rows // (1 if whole else 2 * threads)))
-        self.set(tall=tall, written=-(-shape.rows // tall) * shape.pieces)
+            map_rows = max(map_rows, -(-shape.rows // (1 if whole else 2 * threads)))
+        self.set(map_rows=map_rows, map_chunks=-(-shape.rows // map_rows) * shape.pieces)
         self.set(
             sums=partial.ctypes.data if sums else 0,
             fetch=AHEAD if total >= threads * PREFETCH_FROM else 0,
@@ -229,15 +229,15 @@ class Call:
         return -(-columns // min(max(spare, 1), columns)), False
 
 
-def _run(here: int, threads: int, whole: bool, sums: bool, writes: bool) -> None:
+def _run(job_address: int, threads: int, whole: bool, sums: bool, writes: bool) -> None:
     if whole:
-        team.share(here, ALL, threads)
+        team.share(job_address, ALL, threads)
         return
     if sums:
-        drive(here, START, 0, 1)
-        team.share(here, SUM, threads)
-        if drive(here, FINISH, 0, 1):
-            team.share(here, SUM, threads)
-            drive(here, AGAIN, 0, 1)
+        drive(job_address, START, 0, 1)
+        team.share(job_address, SUM, threads)
+        if drive(job_address, FINISH, 0, 1):
+            team.share(job_address, SUM, threads)
+            drive(job_address, AGAIN, 0, 1)
     if writes:
-        team.share(here, WRITE, threads)
+        team.share(job_address, WRITE, threads)

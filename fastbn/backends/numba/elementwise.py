@@ -16,16 +16,16 @@ import numpy as np
 
 from fastbn.backends.base import Array
 from fastbn.backends.numba.compiling import inline
-from fastbn.backends.numba.instructions import (
-    array,
-    narrow,
-    part,
-    single,
-    stream_line,
-    whole_vectors,
-    wide,
+from fastbn.backends.numba.halves import narrow, single, wide
+from fastbn.backends.numba.instructions import array, part, stream_line, whole_vectors
+from fastbn.backends.numba.reduce import (
+    ActivationParams,
+    Gradient,
+    activated,
+    activation_grad,
+    dy_at,
+    of,
 )
-from fastbn.backends.numba.reduce import Gradient, Slopes, activated, gated, of, through
 
 TILE = 512
 ROOM = 2 * TILE
@@ -39,37 +39,44 @@ def write_y(
     residual: Array,
     affine: Any,
     places: Any,
-    act: Slopes,
-    adds: int,
-    fused: Any,
-    placed: Any,
+    act: ActivationParams,
+    has_residual: int,
+    with_epilogue: Any,
+    by_column: Any,
 ) -> None:
     """y = (x - mean) * scale + beta, or (x - mean) * scale * gamma + beta of places; then a
-    residual, if one adds, and the activation."""
+    residual, if there is one, and the activation."""
     whole_vectors()
     mean, scale, beta = affine
     gamma, shift = places
     for i in range(x.size):
         v = (wide(x[i]) - of(mean, i)) * of(scale, i)
-        if placed is not None:
+        if by_column is not None:
             v = v * gamma[i] + shift[i]
         else:
             v += of(beta, i)
-        if fused is not None:
-            v = activated(v + wide(residual[i]) if adds else v, act)
+        if with_epilogue is not None:
+            v = activated(v + wide(residual[i]) if has_residual else v, act)
         out[i] = narrow(v, out[i])
 
 
 @inline
 def write_dx(
-    out: Array, dys: Any, gamma: Any, k: Gradient, w: float, act: Slopes, fused: Any, placed: Any
+    out: Array,
+    dys: Any,
+    gamma: Any,
+    k: Gradient,
+    w: float,
+    act: ActivationParams,
+    with_epilogue: Any,
+    by_column: Any,
 ) -> None:
     """dx; of a sample that weighs w, what comes through the statistics is weighed."""
     whole_vectors()
     dy, x, y = dys
     for i in range(x.size):
-        a = through(dy, y, act, fused, i)
-        if placed is not None:
+        a = dy_at(dy, y, act, with_epilogue, i)
+        if by_column is not None:
             a *= gamma[i]
         xhat = (wide(x[i]) - of(k.mean, i)) * of(k.rstd, i)
         dx = (a - w * of(k.dy_mean, i)) * of(k.a, i) + w * (of(k.b, i) * xhat)
@@ -77,12 +84,12 @@ def write_dx(
 
 
 @inline
-def write_scaled(out: Array, dys: Any, a: Any, act: Slopes, fused: Any) -> None:
+def write_scaled(out: Array, dys: Any, a: Any, act: ActivationParams, with_epilogue: Any) -> None:
     """a * dy after the activation: dx by statistics that are fixed, or what the residual gets."""
     whole_vectors()
     dy, _, y = dys
     for i in range(out.size):
-        out[i] = narrow(through(dy, y, act, fused, i) * of(a, i), out[i])
+        out[i] = narrow(dy_at(dy, y, act, with_epilogue, i) * of(a, i), out[i])
 
 
 @inline
@@ -96,28 +103,34 @@ def is_usual(a: Any, mean: Any, rest: Any) -> Any:
 
 @inline
 def write_y_single(
-    out: Array, x: Array, residual: Array, affine: Any, act: Any, adds: int, fused: Any
+    out: Array,
+    x: Array,
+    residual: Array,
+    affine: Any,
+    act: Any,
+    has_residual: int,
+    with_epilogue: Any,
 ) -> None:
     """y in float32, of coefficients that are; `rest` holds what the rounded mean has lost."""
     whole_vectors()
     mean, scale, rest = affine
     for i in range(x.size):
         v = (single(x[i]) - of(mean, i)) * of(scale, i) + of(rest, i)
-        if fused is not None:
-            v = activated(v + single(residual[i]) if adds else v, act)
+        if with_epilogue is not None:
+            v = activated(v + single(residual[i]) if has_residual else v, act)
         out[i] = narrow(v, out[i])
 
 
 @inline
-def write_dx_single(out: Array, dys: Any, k: Any, act: Any, fused: Any) -> None:
+def write_dx_single(out: Array, dys: Any, k: Any, act: Any, with_epilogue: Any) -> None:
     """dx = (dy - dy_mean) * a + (x - mean) * b + rest in float32, in the same way."""
     whole_vectors()
     dy, x, y = dys
     a, dy_mean, mean, b, rest = k
     for i in range(x.size):
         value = single(dy[i])
-        if fused is not None:
-            value = gated(value, single(y[i]), act)
+        if with_epilogue is not None:
+            value = activation_grad(value, single(y[i]), act)
         dx = (value - of(dy_mean, i)) * of(a, i) + (single(x[i]) - of(mean, i)) * of(b, i)
         out[i] = narrow(dx + of(rest, i), out[i])
 

@@ -14,7 +14,8 @@ from typing import Any
 from fastbn.backends.base import Table
 from fastbn.backends.numba import jobs
 from fastbn.backends.numba.compiling import inline
-from fastbn.backends.numba.instructions import array, doubles, part, wide
+from fastbn.backends.numba.halves import wide
+from fastbn.backends.numba.instructions import array, doubles, part
 
 
 @inline
@@ -63,55 +64,76 @@ def _of_channel(job: Any, sums: Table, run: int, c: int) -> tuple[float, float]:
     return a, b
 
 
-def start_forward(here: int, where: int, like: Any, selected: Any, fused: Any, placed: Any) -> int:
+def start_forward(
+    job_address: int,
+    unit_address: int,
+    like: Any,
+    selected: Any,
+    with_epilogue: Any,
+    by_column: Any,
+) -> int:
     """A channel's shift: its first value that counts."""
-    job, unit = jobs.job_at(here), jobs.unit_at(where)
+    job, unit = jobs.job_at(job_address), jobs.unit_at(unit_address)
     table, place = jobs.table_of(job), 0
-    if job.firsts:
-        place = int(array(job.firsts, (job.runs,), doubles())[unit.run])
+    if job.starts:
+        place = int(array(job.starts, (job.runs,), doubles())[unit.run])
     n, s = place // job.size, place % job.size
     first, last = _channels(job, unit)
     for c in range(first, last):
         column = c * job.spread
         address = jobs.at(job.x, unit.run, n, column) + s * job.itemsize
         table[jobs.SHIFT, unit.run, column] = wide(array(address, (1,), like)[0])
-        table[jobs.POWER, unit.run, column] = 1.0
+        table[jobs.UNIT, unit.run, column] = 1.0
     _spread_out(job, unit, table)
     return 0
 
 
-def finish_forward(here: int, where: int, like: Any, selected: Any, fused: Any, placed: Any) -> int:
+def finish_forward(
+    job_address: int,
+    unit_address: int,
+    like: Any,
+    selected: Any,
+    with_epilogue: Any,
+    by_column: Any,
+) -> int:
     """Mean, variance and scale; whether sums shall be taken again, which index 0 may ask for.
 
     The mean of d * d is (1 + (mean / s)**2) variances: beyond 16 deviations digits get lost.
     """
-    job, unit, again = jobs.job_at(here), jobs.unit_at(where), 0
+    job, unit, again = jobs.job_at(job_address), jobs.unit_at(unit_address), 0
     table, sums = jobs.table_of(job), jobs.sums_of(job)
     _merge(job, unit, sums)
     first, last = _channels(job, unit)
     for c in range(first, last):
         column = c * job.spread
-        shift, power = table[jobs.SHIFT, unit.run, column], table[jobs.POWER, unit.run, column]
+        shift, factor = table[jobs.SHIFT, unit.run, column], table[jobs.UNIT, unit.run, column]
         a, b = _of_channel(job, sums, unit.run, c)
         offset = a / job.count
         doubtful = not (a * offset * (257.0 / 256.0) <= b < math.inf) and math.isfinite(a)
         if unit.index == 0 and doubtful:
             again = 1
-            table[jobs.SHIFT, unit.run, column] = shift + offset / power
-            table[jobs.POWER, unit.run, column] = power if math.isfinite(b) else 2.0**-600
+            table[jobs.SHIFT, unit.run, column] = shift + offset / factor
+            table[jobs.UNIT, unit.run, column] = factor if math.isfinite(b) else 2.0**-600
         var = b / job.count - offset * offset
-        var = 0.0 if var < 0.0 else var / power / power
+        var = 0.0 if var < 0.0 else var / factor / factor
         rstd = 1.0 / math.sqrt(var + job.eps) if var + job.eps != 0.0 else 0.0
-        table[jobs.MEAN, unit.run, column] = shift + offset / power
+        table[jobs.MEAN, unit.run, column] = shift + offset / factor
         table[jobs.VAR, unit.run, column] = var
         table[jobs.SCALE, unit.run, column] = table[jobs.GAMMA, unit.run, column] * rstd
     _spread_out(job, unit, table)
     return again
 
 
-def start_backward(here: int, where: int, like: Any, selected: Any, fused: Any, placed: Any) -> int:
+def start_backward(
+    job_address: int,
+    unit_address: int,
+    like: Any,
+    selected: Any,
+    with_epilogue: Any,
+    by_column: Any,
+) -> int:
     """rstd = 1 / sqrt(var + eps)."""
-    job, unit = jobs.job_at(here), jobs.unit_at(where)
+    job, unit = jobs.job_at(job_address), jobs.unit_at(unit_address)
     table = jobs.table_of(job)
     for column in range(unit.c0, unit.c1):
         var = table[jobs.VAR, unit.run, column] + job.eps
@@ -120,12 +142,17 @@ def start_backward(here: int, where: int, like: Any, selected: Any, fused: Any, 
 
 
 def finish_backward(
-    here: int, where: int, like: Any, selected: Any, fused: Any, placed: Any
+    job_address: int,
+    unit_address: int,
+    like: Any,
+    selected: Any,
+    with_epilogue: Any,
+    by_column: Any,
 ) -> int:
     """dgamma and dbeta, and the coefficients of
     dx = gamma * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)) (Ioffe & Szegedy 2015, section 3).
     """
-    job, unit = jobs.job_at(here), jobs.unit_at(where)
+    job, unit = jobs.job_at(job_address), jobs.unit_at(unit_address)
     table, sums = jobs.table_of(job), jobs.sums_of(job)
     _merge(job, unit, sums)
     first, last = _channels(job, unit)

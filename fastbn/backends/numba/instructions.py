@@ -1,8 +1,4 @@
-"""What Numba has no words for: memory at an address, a few instructions, and half types.
-
-float16 and bfloat16 are in memory alone. `wide` and `narrow` convert them, float16 by the processor
-where it can, else by integer operations, which LLVM makes vectors of.
-"""
+"""What Numba has no words for: memory at an address, and a few instructions."""
 
 from __future__ import annotations
 
@@ -12,14 +8,14 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils, extending
 from numba.np import arrayobj
 
-from fastbn.backends.numba.compiling import BRAIN, HALF, F
+from fastbn.backends.numba.compiling import F
 
-_intrinsic: Callable[[F], Any] = extending.intrinsic
+intrinsic: Callable[[F], Any] = extending.intrinsic
 _literal_intrinsic: Callable[[F], Any] = extending.intrinsic(prefer_literal=True)
 _types: Any = types  # told only in part by their own types
 _cgutils: Any = cgutils
@@ -31,7 +27,7 @@ USUAL_MODE = 0x1F80
 # ---- Memory --------------------------------------------------------------------------------------
 
 
-@_intrinsic
+@intrinsic
 def array(context: Any, address: Any, shape: Any, like: Any) -> Any:
     """The dense array of a shape at an address, of what the pointer `like` points at."""
     result = types.Array(like.dtype, len(shape), "C")
@@ -69,7 +65,7 @@ def local(context: Any, count: Any, like: Any) -> Any:
     return result(count, like), generate
 
 
-@_intrinsic
+@intrinsic
 def part(context: Any, values: Any, start: Any, count: Any) -> Any:
     """Some values of an array, which has no owner."""
 
@@ -84,7 +80,7 @@ def record(dtype: np.dtype[Any]) -> Callable[[int], Any]:
     """A function that gives the record at an address."""
     result = numba.from_dtype(dtype)
 
-    @_intrinsic
+    @intrinsic
     def at(context: Any, address: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.inttoptr(args[0], context.get_value_type(result))
@@ -99,7 +95,7 @@ def _pointer(element: Any) -> Any:
     """A function that gives a pointer to nowhere, which tells a type."""
     result = _types.CPointer(element)
 
-    @_intrinsic
+    @intrinsic
     def nowhere(context: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return context.get_constant_null(result)
@@ -112,7 +108,7 @@ def _pointer(element: Any) -> Any:
 doubles, singles, octets = map(_pointer, (types.float64, types.float32, types.uint8))
 
 
-@_intrinsic
+@intrinsic
 def size_of(context: Any, like: Any) -> Any:
     """Bytes of what the pointer `like` points at."""
 
@@ -125,7 +121,7 @@ def size_of(context: Any, like: Any) -> Any:
 # ---- Instructions --------------------------------------------------------------------------------
 
 
-@_intrinsic
+@intrinsic
 def invoke(context: Any, body: Any, job: Any, run: Any, c0: Any, c1: Any, index: Any) -> Any:
     """Call a body by its address; a record of the last four numbers lies on the stack meanwhile."""
 
@@ -146,7 +142,7 @@ def _call(builder: Any, name: str, *args: Any) -> None:
     builder.call(known, args)
 
 
-@_intrinsic
+@intrinsic
 def stream_line(context: Any, to: Any, values: Any, start: Any) -> Any:
     """Write a cache line past the caches, of an array's values from one on."""
 
@@ -162,7 +158,7 @@ def stream_line(context: Any, to: Any, values: Any, start: Any) -> Any:
     return types.void(types.int64, values, types.int64), generate
 
 
-@_intrinsic
+@intrinsic
 def fence(context: Any) -> Any:
     """Let what was streamed be seen before whatever this thread does next."""
 
@@ -173,7 +169,7 @@ def fence(context: Any) -> Any:
     return types.void(), generate
 
 
-@_intrinsic
+@intrinsic
 def prefetch(context: Any, address: Any) -> Any:
     """Fetch the cache line at any address, even one that is nowhere."""
 
@@ -185,7 +181,7 @@ def prefetch(context: Any, address: Any) -> Any:
     return types.void(types.int64), generate
 
 
-@_intrinsic
+@intrinsic
 def whole_vectors(context: Any) -> Any:
     """Let the loops of the function that says this have vectors of 64 bytes, where there are such:
     for some processors LLVM prefers halves."""
@@ -198,7 +194,7 @@ def whole_vectors(context: Any) -> Any:
     return types.void(), generate
 
 
-@_intrinsic
+@intrinsic
 def set_mode(context: Any, word: Any) -> Any:
     """The thread's floating-point mode, which becomes `word`; on x86 alone, others keep theirs."""
 
@@ -212,107 +208,3 @@ def set_mode(context: Any, word: Any) -> Any:
         return builder.zext(builder.load(old), _INT64)
 
     return types.int64(types.int64), generate
-
-
-# ---- Element types -------------------------------------------------------------------------------
-
-
-@_intrinsic
-def _bits(context: Any, value: Any, like: Any) -> Any:
-    """The last bits of a value, as many as the type of `like` has, as that type."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        result, bits = context.get_value_type(like), ir.IntType(like.bitwidth)
-        number = args[0]
-        if isinstance(number.type, ir.IntType) and number.type != bits:
-            number = builder.trunc(number, bits)
-        return builder.bitcast(number, result)
-
-    return like(value, like), generate
-
-
-_CONVERTS = bool(binding.get_host_cpu_features().get("f16c"))
-"""Whether the processor converts float16; else integer operations do."""
-
-
-@_intrinsic
-def _from_half(context: Any, value: Any) -> Any:
-    """The float32 of float16's bits, by the processor."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(HALF), generate
-
-
-@_intrinsic
-def _to_half(context: Any, value: Any) -> Any:
-    """The bits of the float16 nearest to a float32, by the processor."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-
-    return HALF(types.float32), generate
-
-
-def wide(value: Any) -> Any:
-    """A value of any element type in float64: exactly."""
-
-
-@extending.overload(wide, strict=False)
-def _wide(value: Any) -> Any:
-    if value == BRAIN:
-        return lambda value: np.float64(_bits((value & 0xFFFF) << 16, np.float32(0)))
-    if value == HALF and _CONVERTS:
-        return lambda value: np.float64(_from_half(value))
-    return _wide_half if value == HALF else lambda value: np.float64(value)
-
-
-def _wide_half(value: Any) -> Any:
-    # The exponents are 1008 apart: a power of two is exact, for numbers below the normal ones too.
-    size = np.int64(value & 0x7FFF)
-    number = _bits(size << 42, 0.0) * 2.0**1008
-    number = number if size < 0x7C00 else _bits(size << 42 | 0x7FF << 52, 0.0)
-    return -number if value & 0x8000 else number
-
-
-def single(value: Any) -> Any:
-    """A value of any element type but float64 in float32: exactly."""
-
-
-@extending.overload(single, strict=False)
-def _single(value: Any) -> Any:
-    return lambda value: np.float32(wide(value))
-
-
-def narrow(value: Any, like: Any) -> Any:
-    """A number as an element like another: the nearest, and of two the even one; a half by way of
-    float32."""
-
-
-@extending.overload(narrow, strict=False)
-def _narrow(value: Any, like: Any) -> Any:
-    if like == BRAIN:
-        return _narrow_brain
-    if like == HALF and _CONVERTS:
-        return lambda value, like: _to_half(np.float32(value))
-    if like == HALF:
-        return _narrow_half
-    return lambda value, like: type(like)(value)
-
-
-def _narrow_brain(value: Any, like: Any) -> Any:
-    bits = np.int64(_bits(np.float32(value), np.uint32(0)))
-    rounded = bits + 0x7FFF + (bits >> 16 & 1)
-    return np.int16((rounded if value == value else bits | 0x400000) >> 16)
-
-
-def _narrow_half(value: Any, like: Any) -> Any:
-    bits = np.int64(_bits(np.float32(value), np.uint32(0)))
-    size = bits & 0x7FFFFFFF
-    normal = size - (112 << 23) + 0xFFF + (size >> 13 & 1) >> 13
-    # Below the normal numbers, 1/2 is added: its last bits are those that float16 keeps.
-    tiny = np.int64(_bits(_bits(size, np.float32(0)) + np.float32(0.5), np.uint32(0))) - (126 << 23)
-    half: Any = normal if size >= 113 << 23 else tiny
-    half = half if size < 143 << 23 else 0x7C00
-    return np.uint16((half if value == value else 0x7E00) | bits >> 16 & 0x8000)

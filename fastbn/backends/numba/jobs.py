@@ -31,12 +31,12 @@ CHUNK = 16384
 ALL, START, FINISH, AGAIN, SUM, WRITE = range(6)
 """What is asked of `drive`: all passes of some blocks, or one step of all of them."""
 ROWS = 9
-GAMMA, MEAN, VAR, SCALE, BETA, SHIFT, POWER, DGAMMA, DBETA = range(ROWS)
-"""Rows of a call's table, which has a value for each column of each run;"""
-RSTD, B, DY_MEAN, REST = VAR, BETA, SHIFT, POWER
-"""on the way back, in place of what only the way forth needs."""
-ARRAYS = ("x", "dy", "beside", "out", "kept")
-"""`beside` is forward a residual, backward the activation's y; `kept` takes dy times its slope.
+GAMMA, MEAN, VAR, SCALE, BETA, SHIFT, UNIT, DGAMMA, DBETA = range(ROWS)
+"""Rows of a call's table, which has a value for each column of each run."""
+RSTD, B, DY_MEAN, REST = VAR, BETA, SHIFT, UNIT
+"""Backward, these take the places of rows that only the forward needs."""
+ARRAYS = ("x", "dy", "other", "out", "dresidual")
+"""`other` is forward a residual, backward the activation's y; `dresidual` takes dy times its slope.
 Where there is none, another array stands for it."""
 
 _OPERAND = np.dtype([(name, np.int64) for name in ("address", "run", "row", "column")])
@@ -44,19 +44,26 @@ _OPERAND = np.dtype([(name, np.int64) for name in ("address", "run", "row", "col
 JOB = np.dtype(
     [
         *((name, _OPERAND) for name in ARRAYS),
-        *((name, np.int64) for name in ("adds", "keeps", "frozen", "stream", "fetch")),
+        *(
+            (name, np.int64)
+            for name in ("has_residual", "has_dresidual", "frozen", "stream", "fetch")
+        ),
         # Rows of `columns` values, perhaps one more of only `rest`; planes have `size` values. A
-        # chunk is `height` rows, or a `piece` of one; a block is some columns. What is written is
-        # cut into as many chunks, of `tall` rows.
+        # chunk is `chunk_rows` rows, or a `piece` of one; a block is some columns. What is written
+        # has chunks of its own: `map_chunks` of them, `map_rows` rows each.
         *((name, np.int64) for name in ("runs", "rows", "columns", "size", "rest")),
         *((name, np.int64) for name in ("fold", "channels", "spread")),
-        *((name, np.int64) for name in ("height", "piece", "pieces", "chunks", "block")),
-        *((name, np.int64) for name in ("itemsize", "tall", "written")),
+        *((name, np.int64) for name in ("chunk_rows", "piece", "pieces", "chunks", "block")),
+        *((name, np.int64) for name in ("itemsize", "map_rows", "map_chunks")),
         # Addresses, 0 of what there is not: (ROWS, runs, columns) and (chunks, 2, runs, columns) of
-        # float64, (runs, rows, size) of bytes, (runs, rows / alike) of float64, and of
-        # each run the first place that counts.
-        *((name, np.int64) for name in ("table", "sums", "mask", "weights", "alike", "firsts")),
-        # Of samples: (period, size) of float64, and for each block of rows the two sums of these.
+        # float64, (runs, rows, size) of bytes, (runs, rows / weight_samples) of
+        # float64, and of each run the first place that counts.
+        *(
+            (name, np.int64)
+            for name in ("table", "sums", "mask", "weights", "weight_samples", "starts")
+        ),
+        # By column (layer norm): gamma and beta, (period, size) of float64, and for each block of
+        # rows its sums for dgamma and dbeta.
         *((name, np.int64) for name in ("gamma", "beta", "parameters", "period")),
         *((name, np.int64) for name in ("start", "add", "finish", "write")),
         *((name, np.float64) for name in ("count", "eps", "slope", "top")),
@@ -83,10 +90,10 @@ def least(a: int, b: int) -> int:
 
 
 @inline
-def chunk(job: Any, index: int, height: int) -> tuple[int, int, int, int]:
+def chunk(job: Any, index: int, chunk_rows: int) -> tuple[int, int, int, int]:
     """Rows n0 to n1 and their values s0 to s1, of chunks so many rows high."""
-    n0, s0 = index // job.pieces * height, index % job.pieces * job.piece
-    return n0, least(n0 + height, job.rows), s0, least(s0 + job.piece, job.size)
+    n0, s0 = index // job.pieces * chunk_rows, index % job.pieces * job.piece
+    return n0, least(n0 + chunk_rows, job.rows), s0, least(s0 + job.piece, job.size)
 
 
 @inline
@@ -100,57 +107,57 @@ def weight_of(job: Any, run: int, n: int) -> float:
     """What a row's values weigh in statistics."""
     if not job.weights:
         return 1.0
-    weights = array(job.weights, (job.runs, job.rows // job.alike), doubles())
-    return float(weights[run, n // job.alike])
+    weights = array(job.weights, (job.runs, job.rows // job.weight_samples), doubles())
+    return float(weights[run, n // job.weight_samples])
 
 
 def cut(rows: int, size: int) -> tuple[int, int, int, int]:
     """Rows to a chunk or, of a longer row, values; pieces of a row, and chunks."""
     if size == 1:
-        height = min(max(-(-rows // 256) * 8, 64), 512)
-        return height, 1, 1, max(1, -(-rows // height))
-    height, piece, pieces = max(1, CHUNK // size), size, -(-size // CHUNK)
+        chunk_rows = min(max(-(-rows // 256) * 8, 64), 512)
+        return chunk_rows, 1, 1, max(1, -(-rows // chunk_rows))
+    chunk_rows, piece, pieces = max(1, CHUNK // size), size, -(-size // CHUNK)
     if pieces > 1:
         piece = -(-size // (pieces * 64)) * 64
         pieces = -(-size // piece)
-    return height, piece, pieces, -(-rows // height) * pieces
+    return chunk_rows, piece, pieces, -(-rows // chunk_rows) * pieces
 
 
 @inline
-def _trip(here: int, run: int, c0: int, c1: int) -> None:
+def _fused(job_address: int, run: int, c0: int, c1: int) -> None:
     """A block of columns through both passes; the second begins with what was read last."""
-    job = job_at(here)
+    job = job_at(job_address)
     if job.sums:
-        invoke(job.start, here, run, c0, c1, 0)
+        invoke(job.start, job_address, run, c0, c1, 0)
         for attempt in range(2):
             for index in range(job.chunks):
-                invoke(job.add, here, run, c0, c1, index)
-            if not invoke(job.finish, here, run, c0, c1, attempt):
+                invoke(job.add, job_address, run, c0, c1, index)
+            if not invoke(job.finish, job_address, run, c0, c1, attempt):
                 break
-    for index in range(job.written - 1 if job.write else -1, -1, -1):
-        invoke(job.write, here, run, c0, c1, index)
+    for index in range(job.map_chunks - 1 if job.write else -1, -1, -1):
+        invoke(job.write, job_address, run, c0, c1, index)
 
 
 @kernel()
-def drive(here: int, phase: int, thread: int, threads: int) -> int:
+def drive(job_address: int, phase: int, thread: int, threads: int) -> int:
     """A thread's share of a phase; whether sums have to be taken again."""
-    mode, job, again = set_mode(USUAL_MODE), job_at(here), 0
+    mode, job, again = set_mode(USUAL_MODE), job_at(job_address), 0
     across = -(-job.columns // job.block)
     blocks = job.runs * across
     units = blocks
     if phase >= SUM:
-        units *= job.chunks if phase == SUM else job.written
+        units *= job.chunks if phase == SUM else job.map_chunks
     for unit in range(units * thread // threads, units * (thread + 1) // threads):
         index, block = unit // blocks, unit % blocks
         run, c0 = block // across, block % across * job.block
         c1 = least(c0 + job.block, job.columns)
         if phase == ALL:
-            _trip(here, run, c0, c1)
+            _fused(job_address, run, c0, c1)
         elif FINISH <= phase <= AGAIN:
-            again |= invoke(job.finish, here, run, c0, c1, phase - FINISH)
+            again |= invoke(job.finish, job_address, run, c0, c1, phase - FINISH)
         else:
             step = job.start if phase == START else job.add if phase == SUM else job.write
-            invoke(step, here, run, c0, c1, index)
+            invoke(step, job_address, run, c0, c1, index)
     if job.stream:
         fence()
     set_mode(mode)

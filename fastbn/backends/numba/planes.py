@@ -3,8 +3,9 @@
 Several short planes are summed at once, value i of each going to sum i; of long ones value i goes
 to sum i % LANES. Results of short planes leave their tile together, where memory has them together.
 
-*Samples* are planes of a single row (layer norm of (N, C)). gamma and beta belong to their places,
-so that sums are of gamma * dy; dgamma and dbeta are sums over channels, each block's for itself.
+By column (layer norm of (N, C)): each sample's group is one plane. gamma and beta belong to its
+columns, so that sums are of gamma * dy; dgamma and dbeta are sums over planes, each block's for
+itself.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from fastbn.backends.base import Array, Table
 from fastbn.backends.numba import elementwise, jobs, reduce
 from fastbn.backends.numba.compiling import inline
 from fastbn.backends.numba.elementwise import ROOM, TILE
-from fastbn.backends.numba.instructions import array, doubles, local, narrow, octets, part
-from fastbn.backends.numba.reduce import LANES, SHORT, Gradient, Slopes
+from fastbn.backends.numba.halves import narrow
+from fastbn.backends.numba.instructions import array, doubles, local, octets, part
+from fastbn.backends.numba.reduce import LANES, SHORT, ActivationParams, Gradient
 
 
 @inline
@@ -55,7 +57,7 @@ def _operands(job: Any, unit: Any, n: int, c: int, s: int, count: int, like: Any
     offset, shape = s * job.itemsize, (count,)
     dy = array(jobs.at(job.dy, unit.run, n, c) + offset, shape, like)
     x = array(jobs.at(job.x, unit.run, n, c) + offset, shape, like)
-    return dy, x, array(jobs.at(job.beside, unit.run, n, c) + offset, shape, like)
+    return dy, x, array(jobs.at(job.other, unit.run, n, c) + offset, shape, like)
 
 
 @inline
@@ -65,14 +67,21 @@ def _four(x: int, step: int, count: int, like: Any) -> Any:
     return a, b, array(x + 2 * step, (count,), like), array(x + 3 * step, (count,), like)
 
 
-def add_forward(here: int, where: int, like: Any, selected: Any, fused: Any, placed: Any) -> int:
+def add_forward(
+    job_address: int,
+    unit_address: int,
+    like: Any,
+    selected: Any,
+    with_epilogue: Any,
+    by_column: Any,
+) -> int:
     """The sums of a block's channels over a chunk."""
-    job, unit = jobs.job_at(here), jobs.unit_at(where)
-    n0, n1, s0, s1 = jobs.chunk(job, unit.index, job.height)
+    job, unit = jobs.job_at(job_address), jobs.unit_at(unit_address)
+    n0, n1, s0, s1 = jobs.chunk(job, unit.index, job.chunk_rows)
     table, sums, size, lanes = jobs.table_of(job), jobs.sums_of(job), job.itemsize, _lanes(job)
     t0, t1 = local(SHORT, doubles()), local(SHORT, doubles())
     for c in range(unit.c0, unit.c1):
-        shift, power = table[jobs.SHIFT, unit.run, c], table[jobs.POWER, unit.run, c]
+        shift, factor = table[jobs.SHIFT, unit.run, c], table[jobs.UNIT, unit.run, c]
         reduce.clear(part(t0, 0, lanes))
         reduce.clear(part(t1, 0, lanes))
         n = n0
@@ -80,16 +89,16 @@ def add_forward(here: int, where: int, like: Any, selected: Any, fused: Any, pla
             x, s, w = jobs.at(job.x, unit.run, n, c), s0, jobs.weight_of(job, unit.run, n)
             if selected is None and job.size <= SHORT and n + 4 <= n1:
                 four, ahead = _four(x, job.x.row, job.size, like), 4 * job.x.row if job.fetch else 0
-                reduce.add_four(four, shift, power, t0, t1, ahead)
+                reduce.add_four(four, shift, factor, t0, t1, ahead)
                 s, n = s1, n + 3
             while selected is None and s + 4 * LANES <= s1:
                 four = _four(x + s * size, LANES * size, LANES, like)
-                reduce.add_four(four, shift, power, t0, t1, job.fetch)
+                reduce.add_four(four, shift, factor, t0, t1, job.fetch)
                 s += 4 * LANES
             while s < s1 and w > 0.0:
                 few = array(x + s * size, (jobs.least(s1 - s, lanes),), like)
                 seen = _seen(job, unit, n, s, few.size)
-                reduce.add_moments(few, seen, (shift, power, w), t0, t1, selected, selected)
+                reduce.add_moments(few, seen, (shift, factor, w), t0, t1, selected, selected)
                 s += lanes
             n += 1
         sums[unit.index, 0, unit.run, c] = _total(t0, lanes)
@@ -97,13 +106,20 @@ def add_forward(here: int, where: int, like: Any, selected: Any, fused: Any, pla
     return 0
 
 
-def add_backward(here: int, where: int, like: Any, selected: Any, fused: Any, placed: Any) -> int:
+def add_backward(
+    job_address: int,
+    unit_address: int,
+    like: Any,
+    selected: Any,
+    with_epilogue: Any,
+    by_column: Any,
+) -> int:
     """The sums of gradients of a block's channels over a chunk."""
-    job, unit = jobs.job_at(here), jobs.unit_at(where)
-    n0, n1, s0, s1 = jobs.chunk(job, unit.index, job.height)
-    table, sums, act = jobs.table_of(job), jobs.sums_of(job), Slopes(job.slope, job.top)
+    job, unit = jobs.job_at(job_address), jobs.unit_at(unit_address)
+    n0, n1, s0, s1 = jobs.chunk(job, unit.index, job.chunk_rows)
+    table, sums, act = jobs.table_of(job), jobs.sums_of(job), ActivationParams(job.slope, job.top)
     t0, t1, lanes = local(SHORT, doubles()), local(SHORT, doubles()), _lanes(job)
-    plain = selected is None and placed is None
+    plain = selected is None and by_column is None
     for c in range(unit.c0, unit.c1):
         mean, n = table[jobs.MEAN, unit.run, c], n0
         reduce.clear(part(t0, 0, lanes))
@@ -116,7 +132,7 @@ def add_backward(here: int, where: int, like: Any, selected: Any, fused: Any, pl
                     _operands(job, unit, n + 1, c, 0, job.size, like),
                 )
                 reduce.add_two(
-                    dys, more, mean, act, t0, t1, 2 * job.x.row if job.fetch else 0, fused
+                    dys, more, mean, act, t0, t1, 2 * job.x.row if job.fetch else 0, with_epilogue
                 )
                 s, n = s1, n + 1
             while plain and s + 2 * LANES <= s1:
@@ -124,7 +140,7 @@ def add_backward(here: int, where: int, like: Any, selected: Any, fused: Any, pl
                     _operands(job, unit, n, c, s, LANES, like),
                     _operands(job, unit, n, c, s + LANES, LANES, like),
                 )
-                reduce.add_two(dys, more, mean, act, t0, t1, job.fetch, fused)
+                reduce.add_two(dys, more, mean, act, t0, t1, job.fetch, with_epilogue)
                 s += 2 * LANES
             while s < s1:
                 count = jobs.least(s1 - s, lanes)
@@ -133,7 +149,9 @@ def add_backward(here: int, where: int, like: Any, selected: Any, fused: Any, pl
                     _seen(job, unit, n, s, count),
                 )
                 gamma = _places(job, job.gamma, c, s, count)
-                reduce.add_products(dys, seen, gamma, mean, act, t0, t1, selected, fused, placed)
+                reduce.add_products(
+                    dys, seen, gamma, mean, act, t0, t1, selected, with_epilogue, by_column
+                )
                 s += lanes
             n += 1
         sums[unit.index, 0, unit.run, c] = _total(t0, lanes)
@@ -145,7 +163,11 @@ def add_backward(here: int, where: int, like: Any, selected: Any, fused: Any, pl
 def _together(job: Any) -> bool:
     """Whether results of short planes follow each other in memory."""
     dense = job.out.column == job.size * job.itemsize
-    return dense and job.size <= TILE and (not job.keeps or job.kept.column == job.out.column)
+    return (
+        dense
+        and job.size <= TILE
+        and (not job.has_dresidual or job.dresidual.column == job.out.column)
+    )
 
 
 @inline
@@ -154,11 +176,18 @@ def _clear_unseen(out: Array, seen: Array) -> None:
         out[i] = out[i] if seen[i] else narrow(0.0, out[i])
 
 
-def write_forward(here: int, where: int, like: Any, selected: Any, fused: Any, placed: Any) -> int:
+def write_forward(
+    job_address: int,
+    unit_address: int,
+    like: Any,
+    selected: Any,
+    with_epilogue: Any,
+    by_column: Any,
+) -> int:
     """y of a block's channels in a chunk."""
-    job, unit = jobs.job_at(here), jobs.unit_at(where)
-    n0, n1, s0, s1 = jobs.chunk(job, unit.index, job.tall)
-    table, act, tile = jobs.table_of(job), Slopes(job.slope, job.top), local(ROOM, like)
+    job, unit = jobs.job_at(job_address), jobs.unit_at(unit_address)
+    n0, n1, s0, s1 = jobs.chunk(job, unit.index, job.map_rows)
+    table, act, tile = jobs.table_of(job), ActivationParams(job.slope, job.top), local(ROOM, like)
     for n in range(n0, n1):
         used, to = 0, 0
         for c in range(unit.c0, unit.c1):
@@ -176,10 +205,12 @@ def write_forward(here: int, where: int, like: Any, selected: Any, fused: Any, p
                 reduce.fetch(x, job.fetch)
                 gamma = _places(job, job.gamma, c, s, count)
                 places = gamma, _places(job, job.beta, c, s, count)
-                if usual and placed is None:
-                    elementwise.write_y_single(target, x, residual, near, act, job.adds, fused)
+                if usual and by_column is None:
+                    elementwise.write_y_single(
+                        target, x, residual, near, act, job.has_residual, with_epilogue
+                    )
                 else:
-                    how = act, job.adds, fused, placed
+                    how = act, job.has_residual, with_epilogue, by_column
                     elementwise.write_y(target, x, residual, affine, places, *how)
                 if selected is not None:
                     _clear_unseen(target, _seen(job, unit, n, s, count))
@@ -192,24 +223,38 @@ def write_forward(here: int, where: int, like: Any, selected: Any, fused: Any, p
 
 @inline
 def _add_parameters(
-    job: Any, unit: Any, c: int, s: int, dys: Any, k: Gradient, act: Slopes, fused: Any
+    job: Any,
+    unit: Any,
+    c: int,
+    s: int,
+    dys: Any,
+    k: Gradient,
+    act: ActivationParams,
+    with_epilogue: Any,
 ) -> None:
     """To a block's sums for dgamma and dbeta."""
     shape = dys[0].shape
     row = (unit.c0 // job.block * 2 * job.period + c % job.period) * job.size + s
     dgamma = array(job.parameters + row * 8, shape, doubles())
     dbeta = array(job.parameters + (row + job.period * job.size) * 8, shape, doubles())
-    reduce.add_columns(dgamma, dbeta, dys, k, act, fused)
+    reduce.add_columns(dgamma, dbeta, dys, k, act, with_epilogue)
 
 
-def write_backward(here: int, where: int, like: Any, selected: Any, fused: Any, placed: Any) -> int:
+def write_backward(
+    job_address: int,
+    unit_address: int,
+    like: Any,
+    selected: Any,
+    with_epilogue: Any,
+    by_column: Any,
+) -> int:
     """dx of a block's channels in a chunk, and dy times the activation's slope."""
-    job, unit = jobs.job_at(here), jobs.unit_at(where)
-    n0, n1, s0, s1 = jobs.chunk(job, unit.index, job.tall)
-    table, act = jobs.table_of(job), Slopes(job.slope, job.top)
+    job, unit = jobs.job_at(job_address), jobs.unit_at(unit_address)
+    n0, n1, s0, s1 = jobs.chunk(job, unit.index, job.map_rows)
+    table, act = jobs.table_of(job), ActivationParams(job.slope, job.top)
     tile, others = local(ROOM, like), local(ROOM, like)
     for n in range(n0, n1):
-        used, to, kept, w = 0, 0, 0, jobs.weight_of(job, unit.run, n)
+        used, to, dresidual_to, w = 0, 0, 0, jobs.weight_of(job, unit.run, n)
         for c in range(unit.c0, unit.c1):
             k = Gradient(
                 table[jobs.SCALE, unit.run, c],
@@ -226,26 +271,28 @@ def write_backward(here: int, where: int, like: Any, selected: Any, fused: Any, 
                 reduce.fetch(dys[0], job.fetch)
                 reduce.fetch(dys[1], job.fetch)
                 to = to if used else jobs.at(job.out, unit.run, n, c) + offset
-                kept = kept if used else jobs.at(job.kept, unit.run, n, c) + offset
+                dresidual_to = (
+                    dresidual_to if used else jobs.at(job.dresidual, unit.run, n, c) + offset
+                )
                 target, other = part(tile, used, count), part(others, used, count)
                 if job.frozen:
-                    elementwise.write_scaled(target, dys, k.a, act, fused)
-                elif usual and w == 1.0 and placed is None:
-                    elementwise.write_dx_single(target, dys, near, act, fused)
+                    elementwise.write_scaled(target, dys, k.a, act, with_epilogue)
+                elif usual and w == 1.0 and by_column is None:
+                    elementwise.write_dx_single(target, dys, near, act, with_epilogue)
                 else:
                     gamma = _places(job, job.gamma, c, s, count)
-                    elementwise.write_dx(target, dys, gamma, k, w, act, fused, placed)
-                if job.keeps:
-                    elementwise.write_scaled(other, dys, 1.0, act, fused)
+                    elementwise.write_dx(target, dys, gamma, k, w, act, with_epilogue, by_column)
+                if job.has_dresidual:
+                    elementwise.write_scaled(other, dys, 1.0, act, with_epilogue)
                 if selected is not None:
                     _clear_unseen(target, _seen(job, unit, n, s, count))
                     _clear_unseen(other, _seen(job, unit, n, s, count))
-                if placed is not None:
-                    _add_parameters(job, unit, c, s, dys, k, act, fused)
+                if by_column is not None:
+                    _add_parameters(job, unit, c, s, dys, k, act, with_epilogue)
                 used += count
                 if not _together(job) or used > TILE or c + 1 == unit.c1:
                     elementwise.put(to, tile, used, job.stream, like)
-                    if job.keeps:
-                        elementwise.put(kept, others, used, job.stream, like)
+                    if job.has_dresidual:
+                        elementwise.put(dresidual_to, others, used, job.stream, like)
                     used = 0
     return 0

@@ -17,7 +17,8 @@ from numba.core import extending
 
 from fastbn.backends.base import Array, Table
 from fastbn.backends.numba.compiling import inline
-from fastbn.backends.numba.instructions import prefetch, whole_vectors, wide
+from fastbn.backends.numba.halves import wide
+from fastbn.backends.numba.instructions import prefetch, whole_vectors
 
 LANES = 32
 """Sums of a plane's values: value i goes to sum i % LANES."""
@@ -25,7 +26,7 @@ SHORT = 128
 """Values of a plane; of so short ones several are summed at once."""
 
 
-class Slopes(NamedTuple):
+class ActivationParams(NamedTuple):
     """An activation: slope * v below 0, v, and `top` above that."""
 
     slope: float
@@ -53,7 +54,7 @@ def _of(value: Any, i: int) -> Any:
 
 
 @inline
-def activated(v: Any, act: Slopes) -> Any:
+def activated(v: Any, act: ActivationParams) -> Any:
     """v <= 0 ? slope * v : min(v, top), where slope = 0 gives 0 and NaN stays NaN."""
     zero, slope, top = type(v)(0), type(v)(act.slope), type(v)(act.top)
     below = v * slope if slope != zero else zero
@@ -62,7 +63,7 @@ def activated(v: Any, act: Slopes) -> Any:
 
 
 @inline
-def gated(dy: Any, y: Any, act: Slopes) -> Any:
+def activation_grad(dy: Any, y: Any, act: ActivationParams) -> Any:
     """dy times the slope of the activation where it gave y; a top that is NaN is none."""
     zero, slope, top = type(dy)(0), type(dy)(act.slope), type(dy)(act.top)
     below = dy * slope if slope != zero else zero
@@ -92,9 +93,9 @@ def add_moments(
 ) -> None:
     """To two sums add d = (x - shift) * power and d * d, weighed, of what is seen."""
     whole_vectors()
-    shift, power, w = about
+    shift, factor, w = about
     for i in range(x.size):
-        d = (wide(x[i]) - of(shift, i)) * of(power, i)
+        d = (wide(x[i]) - of(shift, i)) * of(factor, i)
         if masked is not None:
             d = d if seen[i] else 0.0
         if weighed is not None:
@@ -106,7 +107,7 @@ def add_moments(
 
 
 @inline
-def add_four(x: Any, shift: Any, power: Any, s0: Table, s1: Table, ahead: int) -> None:
+def add_four(x: Any, shift: Any, factor: Any, s0: Table, s1: Table, ahead: int) -> None:
     """The same of four arrays at once, so that sums are read and written a quarter as often."""
     whole_vectors()
     x0, x1, x2, x3 = x
@@ -118,17 +119,17 @@ def add_four(x: Any, shift: Any, power: Any, s0: Table, s1: Table, ahead: int) -
         a, b = wide(x0[i]) - of(shift, i), wide(x1[i]) - of(shift, i)
         c, d = wide(x2[i]) - of(shift, i), wide(x3[i]) - of(shift, i)
         if x0.itemsize == 8:  # of others no square overflows, and power is 1
-            a, b, c, d = a * of(power, i), b * of(power, i), c * of(power, i), d * of(power, i)
+            a, b, c, d = a * of(factor, i), b * of(factor, i), c * of(factor, i), d * of(factor, i)
         s0[i] += (a + b) + (c + d)
         s1[i] += (a * a + b * b) + (c * c + d * d)
 
 
 @inline
-def through(dy: Array, y: Array, act: Slopes, fused: Any, i: int) -> Any:
+def dy_at(dy: Array, y: Array, act: ActivationParams, with_epilogue: Any, i: int) -> Any:
     """dy, after the activation if there is one."""
     value = wide(dy[i])
-    if fused is not None:
-        value = gated(value, wide(y[i]), act)
+    if with_epilogue is not None:
+        value = activation_grad(value, wide(y[i]), act)
     return value
 
 
@@ -138,20 +139,20 @@ def add_products(
     seen: Any,
     gamma: Any,
     mean: Any,
-    act: Slopes,
+    act: ActivationParams,
     s0: Table,
     s1: Table,
     masked: Any,
-    fused: Any,
-    placed: Any,
+    with_epilogue: Any,
+    by_column: Any,
 ) -> None:
     """To two sums add dy, after the activation, and that times x - mean, of what is seen; of places
     all times gamma."""
     whole_vectors()
     dy, x, y = dys
     for i in range(x.size):
-        a = through(dy, y, act, fused, i)
-        if placed is not None:
+        a = dy_at(dy, y, act, with_epilogue, i)
+        if by_column is not None:
             a *= gamma[i]
         b = a * (wide(x[i]) - of(mean, i))
         if masked is not None:
@@ -162,7 +163,14 @@ def add_products(
 
 @inline
 def add_two(
-    dys: Any, more: Any, mean: Any, act: Slopes, s0: Table, s1: Table, ahead: int, fused: Any
+    dys: Any,
+    more: Any,
+    mean: Any,
+    act: ActivationParams,
+    s0: Table,
+    s1: Table,
+    ahead: int,
+    with_epilogue: Any,
 ) -> None:
     """The same of two triples of arrays at once."""
     whole_vectors()
@@ -173,19 +181,19 @@ def add_two(
     fetch(dy1, ahead)
     fetch(x1, ahead)
     for i in range(x0.size):
-        a, b = through(dy0, y0, act, fused, i), through(dy1, y1, act, fused, i)
+        a, b = dy_at(dy0, y0, act, with_epilogue, i), dy_at(dy1, y1, act, with_epilogue, i)
         s0[i] += a + b
         s1[i] += a * (wide(x0[i]) - of(mean, i)) + b * (wide(x1[i]) - of(mean, i))
 
 
 @inline
 def add_columns(
-    dgamma: Table, dbeta: Table, dys: Any, k: Gradient, act: Slopes, fused: Any
+    dgamma: Table, dbeta: Table, dys: Any, k: Gradient, act: ActivationParams, with_epilogue: Any
 ) -> None:
     """To sums of each place add dy, after the activation, and that times xhat."""
     whole_vectors()
     dy, x, y = dys
     for i in range(x.size):
-        value = through(dy, y, act, fused, i)
+        value = dy_at(dy, y, act, with_epilogue, i)
         dbeta[i] += value
         dgamma[i] += value * ((wide(x[i]) - k.mean) * k.rstd)

@@ -26,31 +26,31 @@ _process = os.getpid()
 
 
 @kernel(parallel=True)
-def _share(here: int, phase: int, threads: int) -> None:
+def _share(job_address: int, phase: int, threads: int) -> None:
     for thread in prange(threads):
-        drive(here, phase, np.int64(thread), threads)  # type: ignore[arg-type]
+        drive(job_address, phase, np.int64(thread), threads)  # type: ignore[arg-type]
 
 
-def share(here: int, phase: int, threads: int) -> None:
+def share(job_address: int, phase: int, threads: int) -> None:
     """A phase of a job, on so many threads where that is safe now."""
     if threads > 1 and _lock.acquire(blocking=False):
         try:
             if _threads_work():
-                _on_threads(here, phase, threads)
+                _on_threads(job_address, phase, threads)
                 return
         finally:
             _lock.release()
-    drive(here, phase, 0, 1)
+    drive(job_address, phase, 0, 1)
 
 
-def _on_threads(here: int, phase: int, threads: int) -> None:
+def _on_threads(job_address: int, phase: int, threads: int) -> None:
     before = _numba.get_num_threads()
     if before == threads:
-        _share(here, phase, threads)
+        _share(job_address, phase, threads)
         return
     _numba.set_num_threads(threads)
     try:
-        _share(here, phase, threads)
+        _share(job_address, phase, threads)
     finally:
         _numba.set_num_threads(before)
 
