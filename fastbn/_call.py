@@ -14,7 +14,6 @@ before anything is written, and then asks it for views, tables and results.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,8 +42,7 @@ SMALLEST = 1 << 20
 """Bytes of x whose runs are worked on at once, however large their tables."""
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Samples whose runs are alike, and how their memory is arranged."""
 
     samples: slice

@@ -20,9 +20,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,8 +45,7 @@ def channel_axis(layout: str, ndim: int) -> int:
     return LAYOUTS[layout] % ndim
 
 
-@dataclass(frozen=True)
-class Arrangement:
+class Arrangement(NamedTuple):
     """How arrays of one shape are seen as (G, N, C, S), and how to come back."""
 
     axes: tuple[int, ...]

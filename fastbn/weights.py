@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,15 +28,13 @@ SEVERAL = 1 + 2.0**-52
 """The least effective number of several values; 1 is that of a single one."""
 
 
-@dataclass(frozen=True)
 class Weights:
     """What samples weigh, times a power of two."""
 
-    values: NDArray[np.float64]
-    exponent: int
-    """Of the power."""
-    places: int | Array
-    """Values of a channel that count in each sample; a number where these are the same."""
+    def __init__(self, values: NDArray[np.float64], exponent: int, places: int | Array) -> None:
+        """`exponent` is the power's; `places` are the values of a channel that count in each
+        sample, a number where these are the same."""
+        self.values, self.exponent, self.places = values, exponent, places
 
     @property
     @quiet

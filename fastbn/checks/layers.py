@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Mapping
@@ -312,6 +311,8 @@ def attribute(layer: Any, name: str, value: Any, aliases: Mapping[str, str]) -> 
         return
     if any(name in inspect.get_annotations(each) for each in kind.__mro__):
         return
+    import difflib  # that takes a part of a millisecond, which no import of fastbn should
+
     names = [n for n in (*vars(layer), *dir(kind)) if not n.startswith("_") and not is_method(n)]
     is_ours = kind.__module__.startswith(__name__.removesuffix("checks.layers"))
     cutoff = 0 if is_ours else CLOSE

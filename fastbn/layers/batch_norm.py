@@ -317,12 +317,15 @@ class BatchNorm(AffineLayer):
         """
         batch = Batch(x, self.layout, where, weights, made_for=("BatchNorm", self.channels))
         x, effective = batch.array, batch.effective
-        fused = {"activation": self.activation, "residual": residual, "out": out}
+        fused: dict[str, Any] = {"activation": self.activation, "residual": residual, "out": out}
         k, corrected = None, None
         if by_running := self._by_running(effective):
             mean, var = (a.copy() for a in self._running.checked(writes=False))
-            vectors = {"mean": mean, "var": var, "gamma": self.gamma, "beta": self.beta}
-            y = self._normalized(batch, None, fused, own=False, **vectors)
+            given = mean, var, self.gamma, self.beta
+            if batch.counts_all:
+                y = normalize(x, *given, eps=self.eps, layout=self.layout, **fused)
+            else:
+                y = self._normalized(batch, None, given, fused, is_fixed=True)
         else:
             if self.training or self._running.observe is not None:
                 k = checks.options.virtual_batch(self.virtual_batch)
@@ -349,8 +352,8 @@ class BatchNorm(AffineLayer):
             if renormalizes:
                 corrected = self._correction(mean, var)
                 gamma, beta = self._parameters(corrected)
-            vectors = {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
-            y = self._normalized(batch, k, fused, own=True, **vectors)
+            given = mean, var, gamma, beta
+            y = self._normalized(batch, k, given, fused, is_fixed=False)
             result = BatchNormResult(y, mean, var)
         else:
             result = self._batch_norm(batch, k, fused)
@@ -377,13 +380,14 @@ class BatchNorm(AffineLayer):
         return _run.batch_norm(call, self.eps, **fused)
 
     def _normalized(
-        self, batch: Batch, k: int | None, fused: dict[str, Any], *, own: bool, **vectors: Any
+        self, batch: Batch, k: int | None, given: Any, fused: dict[str, Any], *, is_fixed: bool
     ) -> Array:
-        """By given statistics; NaN stays in its channel where they are the batch's own."""
-        batch = batch.unweighed()
-        if batch.counts_all and not own:
-            return normalize(batch.array, eps=self.eps, layout=self.layout, **vectors, **fused)
-        call = Call(current(), batch, virtual_batch=k, is_fixed=not own, **vectors)
+        """By mean, var, gamma and beta as given; NaN stays in its channel where they are the batch's
+        own."""
+        names = "mean", "var", "gamma", "beta"
+        vectors: dict[str, Any] = dict(zip(names, given, strict=True))
+        kind: dict[str, Any] = {"virtual_batch": k, "is_fixed": is_fixed}
+        call = Call(current(), batch.unweighed(), **kind, **vectors)
         return _run.normalize(call, self.eps, **fused)
 
     def _correction(self, mean: Array, var: Array) -> Correction:
