@@ -382,8 +382,8 @@ class BatchNorm(AffineLayer):
     def _normalized(
         self, batch: Batch, k: int | None, given: Any, fused: dict[str, Any], *, is_fixed: bool
     ) -> Array:
-        """By mean, var, gamma and beta as given; NaN stays in its channel where they are the batch's
-        own."""
+        """By mean, var, gamma and beta as given; NaN stays in its channel where they are the
+        batch's own."""
         names = "mean", "var", "gamma", "beta"
         vectors: dict[str, Any] = dict(zip(names, given, strict=True))
         kind: dict[str, Any] = {"virtual_batch": k, "is_fixed": is_fixed}
