@@ -30,7 +30,7 @@ from fastbn.backends.base import (
     Selection,
     Table,
 )
-from fastbn.backends.tuning import CALLS_SHARE, ROW_BYTES, RUN_BYTES, parts, scratch
+from fastbn.backends.tuning import CALLS_SHARE, ROW_BYTES, RUN_BYTES, SUM_BYTES, parts, scratch
 from fastbn.elements import arithmetic
 from fastbn.layouts import ALL_CHANNELS, EACH_CHANNEL, Arrangement, channel_axis
 from fastbn.results import GradientSums
@@ -80,14 +80,13 @@ class Span(NamedTuple):
         )
         return ActivationGrad(activation_grad.activation, self.view(activation_grad.y), wanted)
 
-    def parts(self, array_bytes: int, held: int = 0, pool: int = 1) -> list[Part]:
+    def parts(self, array_bytes: int, held: int = SUM_BYTES, pool: int = 1) -> list[Part]:
         """All runs and channels, cut so that tables stay small beside the array; mostly one part.
-        `held`: bytes of tables that the verb itself holds for each channel."""
+        `held`: bytes of tables that the verb itself holds for each channel; of a fused walk the
+        sums, or statistics, until they are in the results."""
         shape = self.arrangement.view_shape
         runs, _, channels, size = shape
         each, limit = held + self.backend.channel_bytes(shape), scratch(array_bytes, CALLS_SHARE)
-        if runs == 1 and each == 0:
-            return [Part(slice(0, 1), slice(0, channels))]
         if runs == 1:
             return [Part(slice(0, 1), some) for some in parts(channels, size, limit, each, pool)]
         run_bytes, each = array_bytes // runs, each - held + RUN_BYTES

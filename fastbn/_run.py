@@ -31,7 +31,7 @@ from fastbn.backends.base import (
     normal_scale,
     quiet,
 )
-from fastbn.backends.tuning import CHANNEL_BYTES
+from fastbn.backends.tuning import CHANNEL_BYTES, SUM_BYTES
 from fastbn.results import (
     BatchNormResult,
     Gradients,
@@ -95,8 +95,8 @@ def moments(call: Call) -> Statistics:
     for span in call.spans:
         view = span.view(call.array)
         for part in span.parts(call.array.nbytes):
-            found = call.backend.moments(part.of(view), call.threads, span.selection)
-            mean[span.at(part)], var[span.at(part)] = found
+            at, on = span.at(part), (part.of(view), call.threads, span.selection)
+            mean[at], var[at] = call.backend.moments(*on)
     return Statistics(call.shaped(mean), call.shaped(var))
 
 
@@ -188,11 +188,8 @@ def _forward(call: Call, eps: float, epilogue: Epilogue | None, y: Array) -> tup
             gamma, beta = (call.given(name, span, part) for name in ("gamma", "beta"))
             tables = ForwardTables(gamma, beta, eps, call.pool)
             fused = of_span and of_span.part(part), span.selection
-            found = call.backend.forward(
-                part.of(view), tables, part.of(target), call.threads, *fused
-            )
-            at = span.at(part, call.pool)
-            mean[at], var[at] = found
+            at, on = span.at(part, call.pool), (part.of(view), tables, part.of(target))
+            mean[at], var[at] = call.backend.forward(*on, call.threads, *fused)
         span.deliver(target, y)
     return mean, var
 
@@ -232,12 +229,13 @@ def _backward(call: Call, work: _Work) -> None:
         _clear(work)
         return
     totals = work.parameters if call.runs is None else _nothing(work.parameters)
-    held = 0 if _is_fused(work) else CHANNEL_BYTES
+    held = SUM_BYTES if _is_fused(work) else CHANNEL_BYTES
     for span in call.spans:
         on_views, target = _on_views(work, span), span.target(work.dx)
         for part in span.parts(call.array.nbytes, held, call.pool):
-            found = _part_backward(call, on_views, span, part, part.of(target))
-            _add_into(totals, part.channels, found, anew=call.runs is None)
+            sums = _part_backward(call, on_views, span, part, part.of(target))
+            _add_into(totals, part.channels, sums, anew=call.runs is None)
+            del sums  # the next part's are made while these are held
         _deliver(work, on_views, span, target)
     if call.runs is not None:
         _round_into(work.parameters, totals)

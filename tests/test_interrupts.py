@@ -135,8 +135,9 @@ def test_reestimation(sequential: bool) -> None:
 
     def everything() -> list[Any]:
         arrays = [a.tobytes() for layer in layers for a in layer.state_dict().values()]
-        modes = "training", "frozen_statistics", "_observe", "_forward"
-        return [*arrays, *(getattr(layer, name) for layer in layers for name in modes)]
+        modes = "training", "frozen_statistics", "_forward"
+        of_layers = [getattr(layer, name) for layer in layers for name in modes]
+        return [*arrays, *of_layers, *(layer._running.observe for layer in layers)]
 
     layers[0].eval()
     old = everything()

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
@@ -54,7 +55,7 @@ def _closing(init: Callable[..., None]) -> Callable[..., None]:
     return closing
 
 
-class AffineLayer:
+class AffineLayer(ABC):
     """The base of the layers: each adds its own forward and backward."""
 
     _state_names: ClassVar[Mapping[str, str]] = PARAMETERS
@@ -153,14 +154,51 @@ class AffineLayer:
                 checks.memory.writeable(name, a, "a backward writes it; assign a copy")
         return any(a is not None for a in held.values())
 
-    def _leave(self, found: Any, dgamma: Array | None, dbeta: Array | None) -> Array:
-        """Write a backward's gradients as far as the layer has what they are of; gives dx."""
-        pairs = [(self.dgamma, dgamma), (self.dbeta, dbeta)]
+    def _kept(self, x: Array, y: Array, out: Any) -> tuple[Array | None, Array | None]:
+        """What of a forward a backward needs: x, if y was not written over it, and y, if its slope
+        is asked for."""
+        is_lost = out is not None and checks.memory.share(out, x)
+        return None if is_lost else x, None if self.activation is None else y
+
+    def backward(
+        self, dy: Array, *, dresidual: bool | Array = False, out: Array | None = None
+    ) -> Array:
+        """The gradient of the last call with respect to x; leaves `dgamma` and `dbeta`.
+
+        Parameters
+        ----------
+        dy : ndarray
+            Gradient with respect to y, of its shape and dtype.
+        dresidual, out
+            As given to `fastbn.batch_norm_backward`; the residual's gradient is left in
+            `dresidual`.
+
+        Returns
+        -------
+        dx : ndarray
+            As `fastbn.batch_norm_backward` returns it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has a wrong type, shape or value, or there was no forward to go back
+            through. Nothing has been written.
+        """
+        params = self._wants_parameters()
+        last = checks.layers.last_call(self._forward, dy, params)
+        options = {"eps": self.eps, "layout": self.layout, "params": params, "out": out}
+        options |= {"activation": self.activation, "y": last.y, "dresidual": dresidual}
+        found = self._gradients(dy, last, options)
+        pairs = [(self.dgamma, found.dgamma), (self.dbeta, found.dbeta)]
         wanted = [(held, a) for held, a in pairs if held is not None]
         self.dresidual = getattr(found, "dresidual", None)
         write([held for held, _ in wanted], [a for _, a in wanted])
         dx: Array = found.dx
         return dx
+
+    @abstractmethod
+    def _gradients(self, dy: Array, last: Any, options: dict[str, Any]) -> Any:
+        """What a backward function gives for the last call, by these options of it."""
 
     def _arrays(self) -> dict[str, Array]:
         own = {ours: getattr(self, ours) for ours in self._state_names.values()}

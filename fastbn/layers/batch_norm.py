@@ -330,8 +330,7 @@ class BatchNorm(AffineLayer):
             if self.training or self._running.observe is not None:
                 k = checks.options.virtual_batch(self.virtual_batch)
             (y, mean, var), corrected = self._by_batch(batch, effective, k, fused)
-        x_kept = None if out is not None and checks.memory.share(out, x) else x
-        y_kept = None if self.activation is None else y
+        x_kept, y_kept = self._kept(x, y, out)
         statistics = mean, var, y_kept, by_running
         self._forward = _Forward(x.shape, x_kept, *statistics, where, weights, k, corrected)
         return y
@@ -410,59 +409,21 @@ class BatchNorm(AffineLayer):
         dgamma = by.r * dgamma + by.d * dbeta
         return dgamma.astype(self._dtype_name), dbeta.astype(self._dtype_name)
 
-    def backward(
-        self, dy: Array, *, dresidual: bool | Array = False, out: Array | None = None
-    ) -> Array:
-        """The gradient of the last call with respect to x; leaves `dgamma` and `dbeta`.
-
-        Parameters
-        ----------
-        dy : ndarray
-            Gradient with respect to y, of its shape and dtype.
-        dresidual, out
-            As given to `fastbn.batch_norm_backward`; the residual's gradient is left in
-            `dresidual`.
-
-        Returns
-        -------
-        dx : ndarray
-            As `fastbn.batch_norm_backward` returns it.
-
-        Raises
-        ------
-        TypeError, ValueError
-            An argument has a wrong type, shape or value, or there was no forward to go back
-            through. Nothing has been written.
-        """
-        params = self._wants_parameters()
-        last: _Forward = checks.layers.last_call(self._forward, dy, params)
-        verb: Callable[..., Any] = normalize_backward if last.is_frozen else batch_norm_backward
-        gamma = self._scale()
-        if last.correction is not None:
-            gamma, _ = self._parameters(last.correction)
-        options: dict[str, Any] = {}
+    def _gradients(self, dy: Array, last: _Forward, options: dict[str, Any]) -> Any:
+        given: Any = dy, last.x, last.mean, last.var
+        options |= {"where": last.where}
+        backward: Callable[..., Any] = normalize_backward
         if not last.is_frozen:
-            options = {"weights": last.weights, "virtual_batch": last.virtual_batch}
-        found = verb(
-            dy,
-            last.x,
-            last.mean,
-            last.var,
-            gamma,
-            eps=self.eps,
-            layout=self.layout,
-            params=params,
-            activation=self.activation,
-            y=last.y,
-            dresidual=dresidual,
-            where=last.where,
-            out=out,
-            **options,
-        )
-        dgamma, dbeta = found.dgamma, found.dbeta
-        if params and last.correction is not None:
-            dgamma, dbeta = self._corrected(last.correction, dgamma, dbeta)
-        return self._leave(found, dgamma, dbeta)
+            backward = batch_norm_backward
+            options |= {"weights": last.weights, "virtual_batch": last.virtual_batch}
+        if last.correction is None:
+            return backward(*given, self._scale(), **options)
+        gamma, _ = self._parameters(last.correction)
+        found = backward(*given, gamma, **options)
+        if found.dgamma is None:
+            return found
+        dgamma, dbeta = self._corrected(last.correction, found.dgamma, found.dbeta)
+        return found._replace(dgamma=dgamma, dbeta=dbeta)
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of the layer's arrays, by PyTorch's names; what the layer has not is left out.

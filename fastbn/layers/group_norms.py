@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -48,7 +48,7 @@ class _Forward(NamedTuple):
         return True
 
 
-class SampleNorm(AffineLayer, ABC):
+class SampleNorm(AffineLayer):
     """The base: each sample by statistics of its own."""
 
     def __init__(
@@ -117,53 +117,15 @@ class SampleNorm(AffineLayer, ABC):
             residual=residual,
             out=out,
         )
-        x_kept = None if out is not None and checks.memory.share(out, x) else x
-        y_kept = None if self.activation is None else y
+        x_kept, y_kept = self._kept(x, y, out)
         self._forward = _Forward(x.shape, x_kept, mean, var, y_kept)
         return y
 
-    def backward(
-        self, dy: Array, *, dresidual: bool | Array = False, out: Array | None = None
-    ) -> Array:
-        """The gradient of the last call with respect to x; leaves `dgamma` and `dbeta`.
-
-        Parameters
-        ----------
-        dy : ndarray
-            Gradient with respect to y, of its shape and dtype.
-        dresidual, out
-            As given to `fastbn.batch_norm_backward`; the residual's gradient is left in
-            `dresidual`.
-
-        Returns
-        -------
-        dx : ndarray
-            As `fastbn.batch_norm_backward` returns it.
-
-        Raises
-        ------
-        TypeError, ValueError
-            An argument has a wrong type, shape or value, or there was no forward to go back
-            through. Nothing has been written.
-        """
-        params = self._wants_parameters()
-        last: _Forward = checks.layers.last_call(self._forward, dy, params)
+    def _gradients(
+        self, dy: Array, last: _Forward, options: dict[str, Any]
+    ) -> Gradients | ResidualGradients:
         _, backward = self._verbs
-        found = backward(
-            dy,
-            last.x,
-            last.mean,
-            last.var,
-            gamma=self._scale(),
-            eps=self.eps,
-            layout=self.layout,
-            params=params,
-            activation=self.activation,
-            y=last.y,
-            dresidual=dresidual,
-            out=out,
-        )
-        return self._leave(found, found.dgamma, found.dbeta)
+        return backward(dy, last.x, last.mean, last.var, gamma=self._scale(), **options)
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of gamma, as "weight", and beta, as "bias", PyTorch's names; what the layer has
