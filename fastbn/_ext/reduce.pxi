@@ -2,9 +2,9 @@
 #
 # 1. What is summed is taken as a constant, `kind`, so that no loop branches on it; a mask clears
 #    the bits of what was loaded where it does not count.
-# 2. Planes: the lanes of one channel go over its planes of the chunk, and are added up
-#    once. Channels last: sixteen columns of a few rows at a time, whose sums stay in registers
-#    meanwhile; of single rows they are added where they are.
+# 2. Planes: the lanes of one channel go over its planes of the chunk, and are added up once.
+#    Channels last: sixteen columns of a few rows at a time, whose sums stay in registers meanwhile;
+#    of single rows they are added where they are.
 # 3. Chunks are merged in order, with the errors of rounding (Knuth's two-sum).
 
 cdef struct Summed:

@@ -39,9 +39,9 @@ cdef enum:
 cdef struct Task:
     Reduce reduce
     Map map
-    # Shape. C counts the columns of a row in memory: `fold` samples of `channels` each where
-    # channels last are few, else fold = 1 and C = channels. Then `rest_columns` make a last,
-    # shorter row after the N whole ones. count = values of a channel.
+    # Shape. C counts the columns of a row in memory: `fold` samples of `channels` each,
+    # and `rest_columns` in a last, shorter row after the N whole ones, where there are few channels
+    # and they are last; else fold = 1 and C = channels. count = values of a channel.
     bint channels_last
     Py_ssize_t G, N, C, S, channels, fold, rest_columns
     double count, eps
@@ -86,7 +86,7 @@ cdef struct Task:
     # Chunks: pieces of the samples, fixed by shape and element type alone. A chunk is `rows`
     # samples or, of one sample that is longer, `piece` values.
     Py_ssize_t chunks, rows, pieces, piece
-    # Planes: planes from one to the one to be fetched meanwhile; 0: in the same plane.
+    # Planes: how many planes on the one is that is fetched meanwhile; 0: the same plane.
     Py_ssize_t planes_ahead
     # Order of work, kind of store, size of the team: decided by the machine; no bit depends on it.
     # Blocks are of channels; the map of split passes has its own. Large: rows beyond the caches.
@@ -109,7 +109,7 @@ cdef struct Task:
     Py_ssize_t n_partials
     double* total       # (G, 2, pitch): the merged sums; `partial` itself where one chunk is all
     double* compensation    # (G, 2, pitch): the rounding errors of `total`, where n_partials is 1
-    double* channel_moments        # (G, 2, pitch): mean and var of channels that are pooled
+    double* channel_moments     # (G, 2, pitch): mean and var of channels that are pooled
     Py_ssize_t* starts  # (G): the first place that weighs anything
     # (pitch + 16): which of a folded row's samples a column is of, and the same modulo 256.
     unsigned short* samples
@@ -135,5 +135,5 @@ ctypedef void (*Run)(Task*) noexcept nogil
 cdef enum:
     PACKED = 8          # the most coefficients that a map has
     WIDE = 48           # columns; rows at least as wide are masked one by one
-    MOST_MASKED_ROWS = 16    # the most rows that are worked on together where there is a mask
+    MOST_MASKED_ROWS = 16   # the most rows that are worked on together where there is a mask
     AHEAD = 4096        # bytes from a value to the one fetched meanwhile; twice that of mapped rows
