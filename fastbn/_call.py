@@ -22,14 +22,7 @@ from numpy.typing import NDArray
 from fastbn import checks
 from fastbn._batch import Batch
 from fastbn.activations import LINEAR
-from fastbn.backends.base import (
-    ActivationGrad,
-    Backend,
-    Epilogue,
-    Part,
-    Selection,
-    Table,
-)
+from fastbn.backends.base import ActivationGrad, Backend, Epilogue, Part, Selection, Table
 from fastbn.backends.tuning import CALLS_SHARE, ROW_BYTES, RUN_BYTES, SUM_BYTES, parts, scratch
 from fastbn.elements import arithmetic
 from fastbn.layouts import ALL_CHANNELS, EACH_CHANNEL, Arrangement, channel_axis
@@ -172,7 +165,7 @@ class Call:
 
     @property
     def _of(self) -> tuple[str, Array, str]:
-        """What messages compare with."""
+        """The name, array and layout that vectors are checked against, and messages name."""
         return self.batch.name, self.array, self.batch.layout
 
     def _statistic(self, key: str, value: Any, is_fixed: bool) -> Array:

@@ -285,7 +285,7 @@ def _deliver(work: _Work, on_views: _Work, span: Span, target: Array) -> None:
 
 
 def _is_fused(work: _Work) -> bool:
-    """Whether a backend does all of it."""
+    """Whether a backend's `backward` does it: sums, coefficients and dx in one call."""
     return work.x is not None and work.total is None
 
 
