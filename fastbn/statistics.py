@@ -85,10 +85,8 @@ class Moments(Immutable):
         effective_count: float | None = None,
     ) -> None:
         owner = checks.vectors.owner_of(mean)
-        mean, var = (
-            checks.vectors.channel_vector("mean", mean, owner),
-            checks.vectors.channel_vector("var", var, owner),
-        )
+        mean = checks.vectors.channel_vector("mean", mean, owner)
+        var = checks.vectors.channel_vector("var", var, owner)
         checks.vectors.variance(var, nan=True)
         count = checks.statistics.count("count", count)
         self._fill(count, mean, var, checks.statistics.effective_count(effective_count, count))

@@ -24,9 +24,8 @@ def output(
     itself. What is returned is written; the caller gets back what it passed."""
     dtype = x.dtype.newbyteorder("=")
 
-    def wanted() -> (
-        str
-    ):  # words are made for an error alone: NumPy takes microseconds to name a type
+    # Words are made for an error alone: NumPy takes microseconds to name a type.
+    def wanted() -> str:
         return f"shape {x.shape} and dtype {dtype}"
 
     def make() -> str:

@@ -81,10 +81,8 @@ class AffineLayer(ABC):
         self.activation: ActivationName = checks.options.activation_name(activation)
         of_type = checks.layers.parameter_type(dtype)
         self._dtype_name = of_type.name
-        has_scale, has_shift = (
-            checks.options.flag("scale", scale),
-            checks.options.flag("shift", shift),
-        )
+        has_scale = checks.options.flag("scale", scale)
+        has_shift = checks.options.flag("shift", shift)
         self.gamma: Array | None = np.ones(self.channels, of_type) if has_scale else None
         self.beta: Array | None = np.zeros(self.channels, of_type) if has_shift else None
         self._dgamma, self._dbeta = (np.zeros(self.channels, of_type) for _ in range(2))

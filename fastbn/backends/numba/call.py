@@ -105,11 +105,8 @@ class Call:
     ) -> None:
         self.shape = shape = _shape_of(x.shape, selection is not None, by_column)
         self.table = np.empty((ROWS, shape.runs, shape.columns))
-        self._kinds, self._dtype, self._block = (
-            [selection is not None, False, by_column],
-            x.dtype,
-            block,
-        )
+        self._kinds = [selection is not None, False, by_column]
+        self._dtype, self._block = x.dtype, block
         self._words, self._total, self._alive = [0] * (JOB.itemsize // 8), 0, [self.table]
         self._numbers = [x.shape[1] * x.shape[3], 0.0, 1.0, math.inf]  # count, eps, slope, top
         first = _PLACE["runs"]

@@ -127,27 +127,21 @@ def add_backward(
         while n < n1:
             s = s0
             if plain and job.size <= SHORT and n + 2 <= n1:
-                dys, more = (
-                    _operands(job, unit, n, c, 0, job.size, like),
-                    _operands(job, unit, n + 1, c, 0, job.size, like),
-                )
+                dys = _operands(job, unit, n, c, 0, job.size, like)
+                more = _operands(job, unit, n + 1, c, 0, job.size, like)
                 reduce.add_two(
                     dys, more, mean, act, t0, t1, 2 * job.x.row if job.fetch else 0, with_epilogue
                 )
                 s, n = s1, n + 1
             while plain and s + 2 * LANES <= s1:
-                dys, more = (
-                    _operands(job, unit, n, c, s, LANES, like),
-                    _operands(job, unit, n, c, s + LANES, LANES, like),
-                )
+                dys = _operands(job, unit, n, c, s, LANES, like)
+                more = _operands(job, unit, n, c, s + LANES, LANES, like)
                 reduce.add_two(dys, more, mean, act, t0, t1, job.fetch, with_epilogue)
                 s += 2 * LANES
             while s < s1:
                 count = jobs.least(s1 - s, lanes)
-                dys, seen = (
-                    _operands(job, unit, n, c, s, count, like),
-                    _seen(job, unit, n, s, count),
-                )
+                dys = _operands(job, unit, n, c, s, count, like)
+                seen = _seen(job, unit, n, s, count)
                 gamma = _places(job, job.gamma, c, s, count)
                 reduce.add_products(
                     dys, seen, gamma, mean, act, t0, t1, selected, with_epilogue, by_column

@@ -55,10 +55,8 @@ def _columns(row: Table, unit: Any) -> Any:
 @inline
 def _save(job: Any, unit: Any, s0: Table, s1: Table) -> None:
     sums = jobs.sums_of(job)
-    first, second = (
-        _columns(sums[unit.index, 0, unit.run], unit),
-        _columns(sums[unit.index, 1, unit.run], unit),
-    )
+    first = _columns(sums[unit.index, 0, unit.run], unit)
+    second = _columns(sums[unit.index, 1, unit.run], unit)
     for i in range(first.size):
         first[i], second[i] = s0[i], s1[i]
 
