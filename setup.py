@@ -178,7 +178,7 @@ def extension(
     )
 
 
-extensions = [extension(name, EXT / f"{name}.pyx", []) for name in ("cpu", "entry")] + [
+extensions = [extension(name, EXT / f"{name}.pyx", []) for name in ("cpu", "pool", "entry")] + [
     extension(
         f"kernels_{isa}_{element}",
         stub(isa, element),

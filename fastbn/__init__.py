@@ -1,5 +1,6 @@
 """fastbn: batch normalization on the CPU, as fast as memory allows and right on any data."""
 
+from fastbn._pool import clear_pool
 from fastbn.config import (
     get_backend,
     get_config,
@@ -66,6 +67,7 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_double_backward",
+    "clear_pool",
     "fold_into_conv",
     "fold_into_linear",
     "get_backend",

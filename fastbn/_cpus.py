@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastbn import backends
+from fastbn._cgroups import PROC, ROOT, folders
 
 _AFFINITY = len(os.sched_getaffinity(0))
 """Processors in the affinity mask, as they are before anything that fastbn imports loads OpenMP,
@@ -22,37 +23,12 @@ def available_cpus() -> int:
     return max(1, min([allowed, *(math.ceil(quota) for quota in _cgroup_quotas())]))
 
 
-def _cgroup_quotas(
-    proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> Iterator[float]:
+def _cgroup_quotas(proc: Path = PROC, root: Path = ROOT) -> Iterator[float]:
     """Every CPU quota, in processors, on the way from this process's cgroups to the root."""
-    try:
-        lines = os.fsdecode(proc.read_bytes()).split("\n")
-    except OSError:
-        return
-    for line in lines:
-        fields = line.split(":", 2)
-        if len(fields) != 3:
-            continue
-        _, controllers, path = fields
-        if not controllers:
-            mounts, read = [root], _version_2
-        elif "cpu" in controllers.split(","):
-            # Controllers that are mounted together share a folder, whose name has them in any
-            # order; "cpu" may be a link to it, or not exist.
-            mounts = sorted(m for m in root.glob("*cpu*") if "cpu" in m.name.split(","))
-            read = _version_1
-        else:
-            continue
-        for mount in mounts:
-            # In a container the path may be the host's, not visible here: the mount itself remains.
-            group = mount / path.lstrip("/")
-            for folder in (group, *group.parents):
-                if folder == mount.parent:
-                    break
-                quota = _quota(read, folder)
-                if quota is not None:
-                    yield quota
+    for folder, version in folders("cpu", proc, root):
+        quota = _quota(_version_1 if version == 1 else _version_2, folder)
+        if quota is not None:
+            yield quota
 
 
 def _quota(read: Callable[[Path], list[str]], folder: Path) -> float | None:

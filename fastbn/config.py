@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from fastbn import backends, checks
+from fastbn import _pool, backends, checks
 from fastbn._cpus import available_cpus
 from fastbn.backends.base import Backend
 from fastbn.errors import BackendError, shown
@@ -187,8 +187,9 @@ def get_config() -> dict[str, Any]:
         backend_source, backends (usable here: each is imported to see), unusable (the others, and
         instruction sets that were built for other processors, and why); isa, isa_source, isas
         (built, and usable here); openmp (whether the kernels were built with it); threads,
-        threads_source. isa and openmp are None where no compiled kernels run: then isa_source says
-        why.
+        threads_source; pool_bound, pool_idle, pool_hits (bytes that may be idle between results,
+        those that are, and how many results got some). isa and openmp are None where no compiled
+        kernels run: then isa_source says why.
     """
     import platform  # costs milliseconds that no import of fastbn should pay
 
@@ -218,6 +219,7 @@ def get_config() -> dict[str, Any]:
         "openmp": native.openmp,
         "threads": threads,
         "threads_source": _threads_source(threads),
+        **_pool.facts(),
     }
 
 
@@ -240,6 +242,7 @@ def _read_environment() -> None:
     global _most_threads, _at_most
     if backends.ASKED_ISA:
         backends.native_facts()  # refuses what cannot run, whichever backend will
+    _pool.read_environment()
     _default.backend, _default.backend_source = _initial_backend()
     _default.threads, _default.threads_source = _asked_threads(), "FASTBN_NUM_THREADS"
     if not _default.threads:

@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn._pool import empty
+
 LAYOUTS = {"NCHW": 1, "NHWC": -1}
 """The layouts' names, and the axis that holds the channels."""
 
@@ -104,7 +106,7 @@ class Arrangement(NamedTuple):
         v = reshaped(np.asarray(out).transpose(self.axes), self.view_shape)
         if _is_walkable(v) and walks(v) and np.may_share_memory(v, out):
             return v
-        return np.empty(self.view_shape, out.dtype)
+        return empty(self.view_shape, out.dtype)
 
     def deliver(self, result: NDArray[Any], out: NDArray[Any]) -> None:
         """Bring `result`, what `target(out)` gave, home into `out`."""
@@ -114,7 +116,7 @@ class Arrangement(NamedTuple):
 
     def fresh(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """A new array of `shape`, dense in this arrangement's memory order."""
-        dense = np.empty(tuple(shape[axis] for axis in self.axes), dtype)
+        dense = empty(tuple(shape[axis] for axis in self.axes), dtype)
         return dense.transpose(np.argsort(self.axes))
 
 

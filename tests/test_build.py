@@ -47,8 +47,8 @@ def described(
 def kernels(asked: str | None, patch: pytest.MonkeyPatch, machine: str = "x86_64") -> list[str]:
     """The instruction sets that setup.py builds, each for all element types."""
     names = [extension.name for extension in described(asked, patch, machine)["ext_modules"]]
-    assert names[:2] == ["fastbn._ext.cpu", "fastbn._ext.entry"]
-    pairs = [name.removeprefix("fastbn._ext.kernels_").split("_") for name in names[2:]]
+    assert names[:3] == ["fastbn._ext.cpu", "fastbn._ext.pool", "fastbn._ext.entry"]
+    pairs = [name.removeprefix("fastbn._ext.kernels_").split("_") for name in names[3:]]
     sets = list(dict.fromkeys(isa for isa, _ in pairs))
     assert pairs == [[isa, element] for isa in sets for element in ("f32", "f64", "f16", "bf16")]
     return sets
@@ -167,7 +167,7 @@ def test_kernels_of_an_earlier_build_go(
     command = given["cmdclass"]["build_ext"](Distribution({"ext_modules": given["ext_modules"]}))
     command.inplace, command.build_lib, command.build_temp = inplace, "build/lib", "build/temp"
     command.ensure_finalized()
-    names = ("cpu", "entry", "kernels_avx2_f16", "kernels_sse2_f16", "kernels_portable_f64")
+    names = ("cpu", "pool", "entry", "kernels_avx2_f16", "kernels_sse2_f16", "kernels_portable_f64")
     modules = [Path(command.get_ext_filename(f"fastbn._ext.{name}")) for name in names]
     other_python = Path("fastbn/_ext/kernels_sse2_f16.cpython-00-other.so")
     for root in (tree, tree / "build/lib"):
@@ -178,7 +178,7 @@ def test_kernels_of_an_earlier_build_go(
     command.run()
     for root, cleared in ((tree, inplace), (tree / "build/lib", True)):
         left = {path.relative_to(root) for path in (root / "fastbn/_ext").glob("*.so")}
-        assert left == {*(modules[:3] if cleared else modules), other_python}
+        assert left == {*(modules[:4] if cleared else modules), other_python}
 
 
 def test_modules_depend_on_what_is_compiled_into_them(

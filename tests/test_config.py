@@ -54,6 +54,7 @@ sys.meta_path.insert(0, Broken())
 ERRORS = ["ImportError", "SystemError", "AttributeError", "OSError", "RuntimeError"]
 COMPILED = [
     "fastbn._ext.cpu",
+    "fastbn._ext.pool",
     "fastbn._ext.entry",
     *(f"fastbn._ext.kernels_{isa}_f32" for isa in ISAS[:1]),
 ]
@@ -470,9 +471,9 @@ def test_get_config() -> None:
     assert told["isa"] in (ISAS or (None,))
     assert told["openmp"] in ((True, False) if ISAS else (None,))
     assert told["version"].count(".") == 2
-    assert [line.partition(": ")[0] for line in told["unusable"]] == [
-        name for name in backends.BACKENDS if name not in USABLE
-    ]
+    unusable = [name for name in backends.BACKENDS if name not in USABLE]
+    unusable += [line.partition(": ")[0] for line in backends.native_facts().foreign]
+    assert [line.partition(": ")[0] for line in told["unusable"]] == unusable
     told["backend"] = "changed"
     assert fastbn.get_config()["backend"] == fastbn.get_backend()
 

@@ -87,6 +87,7 @@ SIGNATURES = {
     "get_num_threads": "",
     "set_num_threads": "n",
     "use_num_threads": "n",
+    "clear_pool": "",
     "show_config": "",
     "get_config": "",
 }

@@ -172,7 +172,7 @@ def test_instruction_sets_are_what_numpy_finds() -> None:
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump to read machine code")
-@pytest.mark.parametrize("name", ["cpu", "entry", *BASELINE])
+@pytest.mark.parametrize("name", ["cpu", "pool", "entry", *BASELINE])
 def test_nothing_beyond_the_baseline_is_imported_first(name: str) -> None:
     """Modules that any processor imports hold no instruction of AVX or later."""
     path = Path(str(importlib.import_module(f"fastbn._ext.{name}").__file__))

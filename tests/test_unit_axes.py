@@ -22,8 +22,15 @@ from support.strategies import layouts, shapes_of_ones, unit_strides
 from support.variants import Variant, each_backend
 
 NO_ARRAYS = {
-    *("BackendError", "Renormalization", "get_backend", "get_config", "get_num_threads"),
-    *("set_backend", "set_num_threads", "show_config", "use_backend", "use_num_threads"),
+    *("BackendError", "Renormalization", "clear_pool", "get_backend", "get_config"),
+    *(
+        "get_num_threads",
+        "set_backend",
+        "set_num_threads",
+        "show_config",
+        "use_backend",
+        "use_num_threads",
+    ),
 }
 
 

@@ -81,11 +81,23 @@ cdef Table sample_table(Task* t, cnp.ndarray a) noexcept:
     return result
 
 
+cdef Py_ssize_t pooled_bytes = SMALLEST
+
+
+cdef cnp.ndarray new_array(int ndim, cnp.npy_intp* shape, int type):
+    """An array of what there is in memory, from the pool where it is large."""
+    cdef Py_ssize_t size = cnp.PyArray_MultiplyList(shape, ndim)
+    cdef cnp.dtype dtype = cnp.PyArray_DescrFromType(type)
+    if size * dtype.itemsize < pooled_bytes:
+        return cnp.PyArray_EMPTY(ndim, shape, type, 0)
+    return pool.empty(tuple([shape[i] for i in range(ndim)]), dtype)
+
+
 cdef cnp.ndarray new_vector(Py_ssize_t C, int element, bint zero=False):
     cdef cnp.npy_intp length = C
     if zero:
         return cnp.PyArray_ZEROS(1, &length, element, 0)
-    return cnp.PyArray_EMPTY(1, &length, element, 0)
+    return new_array(1, &length, element)
 
 
 cdef cnp.ndarray new_table(Task* t, Py_ssize_t pool, bint zero=False):
@@ -93,11 +105,11 @@ cdef cnp.ndarray new_table(Task* t, Py_ssize_t pool, bint zero=False):
     shape[0], shape[1] = t.G, t.channels // pool
     if zero:
         return cnp.PyArray_ZEROS(2, shape, cnp.NPY_FLOAT64, 0)
-    return cnp.PyArray_EMPTY(2, shape, cnp.NPY_FLOAT64, 0)
+    return new_array(2, shape, cnp.NPY_FLOAT64)
 
 
 cdef cnp.ndarray empty_like(object x):
-    return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+    return new_array(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x))
 
 
 cdef cnp.ndarray rounded(cnp.ndarray sums, int element):

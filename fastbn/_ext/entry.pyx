@@ -10,6 +10,8 @@
 """
 
 from fastbn import activations
+from fastbn._ext import pool
+from fastbn._pool import SMALLEST
 from fastbn.backends import tuning as sizes
 from fastbn.backends.base import rows_per_sum
 from fastbn.elements import is_bfloat16

@@ -10,7 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-OURS = ("FASTBN_BACKEND", "FASTBN_NUM_THREADS", "FASTBN_ISA", "OMP_NUM_THREADS")
+OURS = (
+    "FASTBN_BACKEND",
+    "FASTBN_NUM_THREADS",
+    "FASTBN_ISA",
+    "FASTBN_POOL",
+    "OMP_NUM_THREADS",
+)
 TIMEOUT = 120  # seconds; numba may have to compile
 
 
