@@ -44,19 +44,32 @@ class Span(NamedTuple):
     arrangement: Arrangement
     selection: Selection | None
     backend: Backend
+    threads: int
 
     def view(self, a: Array, pool: int = 1) -> Array:
         """Its part of `a`, of x's shape, as a (G, N, C, S) view that the backend walks. `pool`:
         channels whose moments are summed as one plane (forward alone), which must lie together."""
-        return self.arrangement.view(a[self.samples], lambda v: self.backend.walks(v, pool))
+        a = np.asarray(a[self.samples], dtype=a.dtype.newbyteorder("="))
+        v = self.arrangement.view(a)
+        if v is not None and self.backend.walks(v, pool):
+            return v
+        v = self.arrangement.new(a.dtype)
+        self.backend.copy(*self.arrangement.alike(a, v), self.threads)
+        return v
 
     def target(self, out: Array) -> Array:
         """A view to write: of `out` itself if the backend walks it, else a fresh array."""
-        return self.arrangement.target(out[self.samples], self.backend.walks)
+        v = self.arrangement.view(np.asarray(out[self.samples]))
+        if v is not None and self.backend.walks(v):
+            return v
+        return self.arrangement.new(out.dtype)
 
     def deliver(self, result: Array, out: Array) -> None:
         """Bring `result`, what `target(out)` gave, home into `out`."""
-        self.arrangement.deliver(result, out[self.samples])
+        out = np.asarray(out[self.samples])
+        if not np.may_share_memory(result, out):
+            there, here = self.arrangement.alike(out, result)
+            self.backend.copy(here, there, self.threads)
 
     def epilogue(self, epilogue: Epilogue | None) -> Epilogue | None:
         """An epilogue on views."""
@@ -183,9 +196,10 @@ class Call:
     def _spans(self) -> Iterator[Span]:
         """All samples as one run; or whole virtual batches as so many, and what is left as one."""
         n, k, start, run = len(self.array), self.virtual_batch, 0, 0
+        on = self.backend, self.threads
         if k is None:
             selection = self._selected()
-            yield Span(slice(0, n), slice(0, 1), self.arrangement, selection, self.backend)
+            yield Span(slice(0, n), slice(0, 1), self.arrangement, selection, *on)
             return
         while start < n:
             runs = max((n - start) // k, 1)
@@ -193,7 +207,7 @@ class Call:
             some = self.array[samples]
             order: dict[str, Any] = {"whole": self.array, "runs": runs, "pool": self.pool}
             of_runs = Arrangement.of(some, self.batch.layout, **order)
-            yield Span(samples, slice(run, run + runs), of_runs, None, self.backend)
+            yield Span(samples, slice(run, run + runs), of_runs, None, *on)
             start, run = samples.stop, run + runs
 
     @property

@@ -19,7 +19,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
 
@@ -36,10 +35,6 @@ EACH_CHANNEL, ALL_CHANNELS = -1, -2
 
 SHORT = 16
 """Values: shorter planes of a single channel are taken as one, for they fill no vector."""
-
-
-Walks = Callable[[NDArray[Any]], bool]
-"""Whether a backend walks a view where it lies."""
 
 
 def channel_axis(layout: str, ndim: int) -> int:
@@ -88,31 +83,26 @@ class Arrangement(NamedTuple):
             return Arrangement(axes, (1, 1, n * x.shape[channel] // pool, pool), by_row=True)
         return Arrangement(axes, (groups, n // groups, x.shape[channel], s))
 
-    def view(self, a: NDArray[Any], walks: Walks) -> NDArray[Any]:
-        """`a` as a native, aligned (G, N, C, S) array: where it lies, or else one dense copy."""
-        a = np.asarray(a, dtype=a.dtype.newbyteorder("="))
-        v = reshaped(a.transpose(self.axes), self.view_shape)
-        if _is_walkable(v) and walks(v):
-            return v
-        return np.require(v, None, ["C_CONTIGUOUS", "ALIGNED"])
+    def view(self, a: NDArray[Any]) -> NDArray[Any] | None:
+        """A native `a` as a (G, N, C, S) array of one of the two families, where it lies; None
+        where that is neither."""
+        a = a.transpose(self.axes)
+        v = reshaped(a, self.view_shape) if is_view(a, self.view_shape) else None
+        return v if v is not None and _is_walkable(v) else None
+
+    def new(self, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """A dense (G, N, C, S) array."""
+        return empty(self.view_shape, dtype)
+
+    def alike(self, a: NDArray[Any], view: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """`a` and a dense view, with the same axes."""
+        a = a.transpose(self.axes)
+        return a, view.reshape(a.shape)
 
     def mask(self, where: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """An array like x but for a single channel, as contiguous (G, N, S)."""
         g, n, _, s = self.view_shape
         return reshaped(np.ascontiguousarray(where.transpose(self.axes)), (g, n, s))
-
-    def target(self, out: NDArray[Any], walks: Walks) -> NDArray[Any]:
-        """A (G, N, C, S) array to write: `out` itself if it can be walked, else a fresh one."""
-        v = reshaped(np.asarray(out).transpose(self.axes), self.view_shape)
-        if _is_walkable(v) and walks(v) and np.may_share_memory(v, out):
-            return v
-        return empty(self.view_shape, out.dtype)
-
-    def deliver(self, result: NDArray[Any], out: NDArray[Any]) -> None:
-        """Bring `result`, what `target(out)` gave, home into `out`."""
-        if not np.may_share_memory(result, out):
-            dense = tuple(out.shape[axis] for axis in self.axes)
-            np.asarray(out).transpose(self.axes)[...] = result.reshape(dense)
 
     def fresh(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """A new array of `shape`, dense in this arrangement's memory order."""
@@ -137,6 +127,24 @@ def reshaped(a: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     if v.strides == tuple(strides):
         return v
     return np.lib.stride_tricks.as_strided(v, strides=strides)
+
+
+def is_view(a: NDArray[Any], shape: tuple[int, ...]) -> bool:
+    """Whether `a.reshape(shape)` is a view: axes of which it makes one follow each other."""
+    blocks: list[tuple[int, int]] = []
+    for length, stride in zip(reversed(a.shape), reversed(a.strides), strict=True):
+        if blocks and stride == blocks[-1][0] * blocks[-1][1]:
+            blocks[-1] = (blocks[-1][0] * length, blocks[-1][1])
+        elif length > 1:
+            blocks.append((length, stride))
+    wanted = [length for length in reversed(shape) if length > 1]
+    for left, _ in blocks:
+        while left > 1:
+            length = wanted.pop(0)
+            if left % length:
+                return False
+            left //= length
+    return True
 
 
 def _memory_order(x: NDArray[Any], channel: int) -> tuple[int, ...]:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import fastbn
+from fastbn._batch import Batch
+from fastbn._call import Call
 from fastbn.backends.reference import ReferenceBackend
-from fastbn.layouts import Arrangement
 from oracle.arrays import DTYPES, LAYOUTS, Array, channels_of, to_layout
 from support.bits import assert_same_bits, run_all
 from support.judge import check_everything
@@ -151,7 +152,8 @@ def test_an_empty_batch_is_still_checked(variant: Variant) -> None:
 def test_a_view_is_aligned(form: str, layout: str) -> None:
     """Whatever the array is, and native: kernels read values one by one, too."""
     x = FORMS[form](np.ones((4, 3, 5, 6), np.float32))
-    view = Arrangement.of(x, layout).view(x, ReferenceBackend().walks)
+    (span,) = Call((ReferenceBackend(), 1), Batch(x, layout, None, None)).spans
+    view = span.view(x)
     assert view.flags.aligned
     assert view.dtype.isnative
     assert np.array_equal(np.ravel(view), np.ones(x.size))

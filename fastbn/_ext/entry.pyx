@@ -5,9 +5,12 @@
    `base.Backend`; its plain entries do a whole public call for contiguous arrays that fit, and
    answer None, having touched nothing, for everything else: only then Python checks and explains.
 2. One chapter a file: schedule.pxi (chunks, and the order of work), scratch.pxi (the tables between
-   the passes), arrays.pxi (NumPy's arrays as operands and tables), parts.pxi (what is joined, and
-   what is done in parts), plain.pxi (what is plain), runtime.h (calls in flight, forks).
+   the passes), arrays.pxi (NumPy's arrays as operands and tables), copies.pxi (from one memory order
+   to another), parts.pxi (what is joined, and what is done in parts), plain.pxi (what is plain),
+   runtime.h (calls in flight, forks).
 """
+
+import numpy as np
 
 from fastbn import activations
 from fastbn._ext import pool
@@ -19,6 +22,7 @@ from fastbn.layouts import ALL_CHANNELS, EACH_CHANNEL, LAYOUTS, SHORT, are_rows
 
 cimport numpy as cnp
 from cython cimport floating
+from cython.parallel cimport prange
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport INFINITY, isfinite
@@ -38,12 +42,16 @@ cdef extern from "runtime.h":
     void leave_call() nogil
     int guard_forks() nogil
 
+cdef extern from "transpose.h":
+    void transpose(const char*, long, char*, long, long, long, int) noexcept nogil
+
 if guard_forks() != 0:
     raise MemoryError("fastbn: no memory for the handlers that make fork safe")
 
 include "schedule.pxi"
 include "scratch.pxi"
 include "arrays.pxi"
+include "copies.pxi"
 include "parts.pxi"
 include "plain.pxi"
 
@@ -142,6 +150,9 @@ cdef class Engine:
         if t.fold > 1 or pool == C and S == 1:
             return dense_rows
         return pool == 1 or S == 1 or cnp.PyArray_STRIDE(view, 2) == S * itemsize
+
+    def copy(self, cnp.ndarray a, cnp.ndarray out, int threads):
+        copy(a, out, threads)
 
     def moments(self, cnp.ndarray x, int threads, selection=None):
         cdef Task t = new_task(x, MOMENTS, NO_MAP, selection)

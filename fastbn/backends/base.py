@@ -271,6 +271,10 @@ class Backend(ABC):
         whose moments are summed as one plane."""
         return True
 
+    def copy(self, a: Array, out: Array, threads: int) -> None:
+        """`numpy.copyto(out, a)`, of arrays of one shape and type that lie apart."""
+        np.copyto(out, a)
+
     def channel_bytes(self, shape: tuple[int, int, int, int]) -> int:
         """Bytes of tables that a call takes for each channel of a (G, N, C, S) view, where it does
         not see to it itself that they stay small."""
