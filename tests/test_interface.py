@@ -19,7 +19,7 @@ PLAIN = (
     "plain_samples",
     "plain_samples_backward",
 )
-BESIDE = ("channel_bytes", "plain_frozen", "walks")
+BESIDE = ("copy", "channel_bytes", "plain_frozen", "walks")
 EXTRAS = {"cython": {"isa", "calls"}}
 """What a backend may have beyond the interface: how Cython tells its instruction sets apart."""
 
