@@ -119,9 +119,10 @@ cdef inline void sum_columns(int kind, Summed p, Selection selection, const RowM
     cdef wide shift = wload_table(k.shift), unit = wload_table(k.unit)
     cdef wide first = wload_table(k.first), second = wload_table(k.second)
     cdef SumPair both = SumPair(&first, &second)
-    cdef Py_ssize_t r
+    cdef Py_ssize_t r = 0
     p.weight = wsplat(1)
-    for r in range(rows):
+    # There is a row: were there none, the sums would have to be kept in memory as they were.
+    while True:
         fetch_summed(kind, &p, 0)
         if kind & MASKED and masks != NULL:
             p.mask, p.weight = masks.mask[r], wsplat(masks.weight[r])
@@ -131,6 +132,9 @@ cdef inline void sum_columns(int kind, Summed p, Selection selection, const RowM
                 p.weight = weights_by(&selection.weighs, selection.numbers)
             pass_samples(&selection, selection.samples)
         add(kind, &p, 0, width, shift, unit, both)
+        r += 1
+        if r == rows:
+            break
         p.at = advance_sources(p.at, p.x_row, p.dy_row, p.y_row)
     wstore_table(k.first, first)
     wstore_table(k.second, second)

@@ -14,7 +14,6 @@ cdef enum:
     FEWEST_ROWS = 64        # samples in a chunk, channels last
     MOST_ROWS = 1024        # twice that of half types: sums take up 0.4 % of what is summed
     MANY_CHANNELS = 1024    # a run this wide gains nothing from being joined (join_runs)
-    OVERFLOWING = 65536     # bytes of coefficients that L1 does not keep from row to row
 
 
 # The thresholds that have these names in `fastbn.backends.tuning`.
@@ -159,8 +158,9 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
     else:
         t.split = is_uneven(t, channels // t.pool)
         block = 1 if t.split else tuning.fused_block // column
-        # While one block is written the next one is fetched, where the last cache holds them.
-        t.lookahead = (not t.split and t.map != NO_MAP and tuning.lookahead
+        # While one block is written the next one is fetched, where the last cache holds both but not
+        # all of them.
+        t.lookahead = (t.large and not t.split and t.map != NO_MAP and tuning.lookahead
                        >= 2 * t.threads * column * max(block, t.pool))
     if is_serial:
         t.threads = 1
@@ -201,10 +201,9 @@ cdef void set_rows(Task* t) noexcept nogil:
     cdef Py_ssize_t sparse = tuning.column_tile_streaming * (2 if t.itemsize == 2 else 1)
     cdef bint sparing = t.large and t.reduce == GRADIENT_MOMENTS
     cdef Py_ssize_t columns = min(t.block, t.column_tile)
-    cdef bint overflows = t.map == INPUT_GRADIENT and PACKED * t.C * t.real_bytes >= OVERFLOWING
     t.reduce_rows = max(1, sparse // columns) if sparing else max(4, tuning.column_tile // columns)
     t.map_rows = max(1, (sparse if t.large else tuning.column_tile) // t.C)
-    if overflows or not t.large:
+    if not t.large:
         t.map_rows = max(t.map_rows, 4)
     if t.mask != NULL:
         t.reduce_rows = min(t.reduce_rows, MOST_MASKED_ROWS)
