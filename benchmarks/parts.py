@@ -32,12 +32,11 @@ from benchmarks.figures import (
     wrapped,
 )
 from benchmarks.kinds import awkward, fused, grouped, halves, masked
-from benchmarks.libraries import FROZEN, LIBRARIES, NUMPY, OURS, TORCH
+from benchmarks.libraries import FROZEN, LIBRARIES, NUMPY, ONEDNN, OURS, TORCH
 from benchmarks.plots import NOISE
 from benchmarks.report import NONE, time
 from benchmarks.results import Measured, Run
 
-ONEDNN = "oneDNN"
 API = {
     "forward": "`batch_norm`",
     "inference": "`normalize`",

@@ -28,6 +28,7 @@ from benchmarks.cells import (
     MB,
     ROWS,
     SERIES,
+    STEPS,
     WORKS,
     Cell,
     all_cells,
@@ -37,11 +38,14 @@ from benchmarks.cells import (
 from benchmarks.cli import chosen
 from benchmarks.data import Data, Results, complaint, expected
 from benchmarks.libraries import (
+    COMPILED,
     FROZEN,
     LIBRARIES,
     NUMPY,
+    ONEDNN,
     OURS,
     SINGLE,
+    TORCH,
     UNFUSED,
     UNMASKED,
     of_fastbn,
@@ -97,6 +101,16 @@ def test_cells_cover_fused_works_and_halves(layout: str) -> None:
             halves = [c for c in cells if c.work == work and c.is_half]
             assert 2 * max(c.bytes for c in halves) > least
             assert HALVES[-1] in {c.dtype for c in halves}
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
+def test_cells_cover_steps(layout: str) -> None:
+    works = STEPS[:1] if layout == "NC" else STEPS
+    for output in ("ready", "fresh"):
+        cells = [c for c in all_cells(THREADS) if (c.layout, c.output) == (layout, output)]
+        for work in works:
+            assert max(c.bytes for c in cells if c.work == work) > 10 * MB
+            assert min(c.bytes for c in cells if c.work == work) < 10 * MB
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
@@ -173,17 +187,24 @@ SMALL += [
     for work in GROUPED
 ]
 SMALL += [Cell(work, "NC", "float32", (20, 96), "ready", THREADS) for work in GROUPED[2::4]]
+SMALL += [
+    replace(c, work=work, output=output)
+    for c in PLAIN
+    if c.work == "forward"
+    for work in STEPS
+    for output in ("ready", "fresh")
+]
 
 
 def has_nothing(name: str, cell: Cell) -> bool:
     """Where a library that is always there says that it cannot."""
     only = {
-        UNFUSED: cell.is_fused,
+        UNFUSED: cell.is_fused and not cell.is_step,
         UNMASKED: cell.is_masked,
         SINGLE: cell.is_half,
         FROZEN: cell.work == "inference",
         "NumPy": not (cell.is_fused or cell.is_half),
-        "numpy.copyto": cell.plain_work != "backward" and not cell.is_fused,
+        "numpy.copyto": cell.plain_work not in ("backward", "step") and not cell.is_fused,
     }
     return not only.get(name, True)
 
@@ -211,6 +232,8 @@ def test_a_library_is_right(worker: rounds.Worker, request: pytest.FixtureReques
             continue
         if name == "fastbn numba" and cell.dtype != "float32":
             continue  # everything would be compiled once more
+        if name == COMPILED and (cell.shape != SMALL[0].shape or cell.output == "fresh"):
+            continue  # seconds each, and an output is fresh anyway
         answer = worker.ask(do="prepare", cell=cell.to_json())
         assert answer["status"] in ("ready", "cannot"), (cell.name, answer)
         if answer["status"] == "ready":
@@ -226,6 +249,32 @@ def test_masked_works_are_for_fastbn_and_the_limits() -> None:
     for work in MASKED:
         names = rounds.taking_part(replace(PLAIN[0], work=work), list(LIBRARIES))
         assert names == [n for n, one in LIBRARIES.items() if one.is_fastbn or one.kind == "limit"]
+
+
+def test_steps_are_for_fastbn_and_four_peers() -> None:
+    for work in STEPS:
+        names = rounds.taking_part(replace(PLAIN[0], work=work), list(LIBRARIES))
+        foreign = [name for name in names if LIBRARIES[name].is_foreign]
+        assert foreign == [NUMPY, TORCH, COMPILED, ONEDNN]
+
+
+def test_a_step_is_gated_by_its_own_y() -> None:
+    """Where y is 0 but for rounding, the gradient may pass or not, as y says."""
+    cell = Cell("fused-step", "NC", "float64", (12, 20), "ready", THREADS)
+    data = Data(cell)
+    forward = expected(replace(cell, work="fused-forward"), data, 0)["main"]
+    data.residual[0, 0] -= forward[0]
+    task = of_fastbn.prepare(cell, data)
+    assert task.read is not None
+    results = task.read(task.call())
+    assert results.y is not None
+    for rounding in (0.0, 1e-12):
+        assert results.y[0, 0] < 1e-12
+        y, passed = results.y.copy(), results.y > 0
+        y[0, 0] = rounding
+        assert bool(complaint(cell, data, results._replace(y=y))) == (
+            passed[0, 0] != (rounding > 0)
+        )
 
 
 def test_awkward_cells_are_for_the_cython_backend_and_numpy() -> None:
@@ -263,10 +312,14 @@ def test_a_wrong_result_is_noticed(cell: Cell) -> None:
             task = of_fastbn.prepare(other, data)
             assert task.read is not None
             assert complaint(cell, data, task.read(task.call()))
-    if cell.is_fused and cell.plain_work == "backward":
+    if cell.is_step:
+        assert results.y is not None
+        assert complaint(cell, data, results._replace(y=None))
+        assert complaint(cell, data, results._replace(y=results.y * 1.01))
+    if cell.is_fused and cell.plain_work in ("backward", "step"):
         assert results.dresidual is not None
         assert complaint(cell, data, results._replace(dresidual=data.dy))
-    if cell.plain_work == "backward":
+    if cell.plain_work in ("backward", "step"):
         assert results.dgamma is not None
         assert complaint(cell, data, results._replace(dgamma=results.dgamma * 1.01))
         assert complaint(cell, data, Results(results.main))
@@ -277,7 +330,7 @@ def test_a_wrong_result_is_noticed(cell: Cell) -> None:
 def test_a_copy_copies(kind: str, values: int) -> None:
     pytest.importorskip("benchmarks.libraries.copies", exc_type=ImportError)
     library = LIBRARIES[f"copy, {kind} stores"].load()
-    for work in (*WORKS, *FUSED, *MASKED):
+    for work in (*WORKS, *FUSED, *STEPS, *MASKED):
         cell = Cell(work, "NC", "float32", (1, values), "ready", THREADS)
         data = Data(cell)
         task = library.prepare(cell, data)

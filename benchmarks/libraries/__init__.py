@@ -73,11 +73,13 @@ class Library:
         return cast(Module, importlib.import_module(f"{__name__}.{self.module}"))
 
 
-NUMPY, TORCH = "NumPy", "PyTorch"
+NUMPY, TORCH, COMPILED, ONEDNN = "NumPy", "PyTorch", "torch.compile", "oneDNN"
 
 CYTHON = {"FASTBN_BACKEND": "cython"}
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 """Memory that was freed is not given back, and has its pages when it is wanted again."""
+ALONE = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+"""It compiles in its own process, and leaves none behind."""
 
 
 def _fastbn(name: str, **environment: str) -> Library:
@@ -97,7 +99,8 @@ LIBRARIES: dict[str, Library] = {
         Library(FROZEN, "fastbn_frozen", "fastbn too", CYTHON, in_series=True),
         Library(NUMPY, "of_numpy", "peer"),
         Library(TORCH, "of_torch", "peer", KEPT, in_series=True),
-        Library("oneDNN", "of_onednn", "peer"),
+        Library(COMPILED, "of_torch_compile", "peer", KEPT | ALONE),
+        Library(ONEDNN, "of_onednn", "peer"),
         Library("JAX", "of_jax", "peer", {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}),
         Library("TensorFlow", "of_tensorflow", "peer", {"TF_CPP_MIN_LOG_LEVEL": "3"}),
         Library("ONNX Runtime", "of_onnxruntime", "peer"),
