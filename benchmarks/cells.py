@@ -4,8 +4,8 @@
 2. Each of float64, a fresh output and one thread by itself, on a core of those shapes.
 3. One thread also where a library might leave cores idle: few or odd channels, one image.
 4. The series: one family of shapes from 1 KB to 400 MB, for the plot of time against size.
-5. Fused works, half types, masked works, virtual batches, group norms, training steps, and the
-   smallest call.
+5. Fused works, half types, masked works, virtual batches, group norms, training steps, outputs in
+   another order of memory, and the smallest call.
 6. Awkward shapes on one thread: many tiny samples, few samples of many channels, tiny calls.
 """
 
@@ -66,7 +66,8 @@ class Cell:
     shape: Shape
     """(N, C, H, W), (N, C, L) or (N, C), whatever the layout."""
     output: str
-    """ready: written into an array made before. fresh: the call makes the array."""
+    """ready: written into an array made before. reordered: so, with the other layout's order of
+    memory. fresh: the call makes the array."""
     threads: int
 
     @property
@@ -136,6 +137,14 @@ class Cell:
             return self.shape
         n, c, *places = self.shape
         return (n, *places, c)
+
+    @property
+    def is_reordered(self) -> bool:
+        return self.output == "reordered"
+
+    @property
+    def other_layout(self) -> str:
+        return {"NCHW": "NHWC", "NHWC": "NCHW"}[self.layout]
 
     @property
     def size_name(self) -> str:
@@ -241,6 +250,8 @@ STEP_SHAPES: tuple[Shape, ...] = (
     (4096, 1024),
 )
 FUSED_STEP_SHAPES: tuple[Shape, ...] = (RESNET[0], CACHED[1])
+REORDERED_SHAPES: tuple[Shape, ...] = ((16, 3, 416, 416), (16, 64, 56, 56), RESNET[0])
+"""Images as they are loaded, channels last, and what layers of a network hand to each other."""
 HALVES = ("float16", "bfloat16")
 HALF_SHAPES: tuple[Shape, ...] = (*RESNET[:2], RESNET[3], CACHED[1])
 MASKED_SHAPES: tuple[Shape, ...] = (*RESNET[:4], CACHED[1], (65536, 256))
@@ -314,6 +325,7 @@ def all_cells(threads: int) -> list[Cell]:
         *cells_of(MASKED_SHAPES, threads=threads, works=MASKED),
         *grouped_cells(GROUPED_SHAPES, LAYER_ROWS, threads),
         *step_cells(threads),
+        *cells_of(REORDERED_SHAPES, threads=threads, works=WORKS[:3], output="reordered"),
         *cells_of([CALL], threads=threads, works=["inference"]),
         *awkward_cells(),
     )

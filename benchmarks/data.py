@@ -6,6 +6,7 @@ made at the speed of memory. dy leans on x, so that dgamma and dbeta are large a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -96,10 +97,11 @@ class Data:
             forward, backward = cell.forward_and_backward
             return [*self.moved(forward), *self._moved_back(backward, self.dx, self.out)]
         if cell.plain_work == "backward":
-            return self._moved_back(cell, self.out, self.y)
+            return self._moved_back(cell, self.output(cell), self.y)
         if cell.work == "normalize_backward":
             return [(self.out, self.dy)]
-        return [(self.out, self.x, self.residual) if cell.is_fused else (self.out, self.x)]
+        out = self.output(cell)
+        return [(out, self.x, self.residual) if cell.is_fused else (out, self.x)]
 
     def _moved_back(self, cell: Cell, dx: Array, y: Array) -> list[tuple[Array, ...]]:
         if cell.is_fused:
@@ -109,6 +111,24 @@ class Data:
     @cached_property
     def out(self) -> Array:
         return np.full(self.shape, np.nan, self.dtype)
+
+    @cached_property
+    def reordered(self) -> Array:
+        """A ready output with x's axes, whose memory is in the order of the other layout."""
+        back, forth = (1, -1) if self.axis == 1 else (-1, 1)
+        dense = np.full(np.moveaxis(self.out, back, forth).shape, np.nan, self.dtype)
+        return np.moveaxis(dense, forth, back)
+
+    def in_place(self, cell: Cell) -> tuple[Cell, Data]:
+        """The cell and data of the other layout whose x and output both are `reordered`."""
+        other = replace(cell, layout=cell.other_layout, output="ready")
+        data = Data(other)
+        data.x = data.out = np.moveaxis(self.reordered, self.axis, data.axis)
+        return other, data
+
+    def output(self, cell: Cell) -> Array:
+        """Where y or dx goes."""
+        return self.reordered if cell.is_reordered else self.out
 
     @cached_property
     def dx(self) -> Array:
@@ -212,6 +232,8 @@ def complaint(cell: Cell, data: Data, results: Results) -> str | None:
         return wrong or complaint(backward, data, results)
     if results.main.shape != data.shape or results.main.dtype != data.dtype:
         return f"an array of {results.main.dtype}{results.main.shape}"
+    if cell.is_reordered and results.main.strides != data.reordered.strides:
+        return "an array in another order of memory"
     tolerance = COARSE if cell.dtype == "bfloat16" else TOLERANCE
     for channel in sorted({0, data.channels // 2, data.channels - 1}):
         for name, wanted in expected(cell, data, channel, results.y).items():

@@ -364,4 +364,6 @@ def peers_of(cell: Cell) -> tuple[str, ...]:
         return (TORCH,)
     if cell.is_step:
         return NUMPY, TORCH, COMPILED, ONEDNN
+    if cell.is_reordered:
+        return NUMPY, TORCH
     return tuple(LIBRARIES)

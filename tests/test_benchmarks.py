@@ -38,6 +38,7 @@ from benchmarks.cells import (
 from benchmarks.cli import chosen
 from benchmarks.data import Data, Results, complaint, expected
 from benchmarks.libraries import (
+    BY_COPY,
     COMPILED,
     FROZEN,
     LIBRARIES,
@@ -111,6 +112,15 @@ def test_cells_cover_steps(layout: str) -> None:
         for work in works:
             assert max(c.bytes for c in cells if c.work == work) > 10 * MB
             assert min(c.bytes for c in cells if c.work == work) < 10 * MB
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("work", WORKS[:3])
+def test_cells_cover_reordered_outputs(work: str, layout: str) -> None:
+    cells = [c for c in all_cells(THREADS) if c.is_reordered]
+    cells = [c for c in cells if (c.work, c.layout) == (work, layout)]
+    assert {c.channels for c in cells} == {3, 64}
+    assert max(c.bytes for c in cells) > 100 * MB
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
@@ -196,13 +206,17 @@ SMALL += [
 ]
 
 
+SMALL += [replace(c, output="reordered") for c in PLAIN if c.layout != "NC" and c.work != WORKS[3]]
+
+
 def has_nothing(name: str, cell: Cell) -> bool:
     """Where a library that is always there says that it cannot."""
     only = {
         UNFUSED: cell.is_fused and not cell.is_step,
         UNMASKED: cell.is_masked,
         SINGLE: cell.is_half,
-        FROZEN: cell.work == "inference",
+        FROZEN: cell.work == "inference" and not cell.is_reordered,
+        BY_COPY: cell.is_reordered,
         "NumPy": not (cell.is_fused or cell.is_half),
         "numpy.copyto": cell.plain_work not in ("backward", "step") and not cell.is_fused,
     }
@@ -256,6 +270,23 @@ def test_steps_are_for_fastbn_and_four_peers() -> None:
         names = rounds.taking_part(replace(PLAIN[0], work=work), list(LIBRARIES))
         foreign = [name for name in names if LIBRARIES[name].is_foreign]
         assert foreign == [NUMPY, TORCH, COMPILED, ONEDNN]
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_a_reordered_output_has_the_memory_of_the_other_layout(layout: str) -> None:
+    cell = Cell("inference", layout, "float32", (3, 16, 5, 4), "reordered", THREADS)
+    data = Data(cell)
+    other = Data(replace(cell, layout=cell.other_layout))
+    assert data.reordered.shape == data.shape
+    assert np.moveaxis(data.reordered, data.axis, other.axis).flags.c_contiguous
+    assert not data.reordered.flags.c_contiguous
+    task = of_fastbn.prepare(cell, data)
+    assert task.read is not None
+    results = task.read(task.call())
+    assert results.main is data.reordered
+    assert complaint(cell, data, Results(np.ascontiguousarray(results.main)))
+    names = rounds.taking_part(cell, list(LIBRARIES))
+    assert [name for name in names if LIBRARIES[name].is_foreign] == [NUMPY, TORCH]
 
 
 def test_a_step_is_gated_by_its_own_y() -> None:
@@ -338,6 +369,15 @@ def test_a_copy_copies(kind: str, values: int) -> None:
         task.call()
         for out, *sources in data.moved(cell):
             assert np.array_equal(out, sum(sources[1:], sources[0]))
+
+
+def test_numpy_copies_into_another_order() -> None:
+    cell = Cell("forward", "NHWC", "float32", (3, 16, 5, 4), "reordered", THREADS)
+    data = Data(cell)
+    task = LIBRARIES["numpy.copyto"].load().prepare(cell, data)
+    assert task is not None
+    task.call()
+    assert np.array_equal(data.reordered, data.x)
 
 
 def test_the_oracle_is_batch_norm() -> None:

@@ -26,6 +26,8 @@ UNFUSED, SINGLE, UNMASKED = "fastbn unfused", "fastbn in float32", "fastbn unmas
 """What it is compared with besides, in fused cells, in halves and in masked cells."""
 FROZEN = "FrozenBatchNorm"
 """Inference as an object."""
+BY_COPY = "fastbn by a copy"
+"""What a reordered output is compared with."""
 
 
 class Task(NamedTuple):
@@ -96,6 +98,7 @@ LIBRARIES: dict[str, Library] = {
         Library(UNFUSED, "fastbn_unfused", "fastbn too", CYTHON),
         Library(SINGLE, "fastbn_float32", "fastbn too", CYTHON),
         Library(UNMASKED, "fastbn_unmasked", "fastbn too", CYTHON),
+        Library(BY_COPY, "fastbn_by_copy", "fastbn too", CYTHON),
         Library(FROZEN, "fastbn_frozen", "fastbn too", CYTHON, in_series=True),
         Library(NUMPY, "of_numpy", "peer"),
         Library(TORCH, "of_torch", "peer", KEPT, in_series=True),

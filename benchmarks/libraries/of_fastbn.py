@@ -88,7 +88,7 @@ def step(cell: Cell, data: Data) -> Task:
 def options(cell: Cell, data: Data) -> dict[str, Any]:
     """What every function is told by name."""
     layout = "NHWC" if cell.layout == "NHWC" else "NCHW"
-    ready = {"out": data.out} if cell.output == "ready" else {}
+    ready = {} if cell.output == "fresh" else {"out": data.output(cell)}
     return {"eps": data.eps, "layout": layout} | ready
 
 

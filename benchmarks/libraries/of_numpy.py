@@ -23,7 +23,7 @@ def prepare(cell: Cell, data: Data) -> Task | None:
     if cell.is_grouped:
         return grouped(cell, data)
     gamma, beta = data.column(data.gamma), data.column(data.beta)
-    out = data.out if cell.output == "ready" else None
+    out = None if cell.output == "fresh" else data.output(cell)
     over, eps = tuple(axis for axis in range(len(data.shape)) if axis != data.axis), data.eps
     if cell.work == "forward":
         x = data.x

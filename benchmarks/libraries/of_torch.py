@@ -7,6 +7,7 @@ memory of results that were dropped, so that it pays for no new pages either.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from benchmarks.data import Array, Data, Results
 from benchmarks.libraries import Task
 
 BACKWARD = torch.ops.aten.native_batch_norm_backward.default
+FEW = 16
+"""Channels below this are faster as planes, others channels last."""
 GATE = torch.ops.aten.threshold_backward.grad_input
 
 
@@ -29,6 +32,8 @@ def prepare(cell: Cell, data: Data) -> Task:
     gamma, eps = torch.from_numpy(data.gamma), data.eps
     if cell.is_grouped:
         return grouped(cell, data, gamma)
+    if cell.is_reordered:
+        return reordered(cell, data)
     if cell.is_fused and cell.is_step:
         return fused_step(cell, data)
     if cell.is_step:
@@ -64,6 +69,29 @@ def prepare(cell: Cell, data: Data) -> Task:
     return Task(
         lambda: BACKWARD(dy, dy, gamma, mean, var, None, None, False, eps, wanted),
         lambda r: Results(array(cell, r[0])),
+    )
+
+
+def reordered(cell: Cell, data: Data) -> Task:
+    """A copy, before or after the call: forwards are computed in the order of memory that suits
+    them. Given an output in another order than x, PyTorch computes something else."""
+    out = tensor(cell, data.reordered)
+    suits = cell.work == "backward" or (cell.layout == "NHWC") == (cell.channels >= FEW)
+    task = prepare(replace(cell, output="ready"), data) if suits else prepare(*data.in_place(cell))
+    x, read = tensor(cell, data.x), task.read
+    assert read is not None
+
+    def copy_after() -> Any:
+        result = task.call()
+        out.copy_(result[0])
+        return result
+
+    def copy_before() -> Any:
+        out.copy_(x)
+        return task.call()
+
+    return Task(
+        copy_after if suits else copy_before, lambda r: read(r)._replace(main=data.reordered)
     )
 
 
