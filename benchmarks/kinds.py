@@ -1,8 +1,13 @@
-"""The parts of docs/performance.md on more kinds of work, each a function of the run."""
+"""The parts of docs/performance.md on more kinds of work, each a function of the run.
+
+Steps and reordered outputs are not in every run: their parts are empty where they are not.
+"""
 
 from __future__ import annotations
 
-from benchmarks.cells import AWKWARD, FUSED, HALVES, MASKED, WORKS
+from collections.abc import Sequence
+
+from benchmarks.cells import AWKWARD, FUSED, HALVES, MASKED, STEPS, WORKS
 from benchmarks.figures import (
     LAYOUTS,
     against,
@@ -14,10 +19,22 @@ from benchmarks.figures import (
     ratio,
     score,
     table,
+    wrapped,
 )
-from benchmarks.libraries import NUMPY, OURS, SINGLE, TORCH, UNFUSED, UNMASKED
+from benchmarks.libraries import (
+    BY_COPY,
+    COMPILED,
+    COPYTO,
+    NUMPY,
+    ONEDNN,
+    OURS,
+    SINGLE,
+    TORCH,
+    UNFUSED,
+    UNMASKED,
+)
 from benchmarks.report import NONE
-from benchmarks.results import Run
+from benchmarks.results import Measured, Run
 
 
 def fused(run: Run) -> str:
@@ -83,3 +100,63 @@ def awkward(run: Run) -> str:
         ends = (ratio(min(values)), ratio(max(values))) if values else (NONE, NONE)
         rows.append((what, average(members, against(NUMPY)), *ends, *score(values)))
     return table(("shapes", "average", "least", "most", "ahead", "level", "behind"), rows)
+
+
+def steps(run: Run) -> str:
+    """What a training step is, and how it does on average."""
+    values = [average(of_outputs(run, [work]), against_best) for work in STEPS]
+    if not of_outputs(run, STEPS):
+        return ""
+    return wrapped(
+        "**A training step** is a forward and then its backward (*step*); *fused-step* adds a "
+        "residual and applies relu, and its backward gives the residual's gradient too. On average "
+        f"fastbn is {values[0]} and {values[1]} times as fast as the fastest peer. torch.compile's "
+        "outputs are always fresh, of memory that it keeps; so are PyTorch's but the y of a step. "
+        "Ratios to each peer:"
+    )
+
+
+def of_outputs(run: Run, works: Sequence[str]) -> list[Measured]:
+    """Cells of ready and of fresh outputs."""
+    return [m for output in ("ready", "fresh") for m in cells(run, works, output=output)]
+
+
+def step_ratios(run: Run) -> str:
+    """By work, output and layout."""
+    peers, rows = (NUMPY, TORCH, COMPILED, ONEDNN), []
+    for work in STEPS:
+        for output in ("ready", "fresh"):
+            for layout in LAYOUTS:
+                group = of_layout(cells(run, [work], output=output), layout)
+                found = [average(group, figure) for figure in (*map(against, peers), against_best)]
+                if group:
+                    rows.append(
+                        (work, output, layout, *found, *score(figures(group, against_best)))
+                    )
+    headings = ("work", "output", "layout", *peers, "fastest peer", "ahead", "level", "behind")
+    return table(headings, rows, 3) if rows else ""
+
+
+def reordered(run: Run) -> str:
+    """What a reordered output is."""
+    if not cells(run, output="reordered"):
+        return ""
+    return wrapped(
+        "**An output in another order of memory** than x (`out=`): NCHW planes of x channels last, "
+        "and the reverse. Ratios to NumPy's copy of x and fastbn's call in place (*by a copy*), to "
+        "NumPy's copy alone, and to the peers:"
+    )
+
+
+def reordered_ratios(run: Run) -> str:
+    """By work and x's layout."""
+    others, rows = (BY_COPY, COPYTO, NUMPY, TORCH), []
+    for work in WORKS[:3]:
+        for layout in LAYOUTS[:2]:
+            group = of_layout(cells(run, [work], output="reordered"), layout)
+            if group:
+                found = (average(group, against(name)) for name in others)
+                rows.append((work, layout, *found, *score(figures(group, against(BY_COPY)))))
+    headings = ("work", "x in", "by a copy", "copy alone", *others[2:])
+    scores = ("ahead of by a copy", "level", "behind")
+    return table((*headings, *scores), rows, 2) if rows else ""

@@ -1,4 +1,5 @@
-"""The parts of docs/performance.md that a run gives, each a function of the run: no empty lines.
+"""The parts of docs/performance.md that a run gives, each a function of the run: no empty lines,
+and nothing where a section is for cells that not every run has.
 
 Averages are geometric means. Where a run has nothing for a figure, it is a dash.
 """
@@ -31,7 +32,17 @@ from benchmarks.figures import (
     table,
     wrapped,
 )
-from benchmarks.kinds import awkward, fused, grouped, halves, masked
+from benchmarks.kinds import (
+    awkward,
+    fused,
+    grouped,
+    halves,
+    masked,
+    reordered,
+    reordered_ratios,
+    step_ratios,
+    steps,
+)
 from benchmarks.libraries import FROZEN, LIBRARIES, NUMPY, ONEDNN, OURS, TORCH
 from benchmarks.plots import NOISE
 from benchmarks.report import NONE, time
@@ -300,9 +311,13 @@ PARTS: dict[str, Callable[[Run], str]] = {
         memory,
         backends,
         fused,
+        steps,
+        step_ratios,
         halves,
         masked,
         grouped,
+        reordered,
+        reordered_ratios,
         awkward,
         calls,
     )

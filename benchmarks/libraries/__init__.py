@@ -76,6 +76,7 @@ class Library:
 
 
 NUMPY, TORCH, COMPILED, ONEDNN = "NumPy", "PyTorch", "torch.compile", "oneDNN"
+COPYTO = "numpy.copyto"
 
 CYTHON = {"FASTBN_BACKEND": "cython"}
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
@@ -109,7 +110,7 @@ LIBRARIES: dict[str, Library] = {
         Library("ONNX Runtime", "of_onnxruntime", "peer"),
         Library("OpenVINO", "of_openvino", "peer"),
         Library("oneDNN nChw16c", "of_onednn_blocked", "other layout"),
-        Library("numpy.copyto", "numpy_copyto", "limit", in_series=True),
+        Library(COPYTO, "numpy_copyto", "limit", in_series=True),
         Library("copy, ordinary stores", "copy_ordinary", "limit", in_series=True),
         Library("copy, streaming stores", "copy_streaming", "limit", in_series=True),
     )
