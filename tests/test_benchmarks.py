@@ -13,10 +13,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import fastbn
 from benchmarks import compare, fold_or_fuse, report, rounds
 from benchmarks.cells import (
     AWKWARD,
@@ -546,6 +548,79 @@ def test_folded_and_fused_are_the_same_work(capsys: pytest.CaptureFixture[str]) 
     np.testing.assert_array_equal(relu, np.maximum(norm, 0))
     fold_or_fuse.main(rounds=1)
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:]] == [*results]
+
+
+# --- the budget ---------------------------------------------------------------------------------
+
+TINY = [
+    Cell(work, layout, "float32", shape, "ready", threads)
+    for shape in ((3, 17, 5, 4), (20, 33))
+    for layout in layouts_of(shape)
+    for work in WORKS[:3]
+    for threads in (1, THREADS)
+]
+
+
+@pytest.fixture
+def budget() -> Any:
+    """The module, which needs the compiled kernels."""
+    return pytest.importorskip("benchmarks.budget", exc_type=ImportError)
+
+
+@pytest.mark.parametrize("cell", TINY, ids=lambda cell: cell.name)
+def test_the_passes_of_a_budget_are_the_work(budget: Any, cell: Cell) -> None:
+    whole, data = Data(cell), Data(cell)
+    task = of_fastbn.prepare(cell, whole)
+    task.call()
+    passes = budget.passes(cell, data)
+    assert tuple(passes) == budget.PASSES[cell.work]
+    for call in passes.values():
+        call()
+    np.testing.assert_allclose(data.out, whole.out, rtol=1e-5, atol=1e-5)
+
+
+def test_few_values_are_of_the_same_channels_and_family_of_layouts(budget: Any) -> None:
+    for cell in TINY:
+        few = Data(budget.few_values(cell, cell.channels)).x
+        assert few.size == 2 * cell.channels
+        families = [budget.view(cell, a).shape[3] > 1 for a in (few, Data(cell).x)]
+        assert families == [cell.layout == "NCHW"] * 2
+
+
+def test_a_budget_is_the_sum_or_the_copy(budget: Any) -> None:
+    parts = {"call": 1.0, "finalize": 2.0, "team": 0.5, "passes": {"moments": 3.0, "normalize": 4}}
+    made = budget.Budget(TINY[0], **parts, copy=6.0, measured=21.0)
+    assert (made.total, made.ratio) == (10.5, 2)
+    assert replace(made, copy=42.0).ratio == 0.5
+    (row,) = budget.grid([made]).rows
+    assert row[:4] == ("forward", "NCHW", "3x17x5x4", "1")
+
+
+def test_a_team_is_dismissed(budget: Any) -> None:
+    from fastbn._ext import entry
+
+    before = fastbn.get_num_threads(), entry.tune()
+    with budget.team_of(1, divided=True):
+        assert fastbn.get_num_threads() == 1
+        assert entry.tune() == before[1] | {"serial_below": 1}
+    assert (fastbn.get_num_threads(), entry.tune()) == before
+
+
+def test_a_tiny_budget(budget: Any, tmp_path: Path) -> None:
+    words = ("4x16x28x28", "backward", "NHWC", "1 thread")
+    only = [argument for text in words for argument in ("--only", text)]
+    done = command("budget", *only, "--rounds", "1", "--output", str(tmp_path), NO_COLOR="1")
+    assert done.returncode == 0, done.stderr
+    assert "4x16x28x28" in done.stdout
+    (found,) = json.loads((tmp_path / "budget.json").read_text())["budgets"]
+    assert found["team"] == 0
+    assert set(found["passes"]) == {"gradient_moments", "input_gradient"}
+    parts = [found[name] for name in ("call", "finalize", "team")] + [*found["passes"].values()]
+    assert found["total"] == pytest.approx(max(sum(parts), found["copy"]))
+    assert found["ratio"] == pytest.approx(found["measured"] / found["total"])
+    done = command("budget", "--only", "PyTorch")
+    assert done.returncode == 2
+    assert "takes no library" in done.stderr
 
 
 # --- from end to end ----------------------------------------------------------------------------
