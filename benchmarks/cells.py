@@ -4,7 +4,8 @@
 2. Each of float64, a fresh output and one thread by itself, on a core of those shapes.
 3. One thread also where a library might leave cores idle: few or odd channels, one image.
 4. The series: one family of shapes from 1 KB to 400 MB, for the plot of time against size.
-5. Fused works, half types, masked works, virtual batches, group norms, and the smallest call.
+5. Fused works, half types, masked works, virtual batches, group norms, training steps, outputs in
+   another order of memory, and the smallest call.
 6. Awkward shapes on one thread: many tiny samples, few samples of many channels, tiny calls.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ MB = 1e6
 
 WORKS = ("forward", "inference", "backward", "normalize_backward")
 FUSED = ("fused-forward", "fused-inference", "fused-backward")
+STEPS = ("step", "fused-step")
 MASKED = (
     "masked-forward",
     "masked-inference",
@@ -54,9 +56,9 @@ class Cell:
     with gamma and beta. backward: dx, dgamma, dbeta of forward. normalize_backward: dx alone of
     inference.
     fused-forward, fused-inference: relu(y + residual). fused-backward: of the former, with the
-    residual's gradient. masked-...: of the places that a mask selects. weighed-...: of those, with
-    a weight for each sample. ghost-...: of virtual batches. group-..., instance-..., layer-...:
-    group, instance and layer norm.
+    residual's gradient. step, fused-step: a forward, then its backward. masked-...: of the places
+    that a mask selects. weighed-...: of those, with a weight for each sample. ghost-...: of
+    virtual batches. group-..., instance-..., layer-...: group, instance and layer norm.
     """
     layout: str
     """NCHW or NHWC; NC for an array of rank 2, which has one layout only."""
@@ -64,12 +66,23 @@ class Cell:
     shape: Shape
     """(N, C, H, W), (N, C, L) or (N, C), whatever the layout."""
     output: str
-    """ready: written into an array made before. fresh: the call makes the array."""
+    """ready: written into an array made before. reordered: so, with the other layout's order of
+    memory. fresh: the call makes the array."""
     threads: int
 
     @property
     def is_fused(self) -> bool:
-        return self.work in FUSED
+        return self.work.startswith("fused-")
+
+    @property
+    def is_step(self) -> bool:
+        return self.work in STEPS
+
+    @property
+    def forward_and_backward(self) -> tuple[Cell, Cell]:
+        """Of a step."""
+        forward, backward = (self.work.replace("step", work) for work in ("forward", "backward"))
+        return replace(self, work=forward), replace(self, work=backward)
 
     @property
     def is_masked(self) -> bool:
@@ -124,6 +137,14 @@ class Cell:
             return self.shape
         n, c, *places = self.shape
         return (n, *places, c)
+
+    @property
+    def is_reordered(self) -> bool:
+        return self.output == "reordered"
+
+    @property
+    def other_layout(self) -> str:
+        return {"NCHW": "NHWC", "NHWC": "NCHW"}[self.layout]
 
     @property
     def size_name(self) -> str:
@@ -220,6 +241,17 @@ SERIES: tuple[Shape, ...] = (
 IN_SERIES = ("forward", "inference")
 
 FUSED_SHAPES: tuple[Shape, ...] = (*RESNET[:4], *CACHED)
+STEP_SHAPES: tuple[Shape, ...] = (
+    RESNET[0],
+    *RESNET[3:],
+    ONE_IMAGE[1],
+    *CACHED,
+    (128, 1024),
+    (4096, 1024),
+)
+FUSED_STEP_SHAPES: tuple[Shape, ...] = (RESNET[0], CACHED[1])
+REORDERED_SHAPES: tuple[Shape, ...] = ((16, 3, 416, 416), (16, 64, 56, 56), RESNET[0])
+"""Images as they are loaded, channels last, and what layers of a network hand to each other."""
 HALVES = ("float16", "bfloat16")
 HALF_SHAPES: tuple[Shape, ...] = (*RESNET[:2], RESNET[3], CACHED[1])
 MASKED_SHAPES: tuple[Shape, ...] = (*RESNET[:4], CACHED[1], (65536, 256))
@@ -292,6 +324,8 @@ def all_cells(threads: int) -> list[Cell]:
         *half_cells(HALF_SHAPES, threads, HALVES),
         *cells_of(MASKED_SHAPES, threads=threads, works=MASKED),
         *grouped_cells(GROUPED_SHAPES, LAYER_ROWS, threads),
+        *step_cells(threads),
+        *cells_of(REORDERED_SHAPES, threads=threads, works=WORKS[:3], output="reordered"),
         *cells_of([CALL], threads=threads, works=["inference"]),
         *awkward_cells(),
     )
@@ -311,6 +345,13 @@ def grouped_cells(shapes: Iterable[Shape], rows: Iterable[Shape], threads: int) 
     yield from cells_of(shapes, threads=threads, works=GROUPED)
     works = [work for work in GROUPED if work.startswith(("group", "layer"))]
     yield from cells_of(rows, threads=threads, works=works)
+
+
+def step_cells(threads: int) -> Iterator[Cell]:
+    """Training steps, into ready outputs and fresh ones."""
+    for work, shapes in zip(STEPS, (STEP_SHAPES, FUSED_STEP_SHAPES), strict=True):
+        for output in ("ready", "fresh"):
+            yield from cells_of(shapes, threads=threads, works=[work], output=output)
 
 
 def awkward_cells() -> Iterator[Cell]:

@@ -1,6 +1,7 @@
 """``python -m benchmarks``: measure, compare two runs, or make a run's report again.
 
-``python -m benchmarks accuracy`` measures errors on hard data instead, and
+``python -m benchmarks accuracy`` measures errors on hard data instead, ``python -m benchmarks
+budget`` compares calls with their passes, and
 ``python -m benchmarks page`` makes docs/performance.md from the results that are committed.
 """
 

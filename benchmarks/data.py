@@ -6,6 +6,7 @@ made at the speed of memory. dy leans on x, so that dgamma and dbeta are large a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -92,16 +93,46 @@ class Data:
 
     def moved(self, cell: Cell) -> list[tuple[Array, ...]]:
         """The arrays that a work writes, each with those read for it: every array once."""
-        if cell.work == "fused-backward":
-            return [(self.dresidual, self.dy, self.y), (self.out, self.x)]
+        if cell.is_step:
+            forward, backward = cell.forward_and_backward
+            return [*self.moved(forward), *self._moved_back(backward, self.dx, self.out)]
         if cell.plain_work == "backward":
-            return [(self.out, self.dy, self.x)]
+            return self._moved_back(cell, self.output(cell), self.y)
         if cell.work == "normalize_backward":
             return [(self.out, self.dy)]
-        return [(self.out, self.x, self.residual) if cell.is_fused else (self.out, self.x)]
+        out = self.output(cell)
+        return [(out, self.x, self.residual) if cell.is_fused else (out, self.x)]
+
+    def _moved_back(self, cell: Cell, dx: Array, y: Array) -> list[tuple[Array, ...]]:
+        if cell.is_fused:
+            return [(self.dresidual, self.dy, y), (dx, self.x)]
+        return [(dx, self.dy, self.x)]
 
     @cached_property
     def out(self) -> Array:
+        return np.full(self.shape, np.nan, self.dtype)
+
+    @cached_property
+    def reordered(self) -> Array:
+        """A ready output with x's axes, whose memory is in the order of the other layout."""
+        back, forth = (1, -1) if self.axis == 1 else (-1, 1)
+        dense = np.full(np.moveaxis(self.out, back, forth).shape, np.nan, self.dtype)
+        return np.moveaxis(dense, forth, back)
+
+    def in_place(self, cell: Cell) -> tuple[Cell, Data]:
+        """The cell and data of the other layout whose x and output both are `reordered`."""
+        other = replace(cell, layout=cell.other_layout, output="ready")
+        data = Data(other)
+        data.x = data.out = np.moveaxis(self.reordered, self.axis, data.axis)
+        return other, data
+
+    def output(self, cell: Cell) -> Array:
+        """Where y or dx goes."""
+        return self.reordered if cell.is_reordered else self.out
+
+    @cached_property
+    def dx(self) -> Array:
+        """The ready output of a step's backward; `out` is that of its forward."""
         return np.full(self.shape, np.nan, self.dtype)
 
     @cached_property
@@ -187,15 +218,25 @@ class Results(NamedTuple):
     dgamma: Array | None = None
     dbeta: Array | None = None
     dresidual: Array | None = None
+    y: Array | None = None
+    """Of a step, whose main result is dx."""
 
 
 def complaint(cell: Cell, data: Data, results: Results) -> str | None:
     """What is wrong with the results, or None: first, middle and last channel, in float64."""
+    if cell.is_step:
+        if results.y is None:
+            return "no y"
+        forward, backward = cell.forward_and_backward
+        wrong = complaint(forward, data, Results(results.y))
+        return wrong or complaint(backward, data, results)
     if results.main.shape != data.shape or results.main.dtype != data.dtype:
         return f"an array of {results.main.dtype}{results.main.shape}"
+    if cell.is_reordered and results.main.strides != data.reordered.strides:
+        return "an array in another order of memory"
     tolerance = COARSE if cell.dtype == "bfloat16" else TOLERANCE
     for channel in sorted({0, data.channels // 2, data.channels - 1}):
-        for name, wanted in expected(cell, data, channel).items():
+        for name, wanted in expected(cell, data, channel, results.y).items():
             whole = getattr(results, name)
             if whole is None:
                 return f"no {name}"
@@ -206,8 +247,9 @@ def complaint(cell: Cell, data: Data, results: Results) -> str | None:
     return None
 
 
-def expected(cell: Cell, data: Data, channel: int) -> dict[str, Array]:
-    """The oracle: one channel by the formulas, in float64."""
+def expected(cell: Cell, data: Data, channel: int, y: Array | None = None) -> dict[str, Array]:
+    """The oracle: one channel by the formulas, in float64. A step's backward is that of its own y,
+    which rounding may leave on either side of 0."""
     gamma, beta, mean, var = (
         float(v[channel]) for v in (data.gamma, data.beta, data.mean, data.var)
     )
@@ -228,7 +270,7 @@ def expected(cell: Cell, data: Data, channel: int) -> dict[str, Array]:
         return {"main": np.where(places > 0, y, 0)}
     dy, more = np.where(places > 0, row(data.dy, channel, data.axis), 0), {}
     if cell.is_fused:
-        dy = np.where(row(data.y, channel, data.axis) > 0, dy, 0)
+        dy = np.where(row(data.y if y is None else y, channel, data.axis) > 0, dy, 0)
         more = {"dresidual": dy}
     dbeta, dgamma = dy.sum(), (dy * xhat).sum()
     dx = gamma / np.sqrt(var + data.eps) * (dy - share * (dbeta + xhat * dgamma))

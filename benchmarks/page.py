@@ -2,6 +2,7 @@
 
 The page is written by hand but for its tables and the sentences with figures. Each of these follows
 a comment with the name of the function in `parts.py` that makes it, and ends at an empty line.
+Sections whose cells the results lack are only their comments.
 """
 
 from __future__ import annotations
@@ -82,7 +83,13 @@ def filled(text: str, run: Run) -> str:
     names = [match[1] for match in PART.finditer(text)]
     if sorted(names) != sorted(PARTS):
         raise ValueError(f"parts of the page: {sorted(names)}, expected: {sorted(PARTS)}")
-    return PART.sub(lambda match: f"<!-- {match[1]} -->\n{PARTS[match[1]](run)}\n", text)
+    return PART.sub(lambda match: lines(match[1], run), text)
+
+
+def lines(name: str, run: Run) -> str:
+    """A part below its comment; some runs have nothing for some parts."""
+    part = PARTS[name](run)
+    return f"<!-- {name} -->\n" + (f"{part}\n" if part else "")
 
 
 def linked(text: str) -> set[str]:

@@ -1,4 +1,5 @@
-"""The parts of docs/performance.md that a run gives, each a function of the run: no empty lines.
+"""The parts of docs/performance.md that a run gives, each a function of the run: no empty lines,
+and nothing where a section is for cells that not every run has.
 
 Averages are geometric means. Where a run has nothing for a figure, it is a dash.
 """
@@ -8,25 +9,45 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from math import inf
 from statistics import geometric_mean, median
-from textwrap import fill
 
-from benchmarks.cells import AWKWARD, CALL, FUSED, HALVES, MASKED, MB, WORKS, Cell, Shape
-from benchmarks.libraries import FROZEN, LIBRARIES, NUMPY, OURS, SINGLE, TORCH, UNFUSED, UNMASKED
+from benchmarks.cells import CALL, MB, WORKS, Cell, Shape
+from benchmarks.figures import (
+    LAYOUTS,
+    SIZES,
+    Figure,
+    against,
+    against_best,
+    average,
+    cells,
+    figures,
+    is_behind,
+    listed,
+    of_layout,
+    of_size,
+    of_work,
+    ordinary,
+    ratio,
+    score,
+    table,
+    wrapped,
+)
+from benchmarks.kinds import (
+    awkward,
+    fused,
+    grouped,
+    halves,
+    masked,
+    reordered,
+    reordered_ratios,
+    step_ratios,
+    steps,
+)
+from benchmarks.libraries import FROZEN, LIBRARIES, NUMPY, ONEDNN, OURS, TORCH
 from benchmarks.plots import NOISE
 from benchmarks.report import NONE, time
 from benchmarks.results import Measured, Run
 
-ONEDNN = "oneDNN"
-SIZES = {
-    "under 1 MB": (0.0, MB),
-    "1 to 10 MB": (MB, 10 * MB),
-    "10 to 50 MB": (10 * MB, 50 * MB),
-    "50 MB and up": (50 * MB, inf),
-}
-"""Classes of cells by the bytes of x: from, and below."""
-LAYOUTS = ("NCHW", "NHWC", "NC")
 API = {
     "forward": "`batch_norm`",
     "inference": "`normalize`",
@@ -43,109 +64,6 @@ SHOWN = 10
 """Cells where a peer is faster, in their table."""
 NAMED = 3
 """Kinds of work where a peer is faster, in the verdict."""
-WIDTH = 108
-
-Figure = Callable[[Measured], float | None]
-
-
-# --- which cells --------------------------------------------------------------------------------
-
-
-def ordinary(run: Run) -> list[Measured]:
-    """All but the awkward shapes, which NumPy alone is compared with."""
-    return [m for m in run.compared if not m.cell.is_awkward]
-
-
-def cells(
-    run: Run,
-    works: Iterable[str] = WORKS,
-    *,
-    dtype: str = "float32",
-    output: str = "ready",
-    threads: int | None = None,
-) -> list[Measured]:
-    """The ordinary cells of some works; by all threads where not told."""
-    wanted = dtype, output, threads or run.machine.cores
-    return [
-        m
-        for m in ordinary(run)
-        if m.cell.work in works and (m.cell.dtype, m.cell.output, m.cell.threads) == wanted
-    ]
-
-
-def of_size(members: Iterable[Measured], size: str) -> list[Measured]:
-    least, below = SIZES[size]
-    return [m for m in members if least <= m.cell.bytes < below]
-
-
-def of_layout(members: Iterable[Measured], layout: str) -> list[Measured]:
-    return [m for m in members if m.cell.layout == layout]
-
-
-def of_work(members: Iterable[Measured], work: str) -> list[Measured]:
-    return [m for m in members if m.cell.work == work]
-
-
-# --- figures of several cells -------------------------------------------------------------------
-
-
-def against(library: str) -> Figure:
-    """How many times as fast as a library fastbn is."""
-    return lambda m: m.ratio(library)
-
-
-def against_best(m: Measured) -> float | None:
-    return m.against_peer
-
-
-def figures(members: Iterable[Measured], figure: Figure) -> list[float]:
-    return [value for m in members if (value := figure(m)) is not None]
-
-
-def average(members: Iterable[Measured], figure: Figure) -> str:
-    values = figures(members, figure)
-    return ratio(geometric_mean(values)) if values else NONE
-
-
-def ratio(value: float) -> str:
-    """Two decimals below 10, none from there on."""
-    return f"{value:.2f}" if value < 9.995 else f"{value:.0f}"
-
-
-def score(values: Sequence[float]) -> tuple[str, str, str]:
-    """How many cells are ahead, level and behind."""
-    ahead, behind = (sum(is_so(v) for v in values) for is_so in (is_ahead, is_behind))
-    return str(ahead), str(len(values) - ahead - behind), str(behind)
-
-
-def is_ahead(value: float) -> bool:
-    return value > 1 + NOISE
-
-
-def is_behind(value: float) -> bool:
-    return value < 1 - NOISE
-
-
-# --- text ---------------------------------------------------------------------------------------
-
-
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
-    """A table in Markdown, whose first columns are words and the others numbers."""
-    marks = [":--" if number < words else "--:" for number in range(len(headings))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (headings, marks, *rows))
-
-
-def wrapped(text: str, indent: str = "") -> str:
-    return fill(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
-
-
-def listed(words: Sequence[str]) -> str:
-    """As a sentence lists them."""
-    *first, last = words
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-# --- the parts ----------------------------------------------------------------------------------
 
 
 def verdict(run: Run) -> str:
@@ -367,71 +285,6 @@ def backends(run: Run) -> str:
     return table(("", *SIZES, *WORKS), rows)
 
 
-def fused(run: Run) -> str:
-    """Against the best peer, and against the steps one by one."""
-    rows = []
-    for work in FUSED:
-        members = cells(run, [work])
-        pairs = [
-            average(of_layout(members, layout), figure)
-            for figure in (against_best, against(UNFUSED))
-            for layout in LAYOUTS[:2]
-        ]
-        rows.append((work, *pairs))
-    names = [f"{what}, {layout}" for what in ("fastest peer", "unfused") for layout in LAYOUTS[:2]]
-    return table(("work", *names), rows)
-
-
-def halves(run: Run) -> str:
-    """The part of float32's time, and against PyTorch."""
-    rows = []
-    for dtype in HALVES:
-        groups = [cells(run, [work], dtype=dtype) for work in WORKS[:3]]
-        parts = (average(group, lambda m: m.ratio(OURS, SINGLE)) for group in groups)
-        rows.append((dtype, *parts, *(average(group, against(TORCH)) for group in groups)))
-    names = [f"{what}, {work}" for what in ("time", "PyTorch") for work in WORKS[:3]]
-    return table(("type", *names), rows)
-
-
-def masked(run: Run) -> str:
-    """The time over that of the same work where everything counts."""
-    rows = []
-    for work in MASKED:
-        members = cells(run, [work])
-        by_layout = (of_layout(members, layout) for layout in LAYOUTS)
-        rows.append((work, *(average(m, lambda m: m.ratio(OURS, UNMASKED)) for m in by_layout)))
-    return table(("work", *LAYOUTS), rows)
-
-
-def grouped(run: Run) -> str:
-    """Against PyTorch."""
-    kinds = {
-        "group": "group norm",
-        "instance": "instance norm",
-        "layer": "layer norm",
-        "ghost": "virtual batches",
-    }
-    rows = []
-    for kind, name in kinds.items():
-        by_work = (cells(run, [f"{kind}-{work}"]) for work in ("forward", "backward"))
-        found = [average(of_layout(m, f), against(TORCH)) for m in by_work for f in LAYOUTS]
-        everything = cells(run, [f"{kind}-{work}" for work in ("forward", "backward")])
-        rows.append((name, *found, *score(figures(everything, against(TORCH)))))
-    names = [f"{work}, {layout}" for work in ("forward", "backward") for layout in LAYOUTS]
-    return table(("", *names, "ahead", "level", "behind"), rows)
-
-
-def awkward(run: Run) -> str:
-    """Against NumPy, by kind of shape."""
-    rows = []
-    for what, shapes in AWKWARD.items():
-        members = [m for m in run.compared if m.cell.shape in shapes]
-        values = figures(members, against(NUMPY))
-        ends = (ratio(min(values)), ratio(max(values))) if values else (NONE, NONE)
-        rows.append((what, average(members, against(NUMPY)), *ends, *score(values)))
-    return table(("shapes", "average", "least", "most", "ahead", "level", "behind"), rows)
-
-
 def calls(run: Run) -> str:
     """What does not depend on the size."""
     cell = Cell("inference", "NC", "float32", CALL, "ready", run.machine.cores)
@@ -458,9 +311,13 @@ PARTS: dict[str, Callable[[Run], str]] = {
         memory,
         backends,
         fused,
+        steps,
+        step_ratios,
         halves,
         masked,
         grouped,
+        reordered,
+        reordered_ratios,
         awkward,
         calls,
     )

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from benchmarks.cells import FUSED, WORKS, Cell
+from benchmarks.cells import FUSED, STEPS, WORKS, Cell
 from benchmarks.results import Measured, Run
 
 # From the palette of Okabe and Ito, which colour-blind readers can tell apart.
@@ -38,11 +38,13 @@ TITLES = {
     "fused-forward": "Training forward with residual and relu",
     "fused-inference": "Inference with residual and relu",
     "fused-backward": "Training backward with relu, and the residual's gradient",
+    "step": "Training forward and backward",
+    "fused-step": "Training forward and backward with residual and relu",
 }
 
 
 def draw_all(
-    run: Run, folder: Path, works: Sequence[str] = (*WORKS, *FUSED), origin: str = ""
+    run: Run, folder: Path, works: Sequence[str] = (*WORKS, *FUSED, *STEPS), origin: str = ""
 ) -> list[Path]:
     """Write every plot that the run has cells for, as PNG; their paths.
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from benchmarks.cells import MB, Cell
-from benchmarks.libraries import LIBRARIES, NUMPY, OURS, TORCH, Library
+from benchmarks.libraries import COMPILED, LIBRARIES, NUMPY, ONEDNN, OURS, TORCH, Library
 from benchmarks.machine import available_memory
 from benchmarks.results import Judged, Measured, Outcome
 
@@ -344,14 +344,26 @@ def measure_all(
 
 
 def taking_part(cell: Cell, libraries: Sequence[str]) -> list[str]:
-    """Not all: only some are drawn in the plot of the series, masked works are fastbn's alone, and
-    grouped ones PyTorch's too; awkward cells are for the Cython backend and NumPy."""
+    """Not all: only some are drawn in the plot of the series, and not every work has every peer;
+    awkward cells are for the Cython backend and NumPy."""
     if cell.is_awkward:
         return [name for name in libraries if name in (OURS, NUMPY)]
     return [
         name
         for name in libraries
         if (LIBRARIES[name].in_series or not cell.in_series)
-        and not (LIBRARIES[name].is_foreign and cell.is_masked)
-        and not (LIBRARIES[name].is_foreign and cell.is_grouped and name != TORCH)
+        and (not LIBRARIES[name].is_foreign or name in peers_of(cell))
     ]
+
+
+def peers_of(cell: Cell) -> tuple[str, ...]:
+    """Who may take part beside fastbn and the limits."""
+    if cell.is_masked:
+        return ()
+    if cell.is_grouped:
+        return (TORCH,)
+    if cell.is_step:
+        return NUMPY, TORCH, COMPILED, ONEDNN
+    if cell.is_reordered:
+        return NUMPY, TORCH
+    return tuple(LIBRARIES)

@@ -47,7 +47,9 @@ class Session:
             cell = Cell.from_json(request["cell"])
             return self.checked(cell, HardData(cell, request["case"]), judge)
         if request["do"] == "run":
-            return {"seconds": self.run(request["samples"], request["loops"], request["budget"])}
+            assert self.task is not None
+            options = (request[name] for name in ("samples", "loops", "budget"))
+            return {"seconds": timed(self.task.call, *options)}
         self.release(keep=request["keep"])
         return {}
 
@@ -66,30 +68,30 @@ class Session:
         except Exception as error:
             return {"status": "failed", "note": in_a_line(error)}
 
-    def run(self, samples: int, loops: int, budget: float) -> list[float]:
-        """Seconds of a call, at least once; short calls are timed several at once."""
-        assert self.task is not None
-        call, seconds = self.task.call, list[float]()
-        call()
-        end = perf_counter() + budget
-        while not seconds or (len(seconds) < samples and perf_counter() < end):
-            start = perf_counter()
-            for _ in repeat(None, loops):
-                call()
-            seconds.append((perf_counter() - start) / loops)
-        return seconds
-
     def release(self, *, keep: bool) -> None:
         self.task = None
         if not keep:
             self.data = None
 
 
+def timed(call: Callable[[], Any], samples: int, loops: int, budget: float) -> list[float]:
+    """Seconds of a call, at least once; short calls are timed several at once."""
+    seconds = list[float]()
+    call()
+    end = perf_counter() + budget
+    while not seconds or (len(seconds) < samples and perf_counter() < end):
+        start = perf_counter()
+        for _ in repeat(None, loops):
+            call()
+        seconds.append((perf_counter() - start) / loops)
+    return seconds
+
+
 def verify(cell: Cell, data: Data, task: Task) -> Answer:
     """What is wrong with the results of one call, if anything is."""
     if task.read is None:
         return {}
-    if cell.output == "ready":
+    if cell.output != "fresh":
         for out, *_ in data.moved(cell):
             out.fill(float("nan"))  # what an earlier cell left there proves nothing
     wrong = complaint(cell, data, task.read(task.call()))

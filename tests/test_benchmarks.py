@@ -13,10 +13,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import fastbn
 from benchmarks import compare, fold_or_fuse, report, rounds
 from benchmarks.cells import (
     AWKWARD,
@@ -28,6 +30,7 @@ from benchmarks.cells import (
     MB,
     ROWS,
     SERIES,
+    STEPS,
     WORKS,
     Cell,
     all_cells,
@@ -37,11 +40,15 @@ from benchmarks.cells import (
 from benchmarks.cli import chosen
 from benchmarks.data import Data, Results, complaint, expected
 from benchmarks.libraries import (
+    BY_COPY,
+    COMPILED,
     FROZEN,
     LIBRARIES,
     NUMPY,
+    ONEDNN,
     OURS,
     SINGLE,
+    TORCH,
     UNFUSED,
     UNMASKED,
     of_fastbn,
@@ -97,6 +104,25 @@ def test_cells_cover_fused_works_and_halves(layout: str) -> None:
             halves = [c for c in cells if c.work == work and c.is_half]
             assert 2 * max(c.bytes for c in halves) > least
             assert HALVES[-1] in {c.dtype for c in halves}
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
+def test_cells_cover_steps(layout: str) -> None:
+    works = STEPS[:1] if layout == "NC" else STEPS
+    for output in ("ready", "fresh"):
+        cells = [c for c in all_cells(THREADS) if (c.layout, c.output) == (layout, output)]
+        for work in works:
+            assert max(c.bytes for c in cells if c.work == work) > 10 * MB
+            assert min(c.bytes for c in cells if c.work == work) < 10 * MB
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("work", WORKS[:3])
+def test_cells_cover_reordered_outputs(work: str, layout: str) -> None:
+    cells = [c for c in all_cells(THREADS) if c.is_reordered]
+    cells = [c for c in cells if (c.work, c.layout) == (work, layout)]
+    assert {c.channels for c in cells} == {3, 64}
+    assert max(c.bytes for c in cells) > 100 * MB
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC", "NC"])
@@ -173,17 +199,28 @@ SMALL += [
     for work in GROUPED
 ]
 SMALL += [Cell(work, "NC", "float32", (20, 96), "ready", THREADS) for work in GROUPED[2::4]]
+SMALL += [
+    replace(c, work=work, output=output)
+    for c in PLAIN
+    if c.work == "forward"
+    for work in STEPS
+    for output in ("ready", "fresh")
+]
+
+
+SMALL += [replace(c, output="reordered") for c in PLAIN if c.layout != "NC" and c.work != WORKS[3]]
 
 
 def has_nothing(name: str, cell: Cell) -> bool:
     """Where a library that is always there says that it cannot."""
     only = {
-        UNFUSED: cell.is_fused,
+        UNFUSED: cell.is_fused and not cell.is_step,
         UNMASKED: cell.is_masked,
         SINGLE: cell.is_half,
-        FROZEN: cell.work == "inference",
+        FROZEN: cell.work == "inference" and not cell.is_reordered,
+        BY_COPY: cell.is_reordered,
         "NumPy": not (cell.is_fused or cell.is_half),
-        "numpy.copyto": cell.plain_work != "backward" and not cell.is_fused,
+        "numpy.copyto": cell.plain_work not in ("backward", "step") and not cell.is_fused,
     }
     return not only.get(name, True)
 
@@ -211,6 +248,8 @@ def test_a_library_is_right(worker: rounds.Worker, request: pytest.FixtureReques
             continue
         if name == "fastbn numba" and cell.dtype != "float32":
             continue  # everything would be compiled once more
+        if name == COMPILED and (cell.shape != SMALL[0].shape or cell.output == "fresh"):
+            continue  # seconds each, and an output is fresh anyway
         answer = worker.ask(do="prepare", cell=cell.to_json())
         assert answer["status"] in ("ready", "cannot"), (cell.name, answer)
         if answer["status"] == "ready":
@@ -226,6 +265,49 @@ def test_masked_works_are_for_fastbn_and_the_limits() -> None:
     for work in MASKED:
         names = rounds.taking_part(replace(PLAIN[0], work=work), list(LIBRARIES))
         assert names == [n for n, one in LIBRARIES.items() if one.is_fastbn or one.kind == "limit"]
+
+
+def test_steps_are_for_fastbn_and_four_peers() -> None:
+    for work in STEPS:
+        names = rounds.taking_part(replace(PLAIN[0], work=work), list(LIBRARIES))
+        foreign = [name for name in names if LIBRARIES[name].is_foreign]
+        assert foreign == [NUMPY, TORCH, COMPILED, ONEDNN]
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_a_reordered_output_has_the_memory_of_the_other_layout(layout: str) -> None:
+    cell = Cell("inference", layout, "float32", (3, 16, 5, 4), "reordered", THREADS)
+    data = Data(cell)
+    other = Data(replace(cell, layout=cell.other_layout))
+    assert data.reordered.shape == data.shape
+    assert np.moveaxis(data.reordered, data.axis, other.axis).flags.c_contiguous
+    assert not data.reordered.flags.c_contiguous
+    task = of_fastbn.prepare(cell, data)
+    assert task.read is not None
+    results = task.read(task.call())
+    assert results.main is data.reordered
+    assert complaint(cell, data, Results(np.ascontiguousarray(results.main)))
+    names = rounds.taking_part(cell, list(LIBRARIES))
+    assert [name for name in names if LIBRARIES[name].is_foreign] == [NUMPY, TORCH]
+
+
+def test_a_step_is_gated_by_its_own_y() -> None:
+    """Where y is 0 but for rounding, the gradient may pass or not, as y says."""
+    cell = Cell("fused-step", "NC", "float64", (12, 20), "ready", THREADS)
+    data = Data(cell)
+    forward = expected(replace(cell, work="fused-forward"), data, 0)["main"]
+    data.residual[0, 0] -= forward[0]
+    task = of_fastbn.prepare(cell, data)
+    assert task.read is not None
+    results = task.read(task.call())
+    assert results.y is not None
+    for rounding in (0.0, 1e-12):
+        assert results.y[0, 0] < 1e-12
+        y, passed = results.y.copy(), results.y > 0
+        y[0, 0] = rounding
+        assert bool(complaint(cell, data, results._replace(y=y))) == (
+            passed[0, 0] != (rounding > 0)
+        )
 
 
 def test_awkward_cells_are_for_the_cython_backend_and_numpy() -> None:
@@ -263,10 +345,14 @@ def test_a_wrong_result_is_noticed(cell: Cell) -> None:
             task = of_fastbn.prepare(other, data)
             assert task.read is not None
             assert complaint(cell, data, task.read(task.call()))
-    if cell.is_fused and cell.plain_work == "backward":
+    if cell.is_step:
+        assert results.y is not None
+        assert complaint(cell, data, results._replace(y=None))
+        assert complaint(cell, data, results._replace(y=results.y * 1.01))
+    if cell.is_fused and cell.plain_work in ("backward", "step"):
         assert results.dresidual is not None
         assert complaint(cell, data, results._replace(dresidual=data.dy))
-    if cell.plain_work == "backward":
+    if cell.plain_work in ("backward", "step"):
         assert results.dgamma is not None
         assert complaint(cell, data, results._replace(dgamma=results.dgamma * 1.01))
         assert complaint(cell, data, Results(results.main))
@@ -277,7 +363,7 @@ def test_a_wrong_result_is_noticed(cell: Cell) -> None:
 def test_a_copy_copies(kind: str, values: int) -> None:
     pytest.importorskip("benchmarks.libraries.copies", exc_type=ImportError)
     library = LIBRARIES[f"copy, {kind} stores"].load()
-    for work in (*WORKS, *FUSED, *MASKED):
+    for work in (*WORKS, *FUSED, *STEPS, *MASKED):
         cell = Cell(work, "NC", "float32", (1, values), "ready", THREADS)
         data = Data(cell)
         task = library.prepare(cell, data)
@@ -285,6 +371,15 @@ def test_a_copy_copies(kind: str, values: int) -> None:
         task.call()
         for out, *sources in data.moved(cell):
             assert np.array_equal(out, sum(sources[1:], sources[0]))
+
+
+def test_numpy_copies_into_another_order() -> None:
+    cell = Cell("forward", "NHWC", "float32", (3, 16, 5, 4), "reordered", THREADS)
+    data = Data(cell)
+    task = LIBRARIES["numpy.copyto"].load().prepare(cell, data)
+    assert task is not None
+    task.call()
+    assert np.array_equal(data.reordered, data.x)
 
 
 def test_the_oracle_is_batch_norm() -> None:
@@ -453,6 +548,79 @@ def test_folded_and_fused_are_the_same_work(capsys: pytest.CaptureFixture[str]) 
     np.testing.assert_array_equal(relu, np.maximum(norm, 0))
     fold_or_fuse.main(rounds=1)
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[1:]] == [*results]
+
+
+# --- the budget ---------------------------------------------------------------------------------
+
+TINY = [
+    Cell(work, layout, "float32", shape, "ready", threads)
+    for shape in ((3, 17, 5, 4), (20, 33))
+    for layout in layouts_of(shape)
+    for work in WORKS[:3]
+    for threads in (1, THREADS)
+]
+
+
+@pytest.fixture
+def budget() -> Any:
+    """The module, which needs the compiled kernels."""
+    return pytest.importorskip("benchmarks.budget", exc_type=ImportError)
+
+
+@pytest.mark.parametrize("cell", TINY, ids=lambda cell: cell.name)
+def test_the_passes_of_a_budget_are_the_work(budget: Any, cell: Cell) -> None:
+    whole, data = Data(cell), Data(cell)
+    task = of_fastbn.prepare(cell, whole)
+    task.call()
+    passes = budget.passes(cell, data)
+    assert tuple(passes) == budget.PASSES[cell.work]
+    for call in passes.values():
+        call()
+    np.testing.assert_allclose(data.out, whole.out, rtol=1e-5, atol=1e-5)
+
+
+def test_few_values_are_of_the_same_channels_and_family_of_layouts(budget: Any) -> None:
+    for cell in TINY:
+        few = Data(budget.few_values(cell, cell.channels)).x
+        assert few.size == 2 * cell.channels
+        families = [budget.view(cell, a).shape[3] > 1 for a in (few, Data(cell).x)]
+        assert families == [cell.layout == "NCHW"] * 2
+
+
+def test_a_budget_is_the_sum_or_the_copy(budget: Any) -> None:
+    parts = {"call": 1.0, "finalize": 2.0, "team": 0.5, "passes": {"moments": 3.0, "normalize": 4}}
+    made = budget.Budget(TINY[0], **parts, copy=6.0, measured=21.0)
+    assert (made.total, made.ratio) == (10.5, 2)
+    assert replace(made, copy=42.0).ratio == 0.5
+    (row,) = budget.grid([made]).rows
+    assert row[:4] == ("forward", "NCHW", "3x17x5x4", "1")
+
+
+def test_a_team_is_dismissed(budget: Any) -> None:
+    from fastbn._ext import entry
+
+    before = fastbn.get_num_threads(), entry.tune()
+    with budget.team_of(1, divided=True):
+        assert fastbn.get_num_threads() == 1
+        assert entry.tune() == before[1] | {"serial_below": 1}
+    assert (fastbn.get_num_threads(), entry.tune()) == before
+
+
+def test_a_tiny_budget(budget: Any, tmp_path: Path) -> None:
+    words = ("4x16x28x28", "backward", "NHWC", "1 thread")
+    only = [argument for text in words for argument in ("--only", text)]
+    done = command("budget", *only, "--rounds", "1", "--output", str(tmp_path), NO_COLOR="1")
+    assert done.returncode == 0, done.stderr
+    assert "4x16x28x28" in done.stdout
+    (found,) = json.loads((tmp_path / "budget.json").read_text())["budgets"]
+    assert found["team"] == 0
+    assert set(found["passes"]) == {"gradient_moments", "input_gradient"}
+    parts = [found[name] for name in ("call", "finalize", "team")] + [*found["passes"].values()]
+    assert found["total"] == pytest.approx(max(sum(parts), found["copy"]))
+    assert found["ratio"] == pytest.approx(found["measured"] / found["total"])
+    done = command("budget", "--only", "PyTorch")
+    assert done.returncode == 2
+    assert "takes no library" in done.stderr
 
 
 # --- from end to end ----------------------------------------------------------------------------

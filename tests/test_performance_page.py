@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import page
 from benchmarks.cells import Cell, all_cells
-from benchmarks.libraries import LIBRARIES, NUMPY, OURS, TORCH
+from benchmarks.libraries import BY_COPY, LIBRARIES, NUMPY, OURS, TORCH
 from benchmarks.machine import Machine
 from benchmarks.parts import PARTS, behind, lost, verdict
 from benchmarks.results import Measured, Outcome, Run
@@ -70,9 +70,34 @@ def test_every_part_comes_out_of_any_run() -> None:
         text = page.filled(page.PAGE.read_text(), run)
         assert page.filled(text, run) == text
         for name, part in PARTS.items():
-            assert f"<!-- {name} -->\n{part(run)}\n\n" in text
-            assert all(part(run).splitlines())
+            lines = part(run).splitlines()
+            assert "\n".join([f"<!-- {name} -->", *lines, "", ""]) in text
+            assert all(lines)
     assert "1.00" in PARTS["ratios"](run)
+
+
+def test_sections_of_steps_and_reordered_outputs() -> None:
+    """They are there with their cells, and without them nothing but comments is."""
+    step = Cell("step", "NHWC", "float32", (8, 64, 56, 56), "fresh", 2)
+    output = replace(step, work="inference", output="reordered")
+    times = {"PyTorch": 0.02, "torch.compile": 0.03, "numpy.copyto": 0.005}
+    run = run_of(
+        timed(step, ours=0.01, **times),
+        timed(output, ours=0.01, **times, **{BY_COPY: 0.015}),
+    )
+    assert PARTS["step_ratios"](run).splitlines()[2:] == [
+        "| step | fresh | NHWC | - | 2.00 | 3.00 | - | 2.00 | 1 | 0 | 0 |"
+    ]
+    assert "fastbn is 2.00 and - times" in " ".join(PARTS["steps"](run).split())
+    assert PARTS["reordered_ratios"](run).splitlines()[2:] == [
+        "| inference | NHWC | 1.50 | 0.50 | - | 2.00 | 1 | 0 | 0 |"
+    ]
+    text = page.filled(page.PAGE.read_text(), run)
+    assert "**A training step**" in text
+    assert "**An output in another order of memory**" in text
+    empty = page.filled(text, run_of())
+    assert "<!-- steps -->\n\n<!-- step_ratios -->\n\n**Half" in empty
+    assert "<!-- reordered -->\n\n<!-- reordered_ratios -->\n\n**Awkward" in empty
 
 
 def test_a_page_with_other_parts_is_refused() -> None:

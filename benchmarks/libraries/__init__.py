@@ -26,6 +26,8 @@ UNFUSED, SINGLE, UNMASKED = "fastbn unfused", "fastbn in float32", "fastbn unmas
 """What it is compared with besides, in fused cells, in halves and in masked cells."""
 FROZEN = "FrozenBatchNorm"
 """Inference as an object."""
+BY_COPY = "fastbn by a copy"
+"""What a reordered output is compared with."""
 
 
 class Task(NamedTuple):
@@ -73,11 +75,14 @@ class Library:
         return cast(Module, importlib.import_module(f"{__name__}.{self.module}"))
 
 
-NUMPY, TORCH = "NumPy", "PyTorch"
+NUMPY, TORCH, COMPILED, ONEDNN = "NumPy", "PyTorch", "torch.compile", "oneDNN"
+COPYTO = "numpy.copyto"
 
 CYTHON = {"FASTBN_BACKEND": "cython"}
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 """Memory that was freed is not given back, and has its pages when it is wanted again."""
+ALONE = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+"""It compiles in its own process, and leaves none behind."""
 
 
 def _fastbn(name: str, **environment: str) -> Library:
@@ -94,16 +99,18 @@ LIBRARIES: dict[str, Library] = {
         Library(UNFUSED, "fastbn_unfused", "fastbn too", CYTHON),
         Library(SINGLE, "fastbn_float32", "fastbn too", CYTHON),
         Library(UNMASKED, "fastbn_unmasked", "fastbn too", CYTHON),
+        Library(BY_COPY, "fastbn_by_copy", "fastbn too", CYTHON),
         Library(FROZEN, "fastbn_frozen", "fastbn too", CYTHON, in_series=True),
         Library(NUMPY, "of_numpy", "peer"),
         Library(TORCH, "of_torch", "peer", KEPT, in_series=True),
-        Library("oneDNN", "of_onednn", "peer"),
+        Library(COMPILED, "of_torch_compile", "peer", KEPT | ALONE),
+        Library(ONEDNN, "of_onednn", "peer"),
         Library("JAX", "of_jax", "peer", {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}),
         Library("TensorFlow", "of_tensorflow", "peer", {"TF_CPP_MIN_LOG_LEVEL": "3"}),
         Library("ONNX Runtime", "of_onnxruntime", "peer"),
         Library("OpenVINO", "of_openvino", "peer"),
         Library("oneDNN nChw16c", "of_onednn_blocked", "other layout"),
-        Library("numpy.copyto", "numpy_copyto", "limit", in_series=True),
+        Library(COPYTO, "numpy_copyto", "limit", in_series=True),
         Library("copy, ordinary stores", "copy_ordinary", "limit", in_series=True),
         Library("copy, streaming stores", "copy_streaming", "limit", in_series=True),
     )

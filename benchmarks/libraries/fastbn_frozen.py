@@ -10,7 +10,7 @@ from benchmarks.libraries.of_fastbn import version as version
 
 
 def prepare(cell: Cell, data: Data) -> Task | None:
-    if cell.work != "inference" or cell.bytes > MB:
+    if cell.work != "inference" or cell.bytes > MB or cell.is_reordered:
         return None
     x, options = data.x, of_fastbn.options(cell, data)
     out = options.pop("out", None)

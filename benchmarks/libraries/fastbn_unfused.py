@@ -15,7 +15,7 @@ from benchmarks.libraries.of_fastbn import version as version
 
 
 def prepare(cell: Cell, data: Data) -> Task | None:
-    if not cell.is_fused:
+    if not cell.is_fused or cell.is_step:
         return None
     if cell.plain_work == "backward":
         return backward(cell, data)

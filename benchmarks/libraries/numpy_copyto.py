@@ -1,4 +1,4 @@
-"""A limit: one read and one write, by NumPy."""
+"""A limit: one read and one write, by NumPy; into a reordered output in its order of memory."""
 
 from __future__ import annotations
 

@@ -19,6 +19,8 @@ def version() -> str:
 def prepare(cell: Cell, data: Data) -> Task:
     if cell.is_grouped:
         return grouped(cell, data)
+    if cell.is_step:
+        return step(cell, data)
     gamma, beta = data.gamma, data.beta
     named = options(cell, data)
     if cell.is_fused:
@@ -65,10 +67,28 @@ def grouped(cell: Cell, data: Data) -> Task:
     return Task(lambda: backward(*given, **named), lambda r: Results(*r))
 
 
+def step(cell: Cell, data: Data) -> Task:
+    """A forward, and the backward by its results."""
+    forward, backward = options(cell, data), options(cell, data)
+    is_ready = cell.output == "ready"
+    if is_ready:
+        backward["out"] = data.dx
+    if cell.is_fused:
+        forward |= {"activation": "relu", "residual": data.residual}
+        backward |= {"activation": "relu", "dresidual": data.dresidual if is_ready else True}
+    x, dy, gamma, beta = data.x, data.dy, data.gamma, data.beta
+
+    def call() -> Any:
+        y, mean, var = fastbn.batch_norm(x, gamma, beta, **forward)
+        return y, fastbn.batch_norm_backward(dy, x, mean, var, gamma, y=y, **backward)
+
+    return Task(call, lambda r: Results(*r[1])._replace(y=r[0]))
+
+
 def options(cell: Cell, data: Data) -> dict[str, Any]:
     """What every function is told by name."""
     layout = "NHWC" if cell.layout == "NHWC" else "NCHW"
-    ready = {"out": data.out} if cell.output == "ready" else {}
+    ready = {} if cell.output == "fresh" else {"out": data.output(cell)}
     return {"eps": data.eps, "layout": layout} | ready
 
 

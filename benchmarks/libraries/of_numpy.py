@@ -23,11 +23,14 @@ def prepare(cell: Cell, data: Data) -> Task | None:
     if cell.is_grouped:
         return grouped(cell, data)
     gamma, beta = data.column(data.gamma), data.column(data.beta)
-    out = data.out if cell.output == "ready" else None
+    out = None if cell.output == "fresh" else data.output(cell)
     over, eps = tuple(axis for axis in range(len(data.shape)) if axis != data.axis), data.eps
     if cell.work == "forward":
         x = data.x
         return Task(lambda: forward(x, gamma, beta, over, eps, out), Results)
+    if cell.work == "step":
+        out_of_step = (data.out, data.dx) if cell.output == "ready" else (None, None)
+        return step(data, gamma, beta, over, out_of_step)
     if cell.work == "backward":
         dy, x = data.dy, data.x
         mean, var = (data.column(v.astype(data.dtype)) for v in data.batch_statistics)
@@ -41,6 +44,20 @@ def prepare(cell: Cell, data: Data) -> Task | None:
         return Task(lambda: inference(x, mean, var, gamma, beta, eps, out), Results)
     dy = data.dy
     return Task(lambda: np.multiply(dy, gamma / np.sqrt(var + eps), out=out), Results)
+
+
+def step(
+    data: Data, gamma: Array, beta: Array, over: tuple[int, ...], out: tuple[Array | None, ...]
+) -> Task:
+    """A forward, and the backward by its statistics."""
+    x, dy, eps = data.x, data.dy, data.eps
+
+    def call() -> tuple[Array, ...]:
+        mean, var = x.mean(over, keepdims=True), x.var(over, keepdims=True)
+        y = inference(x, mean, var, gamma, beta, eps, out[0])
+        return y, *backward(dy, x, mean, var, gamma, over, eps, out[1])
+
+    return Task(call, lambda r: Results(r[1], r[2].ravel(), r[3].ravel(), y=r[0]))
 
 
 def grouped(cell: Cell, data: Data) -> Task:

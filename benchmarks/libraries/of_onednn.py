@@ -48,10 +48,29 @@ def version() -> str:
 def prepare(cell: Cell, data: Data) -> Task | None:
     if cell.dtype != "float32" or cell.is_fused:
         return None
-    arrays = vectors(cell, data)
-    arrays |= {name: getattr(data, name) for name in reads(cell)} | {"out": data.out}
+    if cell.is_step:
+        return step(cell, data)
+    return task(cell, data, vectors(cell, data), data.out)
+
+
+def task(cell: Cell, data: Data, arrays: dict[str, Array], out: Array) -> Task:
+    arrays = arrays | {name: getattr(data, name) for name in reads(cell)} | {"out": out}
     work = Work(cell, f"tag_{cell.layout.lower()}", arrays, data.eps)
     return work.task(cell.output == "fresh", lambda out: out)
+
+
+def step(cell: Cell, data: Data) -> Task:
+    """A forward, and the backward by the statistics that it has written."""
+    cells, shared = cell.forward_and_backward, vectors(cell, data)
+    outputs = data.out, data.dx
+    forward, backward = (task(c, data, shared, out) for c, out in zip(cells, outputs, strict=True))
+    read = backward.read
+    assert read is not None
+    return Task(
+        lambda: (forward.call(), backward.call()),
+        lambda r: read(r[1])._replace(y=r[0]),
+        ", ".join(dict.fromkeys((forward.note, backward.note))),
+    )
 
 
 def reads(cell: Cell) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ memory of results that were dropped, so that it pays for no new pages either.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from benchmarks.data import Array, Data, Results
 from benchmarks.libraries import Task
 
 BACKWARD = torch.ops.aten.native_batch_norm_backward.default
+FEW = 16
+"""Channels below this are faster as planes, others channels last."""
 GATE = torch.ops.aten.threshold_backward.grad_input
 
 
@@ -28,6 +32,12 @@ def prepare(cell: Cell, data: Data) -> Task:
     gamma, eps = torch.from_numpy(data.gamma), data.eps
     if cell.is_grouped:
         return grouped(cell, data, gamma)
+    if cell.is_reordered:
+        return reordered(cell, data)
+    if cell.is_fused and cell.is_step:
+        return fused_step(cell, data)
+    if cell.is_step:
+        return step(cell, data, gamma)
     if cell.plain_work in ("forward", "inference"):
         call = normalization(cell, data, gamma)
         if not cell.is_fused:
@@ -60,6 +70,82 @@ def prepare(cell: Cell, data: Data) -> Task:
         lambda: BACKWARD(dy, dy, gamma, mean, var, None, None, False, eps, wanted),
         lambda r: Results(array(cell, r[0])),
     )
+
+
+def reordered(cell: Cell, data: Data) -> Task:
+    """A copy, before or after the call: forwards are computed in the order of memory that suits
+    them. Given an output in another order than x, PyTorch computes something else."""
+    out = tensor(cell, data.reordered)
+    suits = cell.work == "backward" or (cell.layout == "NHWC") == (cell.channels >= FEW)
+    task = prepare(replace(cell, output="ready"), data) if suits else prepare(*data.in_place(cell))
+    x, read = tensor(cell, data.x), task.read
+    assert read is not None
+
+    def copy_after() -> Any:
+        result = task.call()
+        out.copy_(result[0])
+        return result
+
+    def copy_before() -> Any:
+        out.copy_(x)
+        return task.call()
+
+    return Task(
+        copy_after if suits else copy_before, lambda r: read(r)._replace(main=data.reordered)
+    )
+
+
+def step(cell: Cell, data: Data, gamma: Any) -> Task:
+    """A forward, and the backward by its statistics."""
+    forward = normalization(cell.forward_and_backward[0], data, gamma)
+    x, dy, eps, wanted = tensor(cell, data.x), tensor(cell, data.dy), data.eps, [True] * 3
+
+    def call() -> Any:
+        y, mean, rstd = forward()
+        return y, *BACKWARD(dy, x, gamma, None, None, mean, rstd, True, eps, wanted)
+
+    return Task(call, step_results(cell))
+
+
+def fused_step(cell: Cell, data: Data) -> Task:
+    """As modules do it, with as much as they can in place, and by autograd."""
+
+    def forward(x: Any, gamma: Any, beta: Any, residual: Any) -> Any:
+        return torch.relu_(batch_norm(x, gamma, beta, data.eps).add_(residual))
+
+    return by_autograd(cell, data, forward)
+
+
+def batch_norm(x: Any, gamma: Any, beta: Any, eps: float) -> Any:
+    return torch.nn.functional.batch_norm(x, None, None, gamma, beta, training=True, eps=eps)
+
+
+def by_autograd(cell: Cell, data: Data, forward: Callable[..., Any]) -> Task:
+    """A forward of x, gamma, beta and, fused, the residual; then the gradients of all of them."""
+    images = [data.x, data.residual] if cell.is_fused else [data.x]
+    x, *residual = (tensor(cell, a) for a in images)
+    leaves = (x, torch.from_numpy(data.gamma), torch.from_numpy(data.beta), *residual)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    dy = tensor(cell, data.dy)
+
+    def call() -> Any:
+        y = forward(*leaves)
+        return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+    return Task(call, step_results(cell))
+
+
+def step_results(cell: Cell) -> Any:
+    """How y, and the gradients of x, gamma, beta and perhaps the residual are read."""
+
+    def read(r: Any) -> Results:
+        y, dx, dgamma, dbeta, *dresidual = r
+        images = (array(cell, a) for a in dresidual)
+        gradients = Results(array(cell, dx), dgamma.numpy(), dbeta.numpy(), *images)
+        return gradients._replace(y=array(cell, y))
+
+    return read
 
 
 def grouped(cell: Cell, data: Data, gamma: Any) -> Task:
