@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,17 @@ def test_more_than_a_piece(shape: tuple[int, ...], dtype: str) -> None:
     back = np.empty_like(a, order="C")
     entry.copy(there, back, 3)
     np.testing.assert_array_equal(back, a)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
+@pytest.mark.parametrize("steps", [(1, 1, 1), (1, 0, 1), (0, 1, 0), (2, 1, 1), (1, 3, 1)], ids=str)
+def test_windows(steps: tuple[int, ...], order: tuple[int, ...]) -> None:
+    """What overlaps itself is contiguous along several axes, or has strides of 0."""
+    signal, shape = np.arange(100, dtype=np.float32), (5, 9, 17)
+    a = np.lib.stride_tricks.as_strided(signal, shape, [4 * step for step in steps])
+    out = np.full([shape[axis] for axis in order], -1, np.float32).transpose(np.argsort(order))
+    entry.copy(a, out, 2)
+    np.testing.assert_array_equal(out, a)
 
 
 @settings(max_examples=400)

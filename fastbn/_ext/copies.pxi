@@ -36,9 +36,9 @@ cdef bint set_copy(Copy* t, cnp.ndarray a, cnp.ndarray out):
         t.axes[t.count] = axis
         t.count += 1
     for i in range(t.count):
-        if t.axes[i].out == t.itemsize:
+        if rows < 0 and t.axes[i].out == t.itemsize:
             rows = i
-        elif t.axes[i].a == t.itemsize:
+        elif columns < 0 and t.axes[i].a == t.itemsize:     # overlapping windows have several
             columns = i
         else:
             t.planes *= t.axes[i].length
