@@ -8,6 +8,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,22 @@ def facts() -> tuple[int, int]:
 
 def idle() -> int:
     return facts()[0]
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        tracemalloc.stop()
+
+
+def traced() -> int:
+    """Bytes of NumPy's arrays of 1 MiB and more that were made since tracing began, and live."""
+    domain = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
+    snapshot = tracemalloc.take_snapshot().filter_traces([domain])
+    return sum(trace.size for trace in snapshot.traces if trace.size >= MIB)
 
 
 def is_pooled(a: NDArray[Any]) -> bool:
@@ -132,6 +149,13 @@ def test_data_begin_on_a_page() -> None:
 # --- nothing but what was written ----------------------------------------------------------------
 
 
+WITHOUT_FRESH_RESULTS = {
+    *("moments", "gradient_sums", "population_statistics", "Moments"),
+    *("BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm"),
+}
+"""Calls of `every_call` that make none of x's size: layers are given `out` there."""
+
+
 @pytest.mark.slow
 @each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -139,6 +163,7 @@ def test_data_begin_on_a_page() -> None:
 def test_no_result_has_anything_of_an_earlier_one(variant: Variant, name: str, layout: str) -> None:
     """Every result is written whole: the same bits from memory that is full of NaN."""
     shape = (6, 24, 46, 46) if layout == "NCHW" else (6, 46, 46, 24)
+    reused = 0
     for how, call in every_call.ALL[name].items():
         given = every_call.Given(shape, layout, np.float32)
         expected = every_call.results(call(given))
@@ -146,19 +171,26 @@ def test_no_result_has_anything_of_an_earlier_one(variant: Variant, name: str, l
         for block in blocks:
             block.fill(np.nan)
         del blocks, block
+        hits = facts()[1]
         for key, a in every_call.results(call(given)).items():
             assert a.tobytes() == expected[key].tobytes(), (how, key)
+        reused += facts()[1] - hits
+    assert (reused > 0) == (name not in WITHOUT_FRESH_RESULTS)
 
 
 @each_backend
 def test_a_call_that_fails_keeps_no_memory(variant: Variant) -> None:
-    """What was made for its result is idle again, and the next result gets it."""
+    """Whatever was made for its result is given back."""
     x = np.ones(SHAPE, np.float32)
-    with pytest.raises(ValueError, match="activation"):
-        fastbn.batch_norm(x, activation="rleu")
-    with pytest.raises(ValueError, match="overlap"):
-        fastbn.batch_norm_backward(x, x, *fastbn.moments(x), dresidual=x[::-1])
-    assert idle() in (0, x.nbytes)
+    mean, var = fastbn.moments(x)
+    with tracing():
+        with pytest.raises(ValueError, match="activation"):
+            fastbn.batch_norm(x, activation="rleu")
+        with pytest.raises(ValueError, match="overlap"):
+            fastbn.batch_norm_backward(x, x, mean, var, dresidual=x[::-1])
+        with pytest.raises(ValueError, match="negative"):
+            fastbn.normalize(x, mean, -1 - var)
+        assert traced() == 0
     assert np.isfinite(fastbn.batch_norm(x).y).all()
 
 
@@ -182,14 +214,7 @@ def test_resized_arrays_keep_their_values() -> None:
 
 def test_tracemalloc_sees_them() -> None:
     """Their bytes, in NumPy's domain, while they live; idle memory belongs to nobody."""
-    domain = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
-
-    def traced() -> int:
-        snapshot = tracemalloc.take_snapshot().filter_traces([domain])
-        return sum(trace.size for trace in snapshot.traces if trace.size >= MIB)
-
-    tracemalloc.start()
-    try:
+    with tracing():
         a, b = empty(3), empty(2)
         assert traced() == 5 * MIB
         del a
@@ -198,8 +223,6 @@ def test_tracemalloc_sees_them() -> None:
         assert traced() == 5 * MIB
         del a, b
         assert traced() == 0
-    finally:
-        tracemalloc.stop()
 
 
 def test_a_handler_of_ones_own_is_asked_instead() -> None:
