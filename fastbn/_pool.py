@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """`numpy.empty`, from the pool where the array is large."""
-    if pool is None or np.prod(shape, dtype=float) * dtype.itemsize < SMALLEST:
+    if pool is None or prod(shape) * dtype.itemsize < SMALLEST:
         return np.empty(shape, dtype)
     return pool.empty(shape, dtype)
 

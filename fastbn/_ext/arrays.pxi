@@ -85,7 +85,7 @@ cdef Py_ssize_t pooled_bytes = SMALLEST
 
 
 cdef cnp.ndarray new_array(int ndim, cnp.npy_intp* shape, int type):
-    """An array of what there is in memory, from the pool where it is large."""
+    """An array that nothing has been written to, from the pool where it is large."""
     cdef Py_ssize_t size = cnp.PyArray_MultiplyList(shape, ndim)
     cdef cnp.dtype dtype = cnp.PyArray_DescrFromType(type)
     if size * dtype.itemsize < pooled_bytes:
