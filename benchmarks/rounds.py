@@ -34,7 +34,7 @@ SAMPLES = 60
 SAMPLE = 50e-6
 """Seconds that a sample lasts at least: shorter calls are timed several at once."""
 SLOW = 15
-"""A library so many times slower than the fastest takes part in one round out of three."""
+"""A library so many times slower than the fastest has its first turn alone."""
 SLEEPY = 0.1
 """Seconds to wait at most until a library's threads have stopped spinning."""
 LIMIT = 120.0
@@ -182,15 +182,15 @@ class Team:
         outcomes: dict[str, Outcome] = {}
         ready = self._prepare(cell, libraries, outcomes, do="prepare")
         notes = {name: answer["note"] for name, answer in ready.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in notes}
-        guesses = {
-            name: min(taken) for name in notes if (taken := self._turn(name, outcomes, loops=1))
-        }
+        first = {name: taken for name in notes if (taken := self._turn(name, outcomes, loops=1))}
+        guesses = {name: min(taken) for name, taken in first.items()}
         slow = SLOW * min(guesses.values(), default=0.0)
+        seconds = {name: first[name] if guesses[name] > slow else [] for name in guesses}
+        racing = [name for name in guesses if not seconds[name]]
         shuffled = random.Random(0)
-        for number in range(rounds):
-            for name in shuffled.sample(list(guesses), len(guesses)):
-                if name not in outcomes and (guesses[name] <= slow or number % 3 == 0):
+        for _ in range(rounds):
+            for name in shuffled.sample(racing, len(racing)):
+                if name not in outcomes:
                     seconds[name] += self._turn(name, outcomes, loops_of(guesses[name]))
         for name, taken in seconds.items():
             if name not in outcomes:

@@ -488,7 +488,7 @@ def test_what_is_lost_comes_first() -> None:
 
 def test_another_layout_the_limits_and_fastbn_itself_are_no_peers() -> None:
     others = {COPY: 0.005, "JAX": 0.06, "fastbn unfused": 0.02}
-    m = made_up(LARGE, fastbn_cython=0.03, oneDNN_nChw16c=0.01, **others)
+    m = made_up(LARGE, fastbn_cython=0.03, oneDNN_blocked=0.01, **others)
     assert m.best_peer == ("JAX", 0.06)
     assert m.copies() == pytest.approx(6)
 

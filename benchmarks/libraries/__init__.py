@@ -109,7 +109,7 @@ LIBRARIES: dict[str, Library] = {
         Library("TensorFlow", "of_tensorflow", "peer", {"TF_CPP_MIN_LOG_LEVEL": "3"}),
         Library("ONNX Runtime", "of_onnxruntime", "peer"),
         Library("OpenVINO", "of_openvino", "peer"),
-        Library("oneDNN nChw16c", "of_onednn_blocked", "other layout"),
+        Library("oneDNN blocked", "of_onednn_blocked", "other layout"),
         Library(COPYTO, "numpy_copyto", "limit", in_series=True),
         Library("copy, ordinary stores", "copy_ordinary", "limit", in_series=True),
         Library("copy, streaming stores", "copy_streaming", "limit", in_series=True),

@@ -45,6 +45,12 @@ def version() -> str:
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
+def block() -> int:
+    """Channels of a block in the layout that it prefers here."""
+    channels: int = _native.block()
+    return channels
+
+
 def prepare(cell: Cell, data: Data) -> Task | None:
     if cell.dtype != "float32" or cell.is_fused:
         return None

@@ -1,4 +1,4 @@
-"""oneDNN in its own layout, nChw16c: blocks of 16 channels.
+"""oneDNN in its own layout: blocks of 16 channels (nChw16c) where it has AVX-512, of 8 elsewhere.
 
 Another layout than NumPy arrays have, so its times are shown beside the peers', not among them.
 """
@@ -10,10 +10,10 @@ import numpy as np
 from benchmarks.cells import Cell
 from benchmarks.data import Array, Data
 from benchmarks.libraries import Task
-from benchmarks.libraries.of_onednn import Work, reads, vectors
+from benchmarks.libraries.of_onednn import Work, block, reads, vectors
 from benchmarks.libraries.of_onednn import version as version
 
-BLOCK = 16
+BLOCK = block()
 
 
 def prepare(cell: Cell, data: Data) -> Task | None:

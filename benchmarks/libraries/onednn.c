@@ -122,7 +122,13 @@ void drop(struct work *w)
 int tag_nc(void) { return dnnl_nc; }
 int tag_nchw(void) { return dnnl_nchw; }
 int tag_nhwc(void) { return dnnl_nhwc; }
-int tag_blocked(void) { return dnnl_nChw16c; }
+/* Blocks of as many channels as its widest vector has floats. */
+int block(void)
+{
+    int avx512 = dnnl_cpu_isa_avx512_core;
+    return (dnnl_get_effective_cpu_isa() & avx512) == avx512 ? 16 : 8;
+}
+int tag_blocked(void) { return block() == 16 ? dnnl_nChw16c : dnnl_nChw8c; }
 
 struct work *make(int kind, int tag, int ndims, const dnnl_dim_t *dims, float eps,
                   const struct arrays *a)
