@@ -9,6 +9,9 @@ each channel, and counted once:
 * team: what more threads, which divide even these, take more than one.
 * finalize: what few values of all channels take more than those of 16. In planes that is the
   beginning of each plane, too.
+
+With `--behind RUN.json` the cells are those of a run in which a peer is faster, and the
+instructions of their passes are counted as well, where valgrind is installed.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from ctypes import c_double
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -28,12 +33,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fastbn
+from benchmarks import instructions
 from benchmarks.cells import WORKS, Cell, Shape, cells_of
-from benchmarks.cli import ROUNDS, chosen, make_console, positive, today
+from benchmarks.cli import ROUNDS, chosen, make_console, positive, saved, today
 from benchmarks.data import Array, Data
-from benchmarks.libraries import BEST_COPY, LIBRARIES, of_fastbn
+from benchmarks.figures import cells, is_behind
+from benchmarks.libraries import BEST_COPY, LIBRARIES, build, of_fastbn
 from benchmarks.machine import this_machine
 from benchmarks.report import Grid, digits, number
+from benchmarks.results import Run
 from benchmarks.rounds import loops_of
 from benchmarks.worker import timed
 from fastbn._cpus import available_cpus
@@ -81,6 +89,8 @@ class Budget:
     copy: float
     """Of the bytes that the cell must move."""
     measured: float
+    instructions: dict[str, float] = field(default_factory=dict)
+    """For sixteen values of a pass; where they were counted."""
 
     @property
     def total(self) -> float:
@@ -220,14 +230,30 @@ def main() -> None:
     fastbn.set_backend("cython")
     console, found = make_console(), []
     for _, group in groupby(arguments.cells, Data.key_of):
-        cells = list(group)
-        data = Data(cells[0])
-        found += [budget_of(cell, data, arguments.rounds) for cell in cells]
+        members = list(group)
+        data = Data(members[0])
+        found += [budget_of(cell, data, arguments.rounds) for cell in members]
+    if arguments.behind:
+        counts = instructions.of_passes([b.cell for b in found])
+        found = [replace(b, instructions=c) for b, c in zip(found, counts, strict=True)]
     console.print(grid(found).to_rich())
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "budget.json"
     path.write_text(to_json(found, arguments.rounds))
     console.print(f"Written: {path}", soft_wrap=True)
+
+
+def cells_behind(run: Run) -> list[Cell]:
+    """Those that a budget can be made of, in the order of the run."""
+    members = [m for threads in (None, 1) for m in cells(run, PASSES, threads=threads)]
+    return list(dict.fromkeys(m.cell for m in members if is_behind(m.against_peer or inf)))
+
+
+def clock() -> float:
+    """Of the processor, in Hz."""
+    measure = build.load("clock.c").cycles_per_second
+    measure.restype = c_double
+    return float(measure())
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -241,6 +267,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         help="a work, layout, shape or number of threads; again for more: of one kind any, of "
         "several all",
     )
+    add("--behind", type=saved, metavar="FILE.json", help="the cells of a run that stay behind")
     add("--rounds", type=positive, default=ROUNDS, help="turns of each call (default: %(default)s)")
     add(
         "--output",
@@ -251,7 +278,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     )
     arguments = parser.parse_args(words)
     try:
-        arguments.cells, libraries = chosen(all_cells(), arguments.only)
+        every = cells_behind(arguments.behind) if arguments.behind else all_cells()
+        arguments.cells, libraries = chosen(every, arguments.only)
     except ValueError as error:
         parser.error(str(error))
     if libraries != list(LIBRARIES):
@@ -290,6 +318,7 @@ def to_json(budgets: Sequence[Budget], rounds: int) -> str:
         "date": today(),
         "machine": asdict(this_machine(available_cpus())),
         "fastbn": of_fastbn.version(),
+        "clock": clock(),
         "rounds": rounds,
         "budgets": [asdict(b) | {"total": b.total, "ratio": b.ratio} for b in budgets],
     }

@@ -37,6 +37,8 @@ def main() -> None:
         old, new = arguments.compare
         sys.exit(compare(old, new, arguments.threshold, console))
     run = arguments.report or measure(arguments, console)
+    if arguments.again:
+        run = arguments.again.renewed(run)
     arguments.output.mkdir(parents=True, exist_ok=True)
     written = write(run, arguments.output)
     report.show(run, console)
@@ -55,6 +57,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     try:
         cells = (quick_cells if arguments.quick else all_cells)(available_cpus())
+        if arguments.again:
+            cells = [m.cell for m in arguments.again.measured if m.is_disturbed]
         arguments.cells, arguments.libraries = chosen(cells, arguments.only)
     except ValueError as error:
         parser.error(str(error))
@@ -84,6 +88,13 @@ def add_options(add: Callable[..., object]) -> None:
         type=saved,
         metavar="FILE.json",
         help="measure nothing: make the tables and plots of an earlier run again",
+    )
+    add(
+        "--again",
+        type=saved,
+        metavar="FILE.json",
+        help="measure again the cells of an earlier run whose samples lie apart by more than half "
+        "of their median, as where the machine had something else to do, and keep its others",
     )
     add(
         "--compare",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from statistics import geometric_mean, median
 
+from benchmarks.behind import passes_behind
 from benchmarks.cells import CALL, MB, WORKS, Cell, Shape
 from benchmarks.figures import (
     LAYOUTS,
@@ -304,6 +305,7 @@ PARTS: dict[str, Callable[[Run], str]] = {
         setting,
         lost,
         behind,
+        passes_behind,
         ratios,
         peers,
         times,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import quantiles
 from typing import Any, NamedTuple
@@ -16,6 +16,8 @@ from benchmarks.machine import Machine
 FORMAT = 2
 DIGITS = 4
 """Of a time: noise begins before."""
+DISTURBED = 0.5
+"""A middle half of the samples this wide, in medians: the machine had something else to do."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Outcome:
     q1: float = 0.0
     q3: float = 0.0
     samples: int = 0
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether its samples lie too far apart."""
+        return self.status == "timed" and self.q3 - self.q1 > DISTURBED * self.median
 
     @classmethod
     def of(cls, seconds: Sequence[float], note: str = "") -> Outcome:
@@ -87,6 +94,11 @@ class Measured:
             if LIBRARIES[name].kind == "peer" and (seconds := self.seconds(name))
         }
         return min(peers.items(), key=lambda peer: peer[1]) if peers else None
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether any library's samples lie too far apart."""
+        return any(outcome.is_disturbed for outcome in self.outcomes.values())
 
     @property
     def best_copy(self) -> float | None:
@@ -150,6 +162,11 @@ class Run:
         ratios = [(m.against_peer, m) for m in self.compared]
         losing = [(ratio, m) for ratio, m in ratios if ratio is not None and ratio < 1]
         return [m for _, m in sorted(losing, key=lambda pair: pair[0])]
+
+    def renewed(self, later: Run) -> Run:
+        """This run with the cells that a later one measured again."""
+        measured = [later.at(m.cell) or m for m in self.measured]
+        return replace(self, measured=measured, date=later.date)
 
     def libraries(self, among: Iterable[Measured] | None = None) -> list[str]:
         """The libraries with an outcome, in the order of the tables."""

@@ -505,6 +505,18 @@ def test_a_run_survives_json(tmp_path: Path) -> None:
         Run.load(tmp_path / "other.json")
 
 
+def test_what_was_disturbed_is_measured_again() -> None:
+    """Cells whose samples lie apart by more than half of their median, whoever's; others stay."""
+    still = made_up(LARGE, fastbn_cython=0.01)
+    apart = Outcome.of([0.01, 0.01, 0.02, 0.03])
+    other = replace(LARGE, layout="NHWC")
+    disturbed = Measured(other, {OURS: Outcome.of([0.01] * 3), "PyTorch": apart})
+    old = run_of(still, disturbed)
+    assert [m.cell for m in old.measured if m.is_disturbed] == [other]
+    again = made_up(other, fastbn_cython=0.02, PyTorch=0.02)
+    assert old.renewed(run_of(again)).measured == [still, again]
+
+
 def test_compare_finds_regressions_beyond_the_spread() -> None:
     old = run_of(made_up(LARGE, fastbn_cython=0.010, fastbn_numba=0.02, PyTorch=0.1))
     new = run_of(made_up(LARGE, fastbn_cython=0.012, fastbn_numba=0.02, PyTorch=0.9))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks import behind as of_budgets
 from benchmarks import page
 from benchmarks.cells import Cell, all_cells
 from benchmarks.libraries import BY_COPY, LIBRARIES, NUMPY, OURS, TORCH
@@ -120,4 +122,21 @@ def test_the_verdict_and_what_is_lost() -> None:
     assert lost(run).startswith("In 1 of 3 cells")
     assert behind(run).splitlines()[2:] == [
         "| forward | NCHW | 32x256x56x56 | float32, ready, 2 threads | PyTorch | 0.80 |"
+    ]
+
+
+def test_passes_of_cells_that_stay_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the run alone, with what sixteen values take, and none of a cell that is ahead."""
+    cell = Cell("backward", "NC", "float32", (16, 1000), "ready", 2)
+    passes = {"gradient_moments": 10e-6, "input_gradient": -1e-6}
+    counts = {"gradient_moments": 34.2, "input_gradient": 30.0}
+    budget = {"cell": cell.to_json(), "passes": passes, "instructions": counts, "ratio": 1.2}
+    (tmp_path / "budget.json").write_text(json.dumps({"clock": 2e9, "budgets": [budget]}))
+    monkeypatch.setattr(of_budgets, "BUDGETS", tmp_path / "budget.json")
+    assert PARTS["passes_behind"](run_of(timed(cell, ours=1e-5, oneDNN=1.5e-5))) == ""
+    made = PARTS["passes_behind"](run_of(timed(cell, ours=2e-5, oneDNN=1.5e-5)))
+    head = "| backward, NC | 16x1000, 2 | 20 us | 15 us (oneDNN) | 1.20 "
+    assert made.splitlines()[2:] == [
+        head + "| `gradient_moments` | 0.128 | 34.2 | 40 |",
+        "|  |  |  |  |  | `input_gradient` | 0.192 | - | - |",
     ]
