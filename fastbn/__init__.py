@@ -1,6 +1,7 @@
 """fastbn: batch normalization on the CPU, as fast as memory allows and right on any data."""
 
 from fastbn._pool import clear_pool
+from fastbn.columns import ColumnMoments
 from fastbn.config import (
     get_backend,
     get_config,
@@ -45,12 +46,14 @@ from fastbn.results import (
     SecondGradients,
     Statistics,
 )
+from fastbn.standardizer import Standardizer
 from fastbn.statistics import Moments, population_statistics
 
 __all__ = [
     "BackendError",
     "BatchNorm",
     "BatchNormResult",
+    "ColumnMoments",
     "Folded",
     "FrozenBatchNorm",
     "GradientSums",
@@ -63,6 +66,7 @@ __all__ = [
     "Renormalization",
     "ResidualGradients",
     "SecondGradients",
+    "Standardizer",
     "Statistics",
     "batch_norm",
     "batch_norm_backward",

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import checks
+from fastbn.elements import is_integer
 from fastbn.layouts import channel_axis
 from fastbn.weights import Weights, scale
 
@@ -27,9 +28,10 @@ class Batch:
         *,
         name: str = "x",
         made_for: tuple[str, int] | None = None,
+        types: checks.arrays.Types = checks.arrays.ANY,
     ) -> None:
         """`made_for`: what has to fit, a layer's name and its number of channels."""
-        self.array = x = checks.arrays.batch(name, x)
+        self.array = x = checks.arrays.batch(name, x, types)
         self.layout = checks.options.layout(layout)
         self.name = name
         self.channels: int = x.shape[channel_axis(self.layout, x.ndim)]
@@ -59,6 +61,11 @@ class Batch:
         same = copy(self)
         same.weights, same.scaled_weights, same.count = None, None, self.places
         return same
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether it holds integers."""
+        return is_integer(self.array.dtype)
 
     @property
     def counts_all(self) -> bool:

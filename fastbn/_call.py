@@ -14,6 +14,7 @@ before anything is written, and then asks it for views, tables and results.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,11 +22,12 @@ from numpy.typing import NDArray
 
 from fastbn import checks
 from fastbn._batch import Batch
+from fastbn._pool import empty
 from fastbn.activations import LINEAR
 from fastbn.backends.base import ActivationGrad, Backend, Epilogue, Part, Selection, Table
 from fastbn.backends.tuning import CALLS_SHARE, ROW_BYTES, RUN_BYTES, SUM_BYTES, parts, scratch
 from fastbn.elements import arithmetic
-from fastbn.layouts import ALL_CHANNELS, EACH_CHANNEL, Arrangement, channel_axis
+from fastbn.layouts import ALL_CHANNELS, EACH_CHANNEL, Arrangement, channel_axis, frame_of
 from fastbn.results import GradientSums
 from fastbn.weights import times_power
 
@@ -225,15 +227,52 @@ class Call:
         """The checked `out`, or a fresh array in x's memory order."""
         x = self.array
         if out is not None:
-            masks = {"where": self.batch.where, "weights": self.batch.weights}
-            apart = self.vectors | masks | (apart or {})
-            return checks.memory.output(
-                name, out, self.batch.name, x, in_place=in_place, apart=apart
-            )
+            return self._checked_output(name, out, in_place=in_place, apart=apart or {})
         dtype = x.dtype.newbyteorder("=")
         if self.is_empty:
             return np.empty_like(x, dtype, subok=False)
         return self.arrangement.fresh(x.shape, dtype)
+
+    def result(self, out: Any, residual: Array | None, dtype: np.dtype[Any], layout: str) -> Array:
+        """Where y goes that may be of another type than x and in another layout, with x's axes: the
+        checked `out`, or a fresh array, in another layout a dense one."""
+        x, axis = self.array, channel_axis(self.batch.layout, self.array.ndim)
+        there = channel_axis(layout, x.ndim)
+        shape = list(x.shape)
+        shape.insert(there, shape.pop(axis))
+        if out is not None:
+            like: dict[str, Any] = {"shape": tuple(shape), "dtype": dtype}
+            in_place = {"x": x, "residual": residual}
+            y = self._checked_output("out", out, in_place=in_place, apart={}, **like)
+        elif there == axis and not self.is_empty:
+            return self.arrangement.fresh(x.shape, dtype)
+        else:
+            y = empty(tuple(shape), dtype)
+        return np.moveaxis(y, there, axis)
+
+    def moves(self, y: Array, epilogue: Epilogue | None) -> bool:
+        """Whether y is of another type than x, or in another order of memory that it can be brought
+        into on the way."""
+        x, layout = self.array, self.batch.layout
+        if y.dtype != x.dtype.newbyteorder("="):
+            return True
+        if self.batch.where is not None or (epilogue and epilogue.residual is not None):
+            return False
+        v = self.arrangement.view(y)
+        walks = v is not None and self.backend.walks(v)
+        return not walks and frame_of(x, layout) is not None and frame_of(y, layout) is not None
+
+    def widened(self, dtype: np.dtype[Any]) -> Call:
+        """The same call on an array of `dtype`, in x's memory order."""
+        same = copy(self)
+        same.array = self.array.astype(dtype)
+        return same
+
+    def _checked_output(self, name: str, out: Any, *, apart: Any, **rest: Any) -> Array:
+        """An output of the caller's, apart from all that is read."""
+        masks = {"where": self.batch.where, "weights": self.batch.weights}
+        apart = self.vectors | masks | apart
+        return checks.memory.output(name, out, self.batch.name, self.array, apart=apart, **rest)
 
     def _selected(self) -> Selection | None:
         """What counts, as a backend takes it."""
@@ -261,10 +300,14 @@ class Call:
         known = checks.statistics.gradient_sums(given, self.count, *self._of)
         return known._replace(count=self._scaled_count(known.count))
 
-    def epilogue(self, activation: Any, residual: Any) -> Epilogue | None:
-        """What follows normalization, on arrays; None for nothing."""
+    def epilogue(
+        self, activation: Any, residual: Any, dtype: np.dtype[Any] | None = None
+    ) -> Epilogue | None:
+        """What follows normalization, on arrays; None for nothing. `dtype`: a residual's, if not
+        x's."""
         if residual is not None:
-            residual = checks.arrays.companion("residual", residual, self.batch.name, self.array)
+            of = self.batch.name, self.array, dtype
+            residual = checks.arrays.companion("residual", residual, *of)
         asked = checks.options.activation(activation)
         return None if residual is None and asked == LINEAR else Epilogue(asked, residual)
 

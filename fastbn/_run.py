@@ -32,6 +32,9 @@ from fastbn.backends.base import (
     quiet,
 )
 from fastbn.backends.tuning import CHANNEL_BYTES, SUM_BYTES
+from fastbn.elements import SINGLE, arithmetic
+from fastbn.integers import Totals
+from fastbn.layouts import channel_axis, frame
 from fastbn.results import (
     BatchNormResult,
     Gradients,
@@ -62,13 +65,37 @@ def batch_norm(call: Call, eps: Any, activation: Any, residual: Any, out: Any) -
     return BatchNormResult(returned(out, y), call.shaped(mean), call.shaped(var))
 
 
-def normalize(call: Call, eps: Any, activation: Any, residual: Any, out: Any) -> Array:
+def normalize(
+    call: Call,
+    eps: Any,
+    activation: Any,
+    residual: Any,
+    out: Any,
+    dtype: Any = None,
+    out_layout: Any = None,
+) -> Array:
     """Normalize by given statistics, or by a given scale in place of gamma, var and eps."""
     eps = 0.0 if "scale" in call.vectors else checks.options.epsilon(eps)
-    epilogue = call.epilogue(activation, residual)
-    y = call.output("out", out, {"x": call.array, "residual": epilogue and epilogue.residual})
+    x, batch = call.array, call.batch
+    apart = {"residual": residual, "where": batch.where}
+    layout = checks.options.out_layout(out_layout, batch.layout, **apart)
+    dtype = checks.options.result_dtype(dtype, checks.arrays.as_ndarray(out), batch.name, x)
+    own = dtype == x.dtype.newbyteorder("=")
+    epilogue = call.epilogue(activation, residual, None if own else dtype)
+    y = call.result(out, epilogue and epilogue.residual, dtype, layout)
     if call.is_empty:
         y.fill(0)
+    elif call.moves(y, epilogue):
+        _normalize_into(call, eps, epilogue, y)
+    else:
+        _normalize(call, eps, epilogue, y)
+    axes = channel_axis(batch.layout, x.ndim), channel_axis(layout, x.ndim)
+    result: Array = returned(out, np.moveaxis(y, *axes))
+    return result
+
+
+def _normalize(call: Call, eps: float, epilogue: Epilogue | None, y: Array) -> None:
+    """Write y, of x's type, by the arrangement of x."""
     for span in call.spans:
         view, target, of_span = span.view(call.array), span.target(y), span.epilogue(epilogue)
         for part in span.parts(call.array.nbytes, CHANNEL_BYTES):
@@ -78,8 +105,34 @@ def normalize(call: Call, eps: Any, activation: Any, residual: Any, out: Any) ->
             on = part.of(view), affine, part.of(target), call.threads, of_part, span.selection
             call.backend.normalize(*on)
         span.deliver(target, y)
-    result: Array = returned(out, y)
-    return result
+
+
+def _normalize_into(call: Call, eps: float, epilogue: Epilogue | None, y: Array) -> None:
+    """Write y of another type than x, or in another order of memory, in one pass; where there is a
+    mask, of x in y's arithmetic."""
+    x, layout = call.array, call.batch.layout
+    if call.batch.where is not None:
+        wide = call.widened(arithmetic(y.dtype))
+        into = call.arrangement.fresh(x.shape, wide.array.dtype)
+        if epilogue is not None and epilogue.residual is not None:
+            epilogue = epilogue._replace(residual=epilogue.residual.astype(into.dtype))
+        _normalize(wide, eps, epilogue, into)
+        with np.errstate(all="ignore"):
+            y[...] = into
+        return
+    of_x, of_y = frame(x, layout), frame(y, layout)
+    residual = None if epilogue is None else epilogue.residual
+    beside = None if residual is None else frame(residual, layout)
+    (span,) = call.spans
+    for part in span.parts(x.size * y.itemsize, CHANNEL_BYTES):
+        mean, beta = call.table("mean", 0.0, span, part), call.table("beta", 0.0, span, part)
+        affine = Affine(mean, _scale(call, eps, span, part), beta)
+        fused = epilogue and epilogue._replace(residual=part.of_frame(beside))
+        some = part.of_frame(of_x), affine, part.of_frame(of_y)
+        call.backend.normalize_into(*some, call.threads, fused)
+    if not np.may_share_memory(y, of_y):
+        there = np.moveaxis(y, channel_axis(layout, y.ndim), 1)
+        there[...] = of_y.reshape(there.shape)
 
 
 def _scale(call: Call, eps: float, *at: Any) -> Table:
@@ -91,6 +144,11 @@ def _scale(call: Call, eps: float, *at: Any) -> Table:
 
 def moments(call: Call) -> Statistics:
     """Mean and variance alone."""
+    batch = call.batch
+    if batch.is_integer and call.runs is None and batch.weights is None:
+        return Statistics(*Totals.of(batch, (call.backend, call.threads)).moments())
+    if batch.is_integer:
+        call = call.widened(SINGLE)
     mean, var = call.new_statistics(), call.new_statistics()
     for span in call.spans:
         view = span.view(call.array)

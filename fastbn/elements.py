@@ -17,6 +17,9 @@ FLOATS = "float32 or float64"
 ELEMENTS = f"float16, bfloat16, {FLOATS}"
 """What arrays and parameters may be, in words."""
 
+INTEGERS = "uint8, int8, uint16, int16"
+"""What data may be besides, where it is normalized or measured, in words."""
+
 SINGLE, DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
 
 
@@ -39,6 +42,27 @@ def is_half(dtype: np.dtype[Any]) -> bool:
 def is_element(dtype: np.dtype[Any]) -> bool:
     """Whether arrays and parameters may be of this type, in either byte order."""
     return is_float(dtype) or is_half(dtype)
+
+
+def is_integer(dtype: np.dtype[Any]) -> bool:
+    """Whether this is an integer that float32 holds, in either byte order."""
+    return dtype.kind in "iu" and dtype.itemsize <= 2
+
+
+def is_datum(dtype: np.dtype[Any]) -> bool:
+    """Whether data may be of this type, in either byte order."""
+    return is_element(dtype) or is_integer(dtype)
+
+
+def result_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The native type of y where nothing else is asked for: float32 for integers."""
+    return SINGLE if is_integer(dtype) else dtype.newbyteorder("=")
+
+
+def is_result_of(dtype: np.dtype[Any], of: np.dtype[Any]) -> bool:
+    """Whether y may be of this type: that of x or, of float32 and of integers, a half type."""
+    usual = result_of(of)
+    return dtype == usual or (usual == SINGLE and is_half(dtype) and dtype.isnative)
 
 
 def arithmetic(dtype: np.dtype[Any]) -> np.dtype[Any]:

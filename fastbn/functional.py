@@ -134,6 +134,8 @@ def normalize(
     activation: ActivationName = None,
     residual: Array | None = None,
     where: Array | None = None,
+    dtype: Any = None,
+    out_layout: str | None = None,
     out: Array | None = None,
 ) -> Array:
     """Normalize each channel by given statistics: the inference transform, "frozen" batch norm.
@@ -144,15 +146,29 @@ def normalize(
 
     Parameters
     ----------
-    x, gamma, beta, eps, layout, activation, residual, where, out
+    x : ndarray of float32, float64, float16, bfloat16, uint8, int8, uint16 or int16
+        As in `batch_norm`. Integers are computed in float32, which holds them.
+    gamma, beta, eps, layout, activation, where
         As in `batch_norm`.
     mean, var : ndarray of float32, float64, float16 or bfloat16, shape (C,)
         Statistics of each channel; no variance may be negative or NaN.
+    residual : ndarray, optional
+        As in `batch_norm`; of x's shape, and of y's dtype.
+    dtype : dtype, optional
+        y's: of float32 and of integers float32, float16 or bfloat16, else x's own. Where it is not
+        given `out` says it; else it is x's, and float32 for integers.
+    out_layout : {None, "NCHW", "NHWC"}
+        The layout of y, if not that of x: y is dense in it, written in the same pass. Without
+        `residual` and `where`.
+    out : ndarray, optional
+        Where y goes: native, of y's shape and dtype, any strides; `x` or `residual` itself works
+        in place. One in another memory order than x's is written in the same pass, too.
 
     Returns
     -------
     y : ndarray
-        x's shape and dtype, in native byte order and, where fresh, x's memory order.
+        Of x's shape, or what that is in `out_layout`; in native byte order and, where fresh and of
+        the same layout, in x's memory order.
 
     Raises
     ------
@@ -166,17 +182,22 @@ def normalize(
     >>> fastbn.normalize(x, np.float64([2, 20]), np.float64([1, 100]), eps=0.0)
     array([[-1., -1.],
            [ 1.,  1.]], dtype=float32)
+    >>> images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    >>> mean, var = fastbn.moments(images, layout="NHWC")
+    >>> y = fastbn.normalize(images, mean, var, layout="NHWC", out_layout="NCHW")
+    >>> y.shape, y.dtype, bool(abs(y.mean()) < 1e-6)
+    ((2, 3, 32, 32), dtype('float32'), True)
     """
     backend, threads = on = current()
-    if where is None:
+    if where is None and dtype is None and out_layout is None:
         plain = backend.plain_normalize(
             x, mean, var, gamma, beta, eps, layout, activation, residual, out, threads
         )
         if plain is not None:
             return plain
     vectors: dict[str, Any] = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
-    call = Call(on, Batch(x, layout, where), **vectors)
-    return _run.normalize(call, eps, activation, residual, out)
+    call = Call(on, Batch(x, layout, where, types=checks.arrays.DATA), **vectors)
+    return _run.normalize(call, eps, activation, residual, out, dtype, out_layout)
 
 
 @overload
@@ -407,7 +428,9 @@ def moments(
 
     Parameters
     ----------
-    x, layout, where, weights, virtual_batch
+    x : ndarray of float32, float64, float16, bfloat16, uint8, int8, uint16 or int16
+        As in `batch_norm`. Integers are summed exactly, where no weights are given.
+    layout, where, weights, virtual_batch
         As in `batch_norm`.
 
     Returns
@@ -431,8 +454,8 @@ def moments(
         plain = backend.plain_moments(x, layout, threads)
         if plain is not None:
             return Statistics(*plain)
-    call = Call(on, Batch(x, layout, where, weights), virtual_batch=virtual_batch)
-    return _run.moments(call)
+    batch = Batch(x, layout, where, weights, types=checks.arrays.DATA)
+    return _run.moments(Call(on, batch, virtual_batch=virtual_batch))
 
 
 def gradient_sums(

@@ -31,7 +31,8 @@ class Immutable:
         own: Any = object.__getstate__(self)
         attributes, slots = own  # the first None where there is no dictionary
         every = (attributes or {}) | slots
-        return {n: value for n, value in every.items() if n not in vars(kind)} or None
+        known = {name for base in kind.__mro__ for name in vars(base)}
+        return {n: value for n, value in every.items() if n not in known} or None
 
     def __setstate__(self, added: dict[str, Any]) -> None:
         self._set(added)

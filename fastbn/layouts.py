@@ -110,6 +110,29 @@ class Arrangement(NamedTuple):
         return dense.transpose(np.argsort(self.axes))
 
 
+def frame_of(a: NDArray[Any], layout: str) -> NDArray[Any] | None:
+    """`a` as (N, C, S) where it lies, if values of a channel or channels are side by side."""
+    moved = np.moveaxis(a, channel_axis(layout, a.ndim), 1)
+    shape = (len(a), moved.shape[1], prod(moved.shape[2:]))
+    if not a.dtype.isnative or not is_view(moved, shape):
+        return None
+    v = reshaped(moved, shape)
+    _, c, s = shape
+    dense = (s > 1 and v.strides[2] == v.itemsize) or (c * s == 1 or v.strides[1] == v.itemsize)
+    return v if v.flags.aligned and dense else None
+
+
+def frame(a: NDArray[Any], layout: str) -> NDArray[Any]:
+    """`a` as (N, C, S), where it lies or else a dense copy."""
+    v = frame_of(a, layout)
+    if v is None:
+        moved = np.moveaxis(a, channel_axis(layout, a.ndim), 1)
+        dense = empty(moved.shape, a.dtype.newbyteorder("="))
+        dense[...] = moved
+        v = dense.reshape(len(a), moved.shape[1], -1)
+    return v
+
+
 def are_rows(groups: int, pool: int) -> bool:
     """Whether a sample's groups of `pool` channels, of one place, are rows: their gamma and beta by
     column take up 32 places a group at least, and such tables have to stay small."""

@@ -27,6 +27,7 @@ from fastbn.backends.base import quiet
 from fastbn.config import current
 from fastbn.functional import moments
 from fastbn.immutable import Immutable, locked
+from fastbn.integers import Totals
 from fastbn.results import PopulationStatistics
 from fastbn.weights import SEVERAL
 
@@ -108,7 +109,11 @@ class Moments(Immutable):
         >>> fastbn.Moments.of(np.float32([[1, 7], [3, 7]]))
         Moments(count=2, mean=array([2., 7.]), var=array([1., 0.]))
         """
-        batch = Batch(x, layout, where, weights)
+        return cls._of(Batch(x, layout, where, weights, types=checks.arrays.DATA))
+
+    @classmethod
+    def _of(cls, batch: Batch) -> Moments:
+        """The moments of a checked batch."""
         if batch.counts_all:
             mean, var = moments(batch.array, layout=batch.layout)
         else:
@@ -234,6 +239,10 @@ class Moments(Immutable):
         return cls._made(count, shift + apart, var, effective)
 
     @classmethod
+    def _of_totals(cls, totals: Totals) -> Moments:
+        return cls._made(totals.values, *totals.moments(), totals.values)
+
+    @classmethod
     def _made(cls, count: float, mean: Array, var: Array, effective_count: float) -> Moments:
         """Without checks."""
         made = object.__new__(cls)
@@ -311,27 +320,58 @@ def population_statistics(
     population = Population(checks.options.option("method", method, checks.options.METHODS))
     checks.statistics.reiterable(batches)
     for x in batches:
-        population.add(Moments.of(x, layout=layout))
+        population.add_batch(Batch(x, layout, types=checks.arrays.DATA))
     return population.statistics("batches")
 
 
 class Population:
-    """What is known of the batches so far: their moments, merged, and the sums of averages."""
+    """What is known of the batches so far: their moments, merged, and the sums of averages; of
+    integers their totals, which do not depend on how they are cut into batches."""
 
     def __init__(self, method: str) -> None:
         self.averages = method == "average"
-        self.merged: Moments | None = None
+        self._merged: Moments | None = None
+        self._totals: Totals | None = None
         self.batches = 0
         self.mean: Any = 0.0
         self.var: Any = 0.0
 
-    @quiet
+    def add_batch(self, batch: Batch) -> None:
+        """One more batch, of an array."""
+        if not batch.is_integer:
+            self.add(Moments._of(batch))
+            return
+        totals = Totals.of(batch, current())
+        self._same_channels(Moments._of_totals(totals))
+        self._totals = totals if self._totals is None else self._totals.merge(totals)
+        self._count(Moments._of_totals(totals))
+
     def add(self, batch: Moments) -> None:
         """One more batch; an empty one adds nothing."""
-        self.merged = batch if self.merged is None else self.merged.merge(batch)
+        self._same_channels(batch)
+        self._merged = batch if self._merged is None else self._merged.merge(batch)
+        self._count(batch)
+
+    def _same_channels(self, batch: Moments) -> None:
+        known = self._merged.mean if self._totals is None and self._merged else None
+        known = known if self._totals is None else self._totals.sums
+        if known is not None:
+            checks.statistics.same_channels(known, batch, Moments)
+
+    @quiet
+    def _count(self, batch: Moments) -> None:
+        """Add a batch to the averages."""
         if batch.count and self.averages:
             self.mean, self.var = self.mean + batch.mean, self.var + batch.unbiased_var
         self.batches += batch.count > 0
+
+    @property
+    def merged(self) -> Moments | None:
+        """The moments of all."""
+        totals = None if self._totals is None else Moments._of_totals(self._totals)
+        if totals is None or self._merged is None:
+            return self._merged if totals is None else totals
+        return self._merged.merge(totals)
 
     @quiet
     def statistics(self, name: str) -> PopulationStatistics:

@@ -86,7 +86,7 @@ def not_an_array(name: str, known: str = ELEMENTS, verbs: tuple[str, ...] = ()) 
     ]
     remedies = {"complex64": f"{name}.real", "longdouble": ".astype(numpy.float64)"}
     usual = ".astype(numpy.float64)" if known == "float64" else ".astype(numpy.float32)"
-    wrong = ("int64", "int8", "bool", "object", "U3", "T", *remedies)
+    wrong = ("int64", "uint32", "bool", "object", "U3", "T", *remedies)
     for dtype in ("float16", "float32", *wrong) if known == "float64" else wrong:
         array = np.ones(shape).astype(dtype)
         remedy = remedies.get(dtype, usual)

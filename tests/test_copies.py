@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fastbn.layouts import is_view
+from support.strategies import any_order
 
 entry = pytest.importorskip("fastbn._ext.entry")
 
@@ -21,22 +22,11 @@ ITEMS = ("u2", "f4", "f8", "f2", "u1", "c16", ">f4")
 
 
 @st.composite
-def arrays(draw: st.DrawFn, shape: tuple[int, ...], dtype: str) -> Array:
-    """Of any order of the axes in memory, forwards and backwards, with gaps or without."""
-    order = draw(st.permutations(range(len(shape))))
-    gaps = [draw(st.sampled_from([1, 1, 1, 2])) for _ in shape]
-    turns = tuple(draw(st.sampled_from([1, 1, 1, -1])) for _ in shape)
-    large = np.zeros([shape[axis] * gaps[axis] for axis in order], dtype)
-    some = large[tuple(slice(None, None, gaps[axis]) for axis in order)]
-    return some.transpose(np.argsort(order))[tuple(slice(None, None, turn) for turn in turns)]
-
-
-@st.composite
 def pairs(draw: st.DrawFn) -> tuple[Array, Array]:
     lengths = st.sampled_from([1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 64, 70])
     shape = draw(st.lists(lengths, min_size=1, max_size=4).filter(lambda s: math.prod(s) <= 20_000))
     dtype = draw(st.sampled_from(ITEMS))
-    a, out = (draw(arrays(tuple(shape), dtype)) for _ in range(2))
+    a, out = (draw(any_order(tuple(shape), dtype)) for _ in range(2))
     a[...] = np.random.default_rng(0).permutation(a.size).reshape(a.shape).astype(dtype)
     return a, out
 
@@ -81,7 +71,7 @@ def test_windows(steps: tuple[int, ...], order: tuple[int, ...]) -> None:
 def test_is_view(data: st.DataObject) -> None:
     """Just where NumPy's reshape makes no copy."""
     shape = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4)))
-    a = data.draw(arrays(shape, "f4"))
+    a = data.draw(any_order(shape, "f4"))
     factors = [f for n in shape for f in {4: (2, 2), 6: (2, 3)}.get(n, (n,))]
     cuts = data.draw(st.lists(st.integers(0, len(factors)), max_size=4).map(sorted))
     ends = [0, *cuts, len(factors)]

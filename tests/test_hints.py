@@ -20,6 +20,7 @@ import pytest
 import fastbn
 from fastbn import checks
 from fastbn.errors import MOST, shown
+from support.tensors import Tensor
 
 ANY = r"[\w\0]"
 """Of a name; a zero stands for what a message fills in."""
@@ -147,7 +148,14 @@ ROWS: list[Row] = [
             *(X + 0j, odd(X + 0j), X.astype(np.longdouble), X.astype("U9"), X.astype(object)),
             *(np.ma.masked_array(X), saved(X), odd(saved(X)), matrix(np.ones((2, 3), int))),
             X.astype(BFLOAT16).astype(BFLOAT16.newbyteorder()),
+            *(Tensor(X, requires_grad=True), Tensor(X, device=2)),
         )
+    ),
+    (fastbn.ColumnMoments.of, {}, {"x": np.ones((2, 3, 4))}),
+    (
+        fastbn.normalize,
+        {"mean": V, "var": V},
+        {"x": np.ones((4, 6), np.uint8), "dtype": np.float64},
     ),
     # Parameters and statistics
     *(

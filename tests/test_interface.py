@@ -19,7 +19,14 @@ PLAIN = (
     "plain_samples",
     "plain_samples_backward",
 )
-BESIDE = ("copy", "channel_bytes", "plain_frozen", "walks")
+BESIDE = (
+    "copy",
+    "channel_bytes",
+    "integer_sums",
+    "normalize_into",
+    "plain_frozen",
+    "walks",
+)
 EXTRAS = {"cython": {"isa", "calls"}}
 """What a backend may have beyond the interface: how Cython tells its instruction sets apart."""
 
@@ -41,7 +48,7 @@ SIGNATURES = {
     ),
     "normalize": (
         "x mean var gamma=None beta=None * eps=1e-05 layout='NCHW' activation=None residual=None "
-        "where=None out=None"
+        "where=None dtype=None out_layout=None out=None"
     ),
     "batch_norm_backward": (
         "dy x mean var gamma=None * eps=1e-05 layout='NCHW' params=True activation=None y=None "
@@ -53,7 +60,12 @@ SIGNATURES = {
     ),
     "batch_norm_double_backward": SECOND,
     "normalize_double_backward": SECOND,
-    "FrozenBatchNorm": ("mean var gamma=None beta=None * eps=1e-05 layout='NCHW' activation=None"),
+    "FrozenBatchNorm": (
+        "mean var gamma=None beta=None * eps=1e-05 layout='NCHW' activation=None dtype=None "
+        "out_layout=None"
+    ),
+    "Standardizer": "mean std * divisor=1 layout='NCHW' out_layout=None dtype=None",
+    "ColumnMoments": "count mean var",
     "moments": "x * layout='NCHW' where=None weights=None virtual_batch=None",
     "gradient_sums": (
         "dy x mean var * eps=1e-05 layout='NCHW' activation=None y=None where=None weights=None"
@@ -97,6 +109,7 @@ CALLS = {
     "BatchNorm": "x * residual=None where=None weights=None out=None",
     **dict.fromkeys(("GroupNorm", "InstanceNorm", "LayerNorm"), "x * residual=None out=None"),
     "FrozenBatchNorm": "x * residual=None where=None out=None",
+    "Standardizer": "x * out=None",
 }
 
 

@@ -234,6 +234,9 @@ cdef void run_split(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
     if t.map == NO_MAP:
         return
     team_barrier()
+    if t.in_pieces:
+        map_pieces(t, thread, team)
+        return
     blocks = count_blocks(t, t.map_block)
     units = blocks * t.chunks
     u0, u1 = units * thread // team, units * (thread + 1) // team
@@ -324,7 +327,9 @@ cdef void run_backward_by_column(Task* t, Py_ssize_t thread, Py_ssize_t team) no
 
 cdef void work(Task* t, int thread, int team) noexcept nogil:
     cdef fp_mode was = enter_usual_mode()
-    if t.column_sums != NULL:
+    if t.reduce == INTEGER_SUMS:
+        sum_integers(t, thread, team)
+    elif t.column_sums != NULL:
         run_backward_by_column(t, thread, team)
     elif t.split:
         run_split(t, thread, team)

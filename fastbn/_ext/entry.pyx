@@ -6,8 +6,8 @@
    answer None, having touched nothing, for everything else: only then Python checks and explains.
 2. One chapter a file: schedule.pxi (chunks, and the order of work), scratch.pxi (the tables between
    the passes), arrays.pxi (NumPy's arrays as operands and tables), copies.pxi (from one memory order
-   to another), parts.pxi (what is joined, and what is done in parts), plain.pxi (what is plain),
-   runtime.h (calls in flight, forks).
+   to another), frames.pxi (arrays of other types or in another order), parts.pxi (what is joined, and
+   what is done in parts), plain.pxi (what is plain), runtime.h (calls in flight, forks).
 """
 
 import numpy as np
@@ -30,8 +30,10 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from fastbn._ext.task cimport (
-    AFFINE, AHEAD, GRADIENT_MOMENTS, INPUT_GRADIENT, MOMENTS, MOST_MASKED_ROWS, NO_MAP, NO_REDUCE,
-    PACKED, WIDE, Map, Operand, Reduce, Run, Table, Task, pitch_of, sums_pitch,
+    AFFINE, AHEAD, GRADIENT_MOMENTS, INPUT_GRADIENT, INTEGER_SUMS, MOMENTS, MOST_MASKED_ROWS, NO_MAP,
+    NO_REDUCE, PACKED, STORED_BFLOAT16, STORED_ELEMENT, STORED_FLOAT16, STORED_INT16, STORED_INT8,
+    STORED_UINT16, STORED_UINT8, WIDE, Frame, Map, Operand, Reduce, Run, Table, Task, pitch_of,
+    stored, sums_pitch,
 )
 
 cnp.import_array()
@@ -53,6 +55,7 @@ include "schedule.pxi"
 include "scratch.pxi"
 include "arrays.pxi"
 include "copies.pxi"
+include "frames.pxi"
 include "parts.pxi"
 include "plain.pxi"
 
@@ -231,6 +234,51 @@ cdef class Engine:
         fuse_activation_grad(&t, activation_grad, True)
         dgamma, dbeta = self.backward_by_column(&t, x, tables.gamma, threads)
         return dgamma, dbeta
+
+    # Arrays of other types, or in another order: (N, C, S), of which channels or values lie together
+
+    def normalize_into(self, cnp.ndarray x, affine, cnp.ndarray out, int threads, epilogue=None):
+        cdef int element = element_of(x), calls
+        cdef char* memory = NULL
+        cdef Task t
+        if element_of(out) != element:
+            element = F32
+        memset(&t, 0, sizeof(Task))
+        set_frames(&t, x, None if epilogue is None else epilogue.residual, out, element)
+        t.reduce, t.map, t.slope, t.top = NO_REDUCE, AFFINE, 1, INFINITY
+        if epilogue is not None:
+            t.slope, t.top = epilogue.activation
+        t.mean, t.gamma, t.beta = table(affine.mean), table(affine.scale), table(affine.beta)
+        with nogil:
+            calls = enter_call()
+            try:
+                schedule(&t, max(1, threads // calls))
+                set_pieces(&t, t.threads)
+                set_scratch(&t, &memory)
+                self.runs[element](&t)
+            finally:
+                PyMem_RawFree(memory)
+                leave_call()
+
+    def integer_sums(self, cnp.ndarray x, int threads):
+        cdef int calls
+        cdef cnp.npy_intp[3] shape
+        cdef cnp.ndarray sums
+        cdef Task t
+        memset(&t, 0, sizeof(Task))
+        set_frames(&t, x, None, x, F32)
+        t.reduce, t.map = INTEGER_SUMS, NO_MAP
+        calls = enter_call()
+        schedule(&t, max(1, threads // calls))
+        set_pieces(&t, t.threads)
+        shape[0], shape[1], shape[2] = t.threads, 2, t.channels
+        sums = cnp.PyArray_ZEROS(3, shape, cnp.NPY_INT64, 0)
+        t.integer_sums = <long long*> cnp.PyArray_DATA(sums)
+        with nogil:
+            self.runs[<int> F32](&t)
+            leave_call()
+        both = sums.view(np.uint64).sum(0)
+        return both[0].view(np.int64), both[1]
 
     # The plain entries
 

@@ -107,6 +107,16 @@ cdef extern from "finalize.h" nogil:
     doubles inverse_of_power(doubles a)
     doubles saturated(doubles a)
 
+cdef extern from "tiles.h" nogil:
+    void read_tile(int type, element* to, long to_step, const char* source, long step, long rows,
+                   long columns, bint turned)
+    void write_tile(int type, char* to, long to_step, const element* tile, long step, long rows,
+                    long columns)
+
+cdef extern from "integers.h" nogil:
+    void add_integers(int type, const char* data, bint by_rows, long c_step, long s_step, long C,
+                      long S, long long* sums, long long* squares)
+
 cdef extern from "machine.h" nogil:
     ctypedef struct fp_mode:
         pass

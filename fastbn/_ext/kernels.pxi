@@ -24,7 +24,7 @@
 #    caller gives as a literal, as kind or n = 16, is a constant in the loop: "if kind & MASKED"
 #    costs nothing, and each literal makes a loop of its own, as templates would.
 # 7. One chapter a file: reduce.pxi (sums), finalize.pxi (from sums to coefficients),
-#    elementwise.pxi (y and dx), drive.pxi (the order of work).
+#    elementwise.pxi (y and dx), pieces.pxi (other types and orders), drive.pxi (the order of work).
 
 from cython.parallel cimport parallel
 from cpython.pycapsule cimport PyCapsule_New
@@ -34,8 +34,9 @@ from libc.string cimport memcpy, memset
 
 from fastbn._ext.task cimport (
     ACTIVATION, ACTIVATION_GRAD, AFFINE, AHEAD, BY_COLUMN, DRESIDUAL, GENERAL, GRADIENT_MOMENTS,
-    INPUT_GRADIENT, KINDS, MASKED, MOMENTS, MOST_MASKED_ROWS, NO_MAP, NO_REDUCE, PACKED, RESIDUAL,
-    WIDE, WITH_X, Operand, Table, Task, pitch_of, sums_pitch,
+    INPUT_GRADIENT, INTEGER_SUMS, KINDS, MASKED, MOMENTS, MOST_MASKED_ROWS, NO_MAP, NO_REDUCE,
+    PACKED, RESIDUAL, STORED_ELEMENT, WIDE, WITH_X, Frame, Operand, Table, Task, pitch_of,
+    sums_pitch,
 )
 
 include "headers.pxi"
@@ -185,6 +186,7 @@ cdef inline Py_ssize_t later(const Task* t, const Operand* a, Py_ssize_t n) noex
 include "reduce.pxi"
 include "finalize.pxi"
 include "elementwise.pxi"
+include "pieces.pxi"
 include "drive.pxi"
 
 

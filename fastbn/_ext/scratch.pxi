@@ -42,7 +42,8 @@ cdef int set_scratch(Task* t, char** memory) except -1 nogil:
         t.packed = t.prepared
         return 0
     memory[0] = <char*> PyMem_RawMalloc(rows_of_sums(t) * table + packed + 3 * samples
-                                        + reducing * t.G * sizeof(Py_ssize_t) + owners + 12 * LINE)
+                                        + reducing * t.G * sizeof(Py_ssize_t) + owners
+                                        + t.threads * t.tile_bytes + 13 * LINE)
     if memory[0] == NULL:
         raise MemoryError("fastbn: no memory for the tables of sums")
     free = memory[0] + (-<size_t> memory[0] & (LINE - 1))
@@ -61,6 +62,7 @@ cdef int set_scratch(Task* t, char** memory) except -1 nogil:
     t.starts = <Py_ssize_t*> take(&free, reducing * t.G * sizeof(Py_ssize_t))
     t.samples = <unsigned short*> take(&free, samples * sizeof(short))
     t.numbers = <unsigned char*> take(&free, samples)
+    t.tiles = take(&free, t.threads * t.tile_bytes)
     if reducing:
         set_starts(t)
     set_samples(t)

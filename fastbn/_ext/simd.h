@@ -71,16 +71,28 @@ typedef uint16_t element;
 #endif
 enum { ELEMENTS = LANES / VEC_REGISTERS };
 
-/* What a register of arithmetic takes up in memory. */
+/* What a register of arithmetic takes up in memory, and the way there and back. */
+#ifndef FASTBN_F64
+typedef uint16_t half_register __attribute__((vector_size(FASTBN_WIDTH / 2)));
+#include "halves.h"
+#endif
 #ifdef FASTBN_HALF
 #define RAW_WIDTH (FASTBN_WIDTH / 2)
-typedef uint16_t raw_register __attribute__((vector_size(RAW_WIDTH)));
+typedef half_register raw_register;
 #else
 #define RAW_WIDTH FASTBN_WIDTH
 typedef vec_register raw_register;
 #endif
-
-#include "halves.h"
+#if defined(FASTBN_BF16)
+INLINE vec_register from_raw(raw_register v) { return bfloat16_to_reals(v); }
+INLINE raw_register to_raw(vec_register v) { return reals_to_bfloat16(v); }
+#elif defined(FASTBN_F16)
+INLINE vec_register from_raw(raw_register v) { return float16_to_reals(v); }
+INLINE raw_register to_raw(vec_register v) { return reals_to_float16(v); }
+#else
+INLINE vec_register from_raw(raw_register v) { return v; }
+INLINE raw_register to_raw(vec_register v) { return v; }
+#endif
 
 /* ---- Parts of a vector: the first n of 16 lanes, n from 0 to 16. Absent lanes load as 0. ---- */
 

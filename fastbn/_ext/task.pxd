@@ -14,10 +14,25 @@ cdef struct Table:
     Py_ssize_t g, c, pool, period, phase
     bint single
 
+cdef extern from "stored.h":
+    cdef enum stored:
+        STORED_ELEMENT, STORED_UINT8, STORED_INT8, STORED_UINT16, STORED_INT16, STORED_FLOAT16
+        STORED_BFLOAT16, NOT_STORED
+
+cdef struct Frame:
+    # An (N, C, S) array of a type of its own; strides count bytes. Values or, `by_rows`, channels
+    # are side by side. NULL data: none.
+    char* data
+    Py_ssize_t n, c, s
+    stored type
+    Py_ssize_t itemsize
+    bint by_rows
+
 cdef enum Reduce:
     NO_REDUCE
     MOMENTS             # sums of (x - shift) and of its square
     GRADIENT_MOMENTS    # sums of dy and of dy * (x - mean)
+    INTEGER_SUMS        # sums of integers and of their squares, exactly
 
 cdef enum Map:
     NO_MAP
@@ -83,6 +98,15 @@ cdef struct Task:
     Py_ssize_t itemsize, real_bytes
     # Results: mean and var, or the sums of dy * (x - mean), over s where var is given, and of dy.
     Table first, second
+    # Arrays of other types, or in another order: y is made of pieces, each of so many samples,
+    # channels and values, by way of tiles (pieces.pxi). The frames are of `frame_N` samples of
+    # `frame_S` values.
+    bint in_pieces, as_is   # as_is: x is walked where it lies
+    Frame arriving, beside, leaving     # x, the residual and y
+    Py_ssize_t frame_N, frame_S, piece_n, piece_c, piece_s
+    char* tiles         # for each thread
+    Py_ssize_t tile_bytes
+    long long* integer_sums     # (threads, 2, C)
     # Chunks: pieces of the samples, fixed by shape and element type alone. A chunk is `rows`
     # samples or, of one sample that is longer, `piece` values.
     Py_ssize_t chunks, rows, pieces, piece

@@ -19,6 +19,9 @@
    is not looked at; the result there is 0.
 7. Where a sample's pooled channels follow each other in memory, they are a *row* with statistics of
    its own: planes of a view (1, 1, R, S), scaled and shifted by column.
+8. Arrays of another type than the result's, or in another order of memory, come as *frames*: (N, C,
+   S), of which channels or values of a channel are side by side. Two functions take them, which are
+   made here of the others: `normalize_into`, and `integer_sums`.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn.activations import Activation
+from fastbn.elements import arithmetic
 
 Array = NDArray[Any]
 Table = NDArray[np.float64]
@@ -103,6 +107,10 @@ class Part(NamedTuple):
     def of(self, a: Any) -> Any:
         """These runs and channels of a (G, N, C, S) array; None for None."""
         return None if a is None else a[self.runs, :, self.channels]
+
+    def of_frame(self, a: Any) -> Any:
+        """These channels of an (N, C, S) array; None for None."""
+        return None if a is None else a[:, self.channels]
 
 
 class Epilogue(NamedTuple):
@@ -218,6 +226,10 @@ def pooled_coefficients(
     return GradientCoefficients(gamma * rstd, b, np.zeros_like(rstd), mean, rstd, rest)
 
 
+INTO_BYTES = 1 << 22
+"""Of arrays by way of which `Backend` brings values into another type or order."""
+
+
 def filled(table: Array | None, default: float) -> Table:
     """A table as float64, or what stands for all of one that is not given."""
     return np.full((1, 1), default) if table is None else np.asarray(table, np.float64)
@@ -297,6 +309,41 @@ class Backend(ABC):
         selection: Selection | None = None,
     ) -> None:
         """out = (x - mean) * scale + beta, and what an epilogue adds."""
+
+    @quiet
+    def normalize_into(
+        self,
+        x: Array,
+        affine: Affine,
+        out: Array,
+        threads: int,
+        epilogue: Epilogue | None = None,
+    ) -> None:
+        """`normalize` of an (N, C, S) array into one of another type or order of memory; channels,
+        or values of a channel, are side by side. A residual has the type of out. Here: some samples
+        at a time, by way of arrays of planes."""
+        wide = x.dtype if x.dtype == out.dtype else arithmetic(x.dtype)
+        at_once = max(INTO_BYTES // (x[:1].size * wide.itemsize), 1)
+        for start in range(0, len(x), at_once):
+            some = slice(start, start + at_once)
+            tile = x[some].astype(wide, order="C")[None]
+            beside = epilogue
+            if epilogue is not None and epilogue.residual is not None:
+                residual = epilogue.residual[some].astype(wide, order="C")[None]
+                beside = epilogue._replace(residual=residual)
+            self.normalize(tile, affine, tile, threads, beside)
+            out[some] = tile[0]
+
+    def integer_sums(self, x: Array, threads: int) -> tuple[Array, Array]:
+        """The sums of the integers in an (N, C, S) array of at most 2^31 values a channel, and of
+        their squares: (C,) of int64 and of uint64."""
+        sums, squares = np.zeros(x.shape[1], np.int64), np.zeros(x.shape[1], np.uint64)
+        at_once = max(INTO_BYTES // max(x[:1].size * 8, 1), 1)
+        for start in range(0, len(x), at_once):
+            tile = x[start : start + at_once].astype(np.int64)
+            sums += tile.sum((0, 2))
+            squares += np.square(tile).astype(np.uint64).sum((0, 2))
+        return sums, squares
 
     @abstractmethod
     def gradient_moments(

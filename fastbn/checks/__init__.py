@@ -6,6 +6,26 @@ arrays are numpy.ndarray itself, and options the words of our tables, whatever s
 message names the argument, what came, what was expected and what to do.
 """
 
-from fastbn.checks import arrays, folding, layers, memory, options, states, statistics, vectors
+from fastbn.checks import (
+    arrays,
+    folding,
+    layers,
+    memory,
+    options,
+    standardizer,
+    states,
+    statistics,
+    vectors,
+)
 
-__all__ = ["arrays", "folding", "layers", "memory", "options", "states", "statistics", "vectors"]
+__all__ = [
+    "arrays",
+    "folding",
+    "layers",
+    "memory",
+    "options",
+    "standardizer",
+    "states",
+    "statistics",
+    "vectors",
+]

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn.activations import Activation
+from fastbn.checks.dlpack import has_dlpack, imported
 from fastbn.checks.options import activation
-from fastbn.checks.words import code_of, described, dtype_code, dtype_words
-from fastbn.elements import ELEMENTS, FLOATS, is_element, is_float
+from fastbn.checks.words import code_of, described, dtype_code, dtype_words, name_of
+from fastbn.elements import ELEMENTS, FLOATS, INTEGERS, is_datum, is_element, is_float
 from fastbn.errors import shown
 from fastbn.layouts import LAYOUTS, channel_axis
 
@@ -28,6 +29,11 @@ def as_ndarray(value: Any) -> NDArray[Any] | None:
     return view
 
 
+def is_array(value: Any) -> bool:
+    """Whether this is an array, of NumPy or of another library."""
+    return isinstance(value, np.ndarray) or has_dlpack(value)
+
+
 class Types(NamedTuple):
     """The element types that an array may have, what others are converted to, and why."""
 
@@ -38,6 +44,7 @@ class Types(NamedTuple):
 
 
 ANY = Types(ELEMENTS, is_element)
+DATA = Types(f"{ELEMENTS}, {INTEGERS}", is_datum)
 WIDE = Types(FLOATS, is_float)
 DOUBLE = Types(
     "float64",
@@ -56,6 +63,8 @@ def array(name: str, value: Any, types: Types = WIDE) -> NDArray[Any]:
             f"a mask would be ignored; pass {name}.filled(value), or {name}.data to ignore it"
         )
     a = as_ndarray(value)
+    if a is None:
+        a = imported(name, value)
     if a is None:
         raise TypeError(
             f"{name} is {described(value)}, expected a numpy.ndarray of {known}; "
@@ -84,9 +93,9 @@ def _retyped(code: str, dtype: np.dtype[Any], wanted: str) -> str:
     return f"convert it with {code}.astype({'numpy.float64' if is_wide else wanted})"
 
 
-def batch(name: str, value: Any) -> NDArray[Any]:
+def batch(name: str, value: Any, types: Types = ANY) -> NDArray[Any]:
     """The array that is normalized (or its gradient, where no x is needed): rank 2 or more."""
-    a = array(name, value, ANY)
+    a = array(name, value, types)
     if a.ndim < 2:
         code = code_of(name, value)
         remedy = f"with {code}[None, None]"
@@ -95,6 +104,17 @@ def batch(name: str, value: Any) -> NDArray[Any]:
         raise ValueError(
             f"{name} has rank {a.ndim} (shape {a.shape}), expected rank 2 or more: samples and "
             f"channels, then any spatial axes; add what is missing {remedy}"
+        )
+    return a
+
+
+def table(name: str, value: Any) -> NDArray[Any]:
+    """A table: rows and columns."""
+    a = batch(name, value, DATA)
+    if a.ndim != 2:
+        raise ValueError(
+            f"{name} has rank {a.ndim} (shape {a.shape}), expected rank 2, rows and columns; "
+            f"reshape it, with {code_of(name, value)}.reshape(len({name}), -1)"
         )
     return a
 
@@ -108,18 +128,22 @@ _COMPANIONS = {
 """Arrays that must be like x, and what to pass."""
 
 
-def companion(name: str, value: Any, x_name: str, x: NDArray[Any]) -> NDArray[Any]:
-    """dy, ddx, residual or y: of x's shape and dtype (byte order apart)."""
+def companion(
+    name: str, value: Any, x_name: str, x: NDArray[Any], dtype: np.dtype[Any] | None = None
+) -> NDArray[Any]:
+    """dy, ddx, residual or y: of x's shape and dtype, or another one (byte order apart)."""
     a = array(name, value, ANY)
     if a.shape != x.shape:
         raise ValueError(
             f"{name} has shape {a.shape}, expected {x.shape}, the shape of {x_name}; "
             f"pass {_COMPANIONS[name]}"
         )
-    if a.dtype.newbyteorder("=") != x.dtype.newbyteorder("="):
+    if a.dtype.newbyteorder("=") != (x.dtype.newbyteorder("=") if dtype is None else dtype):
+        whose = f"{x.dtype}, the dtype of {x_name}" if dtype is None else f"{dtype}, as y has"
+        code = dtype_code(x, x_name) if dtype is None else name_of(dtype)
         raise TypeError(
-            f"{name} has dtype {a.dtype}, expected {x.dtype}, the dtype of {x_name}; "
-            f"convert it with {code_of(name, value)}.astype({dtype_code(x, x_name)})"
+            f"{name} has dtype {a.dtype}, expected {whose}; "
+            f"convert it with {code_of(name, value)}.astype({code})"
         )
     return a
 
@@ -151,6 +175,8 @@ def where(value: Any, x_name: str, x: NDArray[Any], layout: str) -> NDArray[np.b
             "where.filled(False)"
         )
     a = as_ndarray(value)
+    if a is None:
+        a = imported("where", value)
     if a is None:
         remedy = _converted("where", value, "bool")
         raise TypeError(f"where is {described(value)}, {expected}; {remedy}")

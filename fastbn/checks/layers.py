@@ -324,6 +324,17 @@ def attribute(layer: Any, name: str, value: Any, aliases: Mapping[str, str]) -> 
         )
 
 
+def keeps_form(dtype: Any, out_layout: Any) -> None:
+    """Whether y is as x is, so that there is a gradient."""
+    for name, value in (("dtype", dtype), ("out_layout", out_layout)):
+        if value is not None:
+            raise ValueError(
+                f"backward was called of a FrozenBatchNorm with {name}={str(value)!r}, expected "
+                "None: y is not of x's type and layout, and so is no dy; make one without it for "
+                "training"
+            )
+
+
 def last_call(last: Any, dy: Any, params: bool) -> Any:
     """What a layer's last call left, for a dy that belongs to it."""
     if last is None:

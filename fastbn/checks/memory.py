@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn.checks.arrays import as_ndarray
-from fastbn.checks.words import described, dtype_code, dtype_words
+from fastbn.checks.words import described, dtype_code, dtype_words, name_of
 
 
 def output(
@@ -19,17 +19,22 @@ def output(
     *,
     in_place: dict[str, NDArray[Any] | None],
     apart: dict[str, NDArray[Any] | None],
+    shape: tuple[int, ...] | None = None,
+    dtype: np.dtype[Any] | None = None,
 ) -> NDArray[Any]:
-    """An array for results: like `x`, writeable, free of overlap but for being one of `in_place`
-    itself. What is returned is written; the caller gets back what it passed."""
-    dtype = x.dtype.newbyteorder("=")
+    """An array for results: like `x` or of another shape and type, writeable, free of overlap but
+    for being one of `in_place` itself. What is returned is written; the caller gets back what it
+    passed."""
+    shape = x.shape if shape is None else shape
+    other, dtype = dtype, x.dtype.newbyteorder("=") if dtype is None else dtype
 
     # Words are made for an error alone: NumPy takes microseconds to name a type.
     def wanted() -> str:
-        return f"shape {x.shape} and dtype {dtype}"
+        return f"shape {shape} and dtype {dtype}"
 
     def make() -> str:
-        return f"make it with numpy.empty({x.shape}, {dtype_code(x, x_name)})"
+        code = dtype_code(x, x_name) if other is None else name_of(other)
+        return f"make it with numpy.empty({shape}, {code})"
 
     a = as_ndarray(value)
     if a is None or isinstance(value, np.ma.MaskedArray):
@@ -40,8 +45,8 @@ def output(
     if a.dtype != dtype or not a.dtype.isnative:
         came = dtype_words(a.dtype)
         raise TypeError(f"{name} has dtype {came}, expected {dtype} in native order; {make()}")
-    if a.shape != x.shape:
-        raise ValueError(f"{name} has shape {a.shape}, expected {x.shape}; {make()}")
+    if a.shape != shape:
+        raise ValueError(f"{name} has shape {a.shape}, expected {shape}; {make()}")
     if not a.flags.writeable:
         raise ValueError(f"{name} is read-only, expected a writeable array of {wanted()}; {make()}")
     if _overlaps_itself(a):
@@ -49,15 +54,15 @@ def output(
             f"{name} overlaps itself (shape {a.shape}, strides {a.strides}), expected an "
             f"array with a place of its own for every value; {make()}"
         )
-    for other, b in in_place.items():
+    for read, b in in_place.items():
         if b is not None and not _same_place(a, b) and share(a, b):
             raise ValueError(
-                f"{name} overlaps {other} without being {other}: expected either {other} itself "
+                f"{name} overlaps {read} without being {read}: expected either {read} itself "
                 f"(same place, strides and dtype: works in place) or memory apart from it; {make()}"
             )
-    for other, b in apart.items():
+    for read, b in apart.items():
         if b is not None and share(a, b):
-            raise ValueError(f"{name} overlaps {other}, expected memory apart from it; {make()}")
+            raise ValueError(f"{name} overlaps {read}, expected memory apart from it; {make()}")
     return a
 
 

@@ -6,17 +6,21 @@ import math
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastbn import activations
 from fastbn.activations import Activation
 from fastbn.checks.words import (
     as_float,
     described,
+    dtype_words,
     is_number,
+    name_of,
     whole_number,
     word_of,
     wrong_type_or_value,
 )
+from fastbn.elements import ELEMENTS, SINGLE, is_element, is_result_of, result_of
 from fastbn.errors import shown
 from fastbn.layouts import LAYOUTS
 
@@ -34,6 +38,59 @@ def layout(value: Any) -> str:
         str,
         f"layout is {shown(value)}, expected 'NCHW' (channels on axis 1) or 'NHWC' (channels "
         "last); it names where the channels are, for arrays of any rank from 2 up",
+    )
+
+
+def out_layout(value: Any, layout_of_x: str, **others: Any) -> str:
+    """The layout of y: that of x where it is None. Another one goes with nothing else."""
+    if value is None:
+        return layout_of_x
+    word = word_of(value)
+    if word not in LAYOUTS:
+        raise wrong_type_or_value(
+            value,
+            str,
+            f"out_layout is {shown(value)}, expected 'NCHW' (channels on axis 1), 'NHWC' (channels "
+            "last), or None for that of x; pass one of them",
+        )
+    for name, other in others.items():
+        if other is not None and word != layout_of_x:
+            raise ValueError(
+                f"out_layout is {word!r}, not that of x, and {name} is given, expected one of "
+                f"them; normalize with {name}, and bring y into the other layout by numpy.moveaxis"
+            )
+    return word
+
+
+def result_type(value: Any) -> np.dtype[Any]:
+    """A type that y may have."""
+    dtype: np.dtype[Any] | None
+    try:
+        dtype = np.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not is_element(dtype) or not dtype.isnative:
+        raise TypeError(
+            f"dtype is {shown(value)}, expected {ELEMENTS}, in native byte order; pass one of "
+            "them, as numpy.float16 or ml_dtypes.bfloat16, and convert y to others with its astype"
+        )
+    return dtype
+
+
+def result_dtype(value: Any, out: Any, x_name: str, x: NDArray[Any]) -> np.dtype[Any]:
+    """The type of y: asked for, that of `out`, or the usual one."""
+    usual = result_of(x.dtype)
+    if value is None:
+        may_be = out is not None and is_result_of(out.dtype, x.dtype)
+        given: np.dtype[Any] = out.dtype if may_be else usual
+        return given
+    dtype = result_type(value)
+    if is_result_of(dtype, x.dtype):
+        return dtype
+    known = f"{usual}, float16 or bfloat16" if usual == SINGLE else str(usual)
+    raise TypeError(
+        f"dtype is {dtype}, expected {known}, for {x_name} of {dtype_words(x.dtype)}; convert "
+        f"{x_name} before, with {x_name}.astype({name_of(dtype)}), or y afterwards"
     )
 
 
@@ -96,6 +153,16 @@ def option(name: str, value: Any, known: tuple[str, ...]) -> str:
     raise wrong_type_or_value(
         value, str, f"{name} is {shown(value)}, expected one of {words}; pass one of them"
     )
+
+
+def known_keys(given: Any, keys: tuple[str, ...]) -> dict[str, Any]:
+    """A dictionary of these, as a to_dict gave it."""
+    if not isinstance(given, dict) or set(given) != set(keys):
+        raise ValueError(
+            f"given is {described(given)}, expected a dictionary of {', '.join(keys)}; pass what "
+            "to_dict gave"
+        )
+    return given
 
 
 def epsilon(value: Any) -> float:

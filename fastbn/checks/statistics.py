@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fastbn.checks.arrays import array, as_ndarray
 from fastbn.checks.layers import running
 from fastbn.checks.vectors import statistic
-from fastbn.checks.words import described, is_number
+from fastbn.checks.words import described, first_bad, is_number
 from fastbn.errors import shown
 from fastbn.results import GradientSums
 
@@ -36,6 +36,16 @@ def count(name: str, value: Any) -> float:
             "channel has"
         )
     return n
+
+
+def column_counts(counts: NDArray[Any]) -> None:
+    """How many values each column has, or the sums of their weights."""
+    column = first_bad(~((counts >= 0) & np.isfinite(counts)))
+    if column is not None:
+        raise ValueError(
+            f"count is {counts[column]} in column {column}, expected a finite number, zero or "
+            "more: how many values the column has"
+        )
 
 
 def gradient_sums(

@@ -37,6 +37,11 @@ def dtype_code(x: NDArray[Any], x_name: str) -> str:
     return f"{x_name}.dtype" if dtype.kind != "f" else f"numpy.{dtype}"
 
 
+def name_of(dtype: np.dtype[Any]) -> str:
+    """A type as code; bfloat16's is somebody else's."""
+    return f"numpy.{dtype}" if dtype.kind == "f" else f"ml_dtypes.{dtype.name}"
+
+
 def described(value: Any) -> str:
     """A value's type, with the value where it is short."""
     text, kind = shown(value), type(value).__name__[:MOST]

@@ -9,20 +9,17 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import _run, checks, fixed
-from fastbn._batch import Batch
-from fastbn._call import Call
-from fastbn.activations import Activation
-from fastbn.backends.base import Affine, Backend, quiet
-from fastbn.config import current
+from fastbn import checks, fixed
+from fastbn.affine_map import AffineMap
+from fastbn.backends.base import Affine, quiet
 from fastbn.functional import ActivationName, normalize_backward
-from fastbn.immutable import Immutable, locked
+from fastbn.immutable import locked
 from fastbn.results import Gradients, ResidualGradients
 
 Array = NDArray[Any]
 
 
-class FrozenBatchNorm(Immutable):
+class FrozenBatchNorm(AffineMap):
     """Normalize by given statistics, again and again: `normalize` without its repeated part.
 
     ``y = activation(gamma * (x - mean) / sqrt(var + eps) + beta + residual)``, bit for bit what
@@ -33,7 +30,7 @@ class FrozenBatchNorm(Immutable):
     ----------
     mean, var, gamma, beta : ndarray of float32, float64, float16 or bfloat16, shape (C,)
         As given to `normalize`; they are copied, half types as float32.
-    eps, layout, activation
+    eps, layout, activation, dtype, out_layout
         As given to `normalize`.
 
     Attributes
@@ -41,7 +38,7 @@ class FrozenBatchNorm(Immutable):
     scale, shift : ndarray of float64, shape (C,), read-only
         ``gamma / sqrt(var + eps)`` and ``beta - mean * scale``: y = x * scale + shift. (Calls
         compute from x - mean, which keeps digits that this loses.)
-    mean, var, gamma, beta, eps, layout, activation
+    mean, var, gamma, beta, eps, layout, activation, dtype, out_layout
         As given, or widened; the arrays are read-only.
 
     Raises
@@ -60,21 +57,7 @@ class FrozenBatchNorm(Immutable):
     (array([1. , 0.1]), array([-2., -2.]))
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_activation",
-        "_affine",
-        "_plain",
-        "activation",
-        "beta",
-        "eps",
-        "gamma",
-        "layout",
-        "mean",
-        "scale",
-        "shift",
-        "var",
-    )
+    __slots__ = ("beta", "eps", "gamma", "mean", "scale", "shift", "var")
     _called = "FrozenBatchNorm"
     _remedy = "make another"
     mean: Array
@@ -82,13 +65,8 @@ class FrozenBatchNorm(Immutable):
     gamma: Array | None
     beta: Array | None
     eps: float
-    layout: str
-    activation: ActivationName
     scale: NDArray[np.float64]
     shift: NDArray[np.float64]
-    _affine: Affine
-    _activation: Activation
-    _plain: dict[Backend, Callable[..., Array | None]]
 
     def __init__(
         self,
@@ -100,63 +78,21 @@ class FrozenBatchNorm(Immutable):
         eps: float = 1e-5,
         layout: str = "NCHW",
         activation: ActivationName = None,
+        dtype: Any = None,
+        out_layout: str | None = None,
     ) -> None:
         owner = checks.vectors.owner_of(mean)
         given = fixed.checked(mean, var, gamma, beta, owner)
         eps = checks.options.epsilon(eps)
         affine = Affine(*map(locked, fixed.affine(given, eps, owner.channels)))
+        self._set_map(affine, layout, activation, dtype, out_layout)
         mine: dict[str, Any] = {
             **{name: None if v is None else locked(v) for name, v in given.items()},
             "eps": eps,
-            "layout": checks.options.layout(layout),
-            "activation": checks.options.activation_name(activation),
-            "_activation": checks.options.activation(activation),
-            "_affine": affine,
             "scale": affine.scale,
             "shift": locked(_shift(affine)),
-            "_plain": {},
         }
         self._set(mine)
-
-    def __call__(
-        self,
-        x: Array,
-        *,
-        residual: Array | None = None,
-        where: Array | None = None,
-        out: Array | None = None,
-    ) -> Array:
-        """Normalize `x`; the arguments are those of `normalize`.
-
-        Parameters
-        ----------
-        x : ndarray
-            Of C channels on the layout's axis, as `normalize` takes it.
-        residual, where, out : ndarray, optional
-            As given to `normalize`.
-
-        Returns
-        -------
-        y : ndarray
-            As `normalize` returns it.
-
-        Raises
-        ------
-        TypeError, ValueError
-            An argument has a wrong type, shape or value; nothing has been written.
-        """
-        backend, threads = on = current()
-        if where is None:
-            plain = self._plain.get(backend)
-            if plain is None:
-                made = backend.plain_frozen(self._affine, self.layout, self._activation)
-                plain = self._plain.setdefault(backend, made)
-            y = plain(x, residual, out, threads)
-            if y is not None:
-                return y
-        batch = Batch(x, self.layout, where, made_for=("FrozenBatchNorm", len(self.mean)))
-        call = Call(on, batch, **self._affine._asdict())
-        return _run.normalize(call, None, self.activation, residual, out)
 
     @overload
     def backward(
@@ -210,6 +146,7 @@ class FrozenBatchNorm(Immutable):
         TypeError, ValueError
             An argument has a wrong type, shape or value; nothing has been written.
         """
+        checks.layers.keeps_form(self.dtype, self.out_layout)
         backward: Callable[..., Gradients | ResidualGradients] = normalize_backward
         return backward(
             dy,
@@ -229,7 +166,8 @@ class FrozenBatchNorm(Immutable):
 
     def __reduce__(self) -> tuple[Any, ...]:
         vectors = self.mean, self.var, self.gamma, self.beta
-        options = {"eps": self.eps, "layout": self.layout, "activation": self.activation}
+        names = "eps", "layout", "activation", "dtype", "out_layout"
+        options = {name: getattr(self, name) for name in names}
         return _made, (type(self), vectors, options), self._added(FrozenBatchNorm)
 
     def __repr__(self) -> str:

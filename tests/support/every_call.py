@@ -5,6 +5,7 @@ What a call is given is drawn for a shape; each of its arrays lies where the cal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -38,6 +39,7 @@ class Given:
         self.groups = next(divisors, 1)
         x, dy, residual, y, ddx = rng.normal(1, 2, (5, *shape)).astype(dtype)
         self.made: dict[str, Array] = {"x": x, "dy": dy, "residual": residual, "y": y, "ddx": ddx}
+        self.made["integers"] = rng.integers(0, 256, shape, np.uint8)
         vectors = rng.normal(size=(4, self.channels))
         self.made |= dict(zip(("gamma", "beta", "ddgamma", "ddbeta"), vectors, strict=True))
         self.made["where"] = rng.random(self.single) < 0.8
@@ -49,6 +51,14 @@ class Given:
         if name in ("out", "dresidual"):
             return self.place(np.full_like(self.made["x"], 77))
         return self.place(self.made[name])
+
+    @property
+    def other_shape(self) -> tuple[int, ...]:
+        """x's in the other layout."""
+        axis = channel_axis(len(self.shape), self.layout)
+        rest = self.shape[:axis] + self.shape[axis + 1 :]
+        there = len(self.shape) - axis  # from 1 to the last, and back
+        return (*rest[:there], self.channels, *rest[there:])
 
     def statistics(self, *shape: int) -> dict[str, Array]:
         """mean and var of some shape; (C,) without."""
@@ -138,6 +148,28 @@ def _put_forwards() -> None:
     for how, way in (SELECTIONS | {"plain": _nothing, "virtual batches": _virtual}).items():
         _put("batch_norm", f"no parameters, {how}", X, way)
         _put("moments", how, X, way)
+
+
+def _put_data() -> None:
+    """Integers, and y of another type or in the other layout."""
+
+    def integers(g: Given) -> Arguments:
+        return {"x": g.integers, "layout": g.layout}
+
+    def other(g: Given) -> Arguments:
+        return {"out_layout": "NHWC" if g.layout == "NCHW" else "NCHW"}
+
+    half: Way = lambda g: {"dtype": np.float16}  # noqa: E731
+    for how, ways in {
+        "integers": (integers,),
+        "integers, where": (integers, _of("where")),
+        "integers to halves": (integers, _relu, half),
+        "integers to the other layout": (integers, other),
+        "to the other layout": (X, other),
+    }.items():
+        _put("normalize", how, X, _statistics, AFFINE, *ways)
+    for how, way in (SELECTIONS | {"plain": _nothing, "virtual batches": _virtual}).items():
+        _put("moments", f"integers, {how}", integers, way)
 
 
 def _put_backwards() -> None:
@@ -240,6 +272,21 @@ def _merged(g: Given) -> Arguments:
     return {"merged": again.to_array(), "added": added.to_array()}
 
 
+def _standardized(g: Given) -> Arguments:
+    """There and back, by given statistics and by those of the data."""
+    found = g.statistics()
+    one = fastbn.Standardizer(found["mean"], g.place(found["var"] + 1), divisor=2, layout=g.layout)
+    y, integers = one(g.x), fastbn.Standardizer.of([g.integers], layout=g.layout)
+    return {"y": y, "x": one.inverse(y), "mean": integers.mean, "std": integers.std}
+
+
+def _of_columns(g: Given) -> Arguments:
+    """Moments of a table with and without weights, merged."""
+    table = g.x.reshape(g.shape[0], math.prod(g.shape[1:]))
+    one, two = (fastbn.ColumnMoments.of(table, weights=w) for w in (None, g.weights))
+    return dict(one.merge(two).to_dict())
+
+
 def _put_layers() -> None:
     opened = fastbn.Renormalization(start=0, r_end=0, d_end=0)
     training = partial(_batch_norm, mode="training")
@@ -259,6 +306,8 @@ def _put_layers() -> None:
     ALL["FrozenBatchNorm"] = {"": _frozen}
     ALL["reestimate"] = {"": _reestimated}
     ALL["Moments"] = {"": _merged}
+    ALL["ColumnMoments"] = {"": _of_columns}
+    ALL["Standardizer"] = {"": _standardized}
     _put("population_statistics", "", lambda g: {"batches": [g.x, g.dy], "layout": g.layout})
 
 
@@ -284,6 +333,7 @@ def _put_folds() -> None:
 
 
 _put_forwards()
+_put_data()
 _put_backwards()
 _put_group_norms()
 _put_double_backward()

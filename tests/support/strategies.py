@@ -139,6 +139,17 @@ def dense_problems(draw: st.DrawFn) -> Problem:
     )
 
 
+@st.composite
+def any_order(draw: st.DrawFn, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Of any order of the axes in memory, forwards and backwards, with gaps or without."""
+    order = draw(st.permutations(range(len(shape))))
+    gaps = [draw(st.sampled_from([1, 1, 1, 2])) for _ in shape]
+    turns = tuple(draw(st.sampled_from([1, 1, 1, -1])) for _ in shape)
+    large = np.zeros([shape[axis] * gaps[axis] for axis in order], dtype)
+    some = large[tuple(slice(None, None, gaps[axis]) for axis in order)]
+    return some.transpose(np.argsort(order))[tuple(slice(None, None, turn) for turn in turns)]
+
+
 layouts = st.sampled_from(LAYOUTS)
 
 
