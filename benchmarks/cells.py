@@ -25,6 +25,8 @@ MB = 1e6
 WORKS = ("forward", "inference", "backward", "normalize_backward")
 FUSED = ("fused-forward", "fused-inference", "fused-backward")
 STEPS = ("step", "fused-step")
+IMAGES = "images"
+TABLES = ("table-fit", "table-transform", "table-fit_transform")
 MASKED = (
     "masked-forward",
     "masked-inference",
@@ -56,7 +58,9 @@ class Cell:
     with gamma and beta. backward: dx, dgamma, dbeta of forward. normalize_backward: dx alone of
     inference.
     fused-forward, fused-inference: relu(y + residual). fused-backward: of the former, with the
-    residual's gradient. step, fused-step: a forward, then its backward. masked-...: of the places
+    residual's gradient. step, fused-step: a forward, then its backward. images: bytes, channels
+    last, to normalized float32 by planes. table-...: standardize columns by their own statistics,
+    which fit takes. masked-...: of the places
     that a mask selects. weighed-...: of those, with a weight for each sample. ghost-...: of
     virtual batches. group-..., instance-..., layer-...: group, instance and layer norm.
     """
@@ -83,6 +87,19 @@ class Cell:
         """Of a step."""
         forward, backward = (self.work.replace("step", work) for work in ("forward", "backward"))
         return replace(self, work=forward), replace(self, work=backward)
+
+    @property
+    def is_images(self) -> bool:
+        return self.work == IMAGES
+
+    @property
+    def is_table(self) -> bool:
+        return self.work in TABLES
+
+    @property
+    def data_kind(self) -> str:
+        """What --only calls the data that people begin with."""
+        return IMAGES if self.is_images else "tables" if self.is_table else "arrays"
 
     @property
     def is_masked(self) -> bool:
@@ -252,6 +269,8 @@ STEP_SHAPES: tuple[Shape, ...] = (
 FUSED_STEP_SHAPES: tuple[Shape, ...] = (RESNET[0], CACHED[1])
 REORDERED_SHAPES: tuple[Shape, ...] = ((16, 3, 416, 416), (16, 64, 56, 56), RESNET[0])
 """Images as they are loaded, channels last, and what layers of a network hand to each other."""
+IMAGE_SHAPES: tuple[Shape, ...] = ((1, 3, 224, 224), (32, 3, 224, 224), (8, 3, 1080, 1920))
+TABLE_SHAPES: tuple[Shape, ...] = ((1000, 20), (20000, 1000), (400000, 64))
 HALVES = ("float16", "bfloat16")
 HALF_SHAPES: tuple[Shape, ...] = (*RESNET[:2], RESNET[3], CACHED[1])
 MASKED_SHAPES: tuple[Shape, ...] = (*RESNET[:4], CACHED[1], (65536, 256))
@@ -326,6 +345,7 @@ def all_cells(threads: int) -> list[Cell]:
         *grouped_cells(GROUPED_SHAPES, LAYER_ROWS, threads),
         *step_cells(threads),
         *cells_of(REORDERED_SHAPES, threads=threads, works=WORKS[:3], output="reordered"),
+        *data_cells(threads),
         *cells_of([CALL], threads=threads, works=["inference"]),
         *awkward_cells(),
     )
@@ -352,6 +372,14 @@ def step_cells(threads: int) -> Iterator[Cell]:
     for work, shapes in zip(STEPS, (STEP_SHAPES, FUSED_STEP_SHAPES), strict=True):
         for output in ("ready", "fresh"):
             yield from cells_of(shapes, threads=threads, works=[work], output=output)
+
+
+def data_cells(threads: int) -> Iterator[Cell]:
+    """Images and tables as they come."""
+    for shape in IMAGE_SHAPES:
+        for output in ("ready", "fresh"):
+            yield Cell(IMAGES, "NHWC", "uint8", shape, output, threads)
+    yield from cells_of(TABLE_SHAPES, threads=threads, works=TABLES, output="fresh")
 
 
 def awkward_cells() -> Iterator[Cell]:

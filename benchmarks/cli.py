@@ -162,6 +162,7 @@ def properties(cell: Cell) -> dict[str, str]:
     """What --only can ask for, by kind."""
     return {
         "work": cell.work,
+        "data": cell.data_kind,
         "layout": cell.layout,
         "type": cell.dtype,
         "shape": cell.size_name,

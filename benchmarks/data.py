@@ -37,6 +37,10 @@ class Data:
         self.shape, self.dtype = cell.array_shape, np.dtype(cell.dtype)
         self.axis = len(self.shape) - 1 if cell.layout == "NHWC" else 1
         self.vector_dtype = np.promote_types(self.dtype, np.float32)  # halves have single vectors
+        self.result_shape, self.result_dtype, self.result_axis = self.shape, self.dtype, self.axis
+        if cell.is_images:
+            self.result_shape, self.result_dtype = cell.shape, np.dtype(np.float32)
+            self.result_axis = 1
         self.channels = cell.channels
 
     @staticmethod
@@ -49,6 +53,8 @@ class Data:
 
     @cached_property
     def x(self) -> Array:
+        if self.dtype.kind == "u":
+            return self._filled(np.random.default_rng(0).integers(0, 256, BLOCK))
         return self._filled(0.5 + self._block)
 
     @cached_property
@@ -91,8 +97,15 @@ class Data:
         per_sample = (-1, *[1] * (len(self.shape) - 1))
         return self.where * (self.weights.reshape(per_sample) if cell.is_weighed else 1.0)
 
+    @cached_property
+    def result_copied(self) -> Array:
+        """Of images, an array like the result: they are few bytes beside it."""
+        return np.zeros(self.result_shape, self.result_dtype)
+
     def moved(self, cell: Cell) -> list[tuple[Array, ...]]:
         """The arrays that a work writes, each with those read for it: every array once."""
+        if cell.is_images:
+            return [(self.out, self.result_copied)]
         if cell.is_step:
             forward, backward = cell.forward_and_backward
             return [*self.moved(forward), *self._moved_back(backward, self.dx, self.out)]
@@ -110,7 +123,7 @@ class Data:
 
     @cached_property
     def out(self) -> Array:
-        return np.full(self.shape, np.nan, self.dtype)
+        return np.full(self.result_shape, np.nan, self.result_dtype)
 
     @cached_property
     def reordered(self) -> Array:
@@ -230,7 +243,8 @@ def complaint(cell: Cell, data: Data, results: Results) -> str | None:
         forward, backward = cell.forward_and_backward
         wrong = complaint(forward, data, Results(results.y))
         return wrong or complaint(backward, data, results)
-    if results.main.shape != data.shape or results.main.dtype != data.dtype:
+    made = results.main.shape, results.main.dtype
+    if made != (data.result_shape, data.result_dtype):
         return f"an array of {results.main.dtype}{results.main.shape}"
     if cell.is_reordered and results.main.strides != data.reordered.strides:
         return "an array in another order of memory"
@@ -240,7 +254,7 @@ def complaint(cell: Cell, data: Data, results: Results) -> str | None:
             whole = getattr(results, name)
             if whole is None:
                 return f"no {name}"
-            got = row(whole, channel, data.axis) if whole.ndim > 1 else whole[channel]
+            got = row(whole, channel, data.result_axis) if whole.ndim > 1 else whole[channel]
             off = float(np.max(np.abs(got - wanted)))
             if not off <= tolerance * (1 + float(np.max(np.abs(wanted)))):
                 return f"{name} of channel {channel} is off by {off:.3g}"
@@ -253,6 +267,8 @@ def expected(cell: Cell, data: Data, channel: int, y: Array | None = None) -> di
     gamma, beta, mean, var = (
         float(v[channel]) for v in (data.gamma, data.beta, data.mean, data.var)
     )
+    if cell.is_images or cell.is_table:
+        return {"main": expected_of_data(cell, row(data.x, channel, data.axis), mean, var)}
     if cell.work == "normalize_backward":
         return {"main": row(data.dy, channel, data.axis) * (gamma / np.sqrt(var + data.eps))}
     if cell.is_grouped:
@@ -275,6 +291,12 @@ def expected(cell: Cell, data: Data, channel: int, y: Array | None = None) -> di
     dbeta, dgamma = dy.sum(), (dy * xhat).sum()
     dx = gamma / np.sqrt(var + data.eps) * (dy - share * (dbeta + xhat * dgamma))
     return {"main": dx, "dgamma": dgamma, "dbeta": dbeta} | more
+
+
+def expected_of_data(cell: Cell, x: Array, mean: float, var: float) -> Array:
+    """A channel of images by given statistics of x / 255, or a column of a table by its own."""
+    own: Array = (x - x.mean()) / x.std()
+    return (x / 255 - mean) / np.sqrt(var) if cell.is_images else own
 
 
 def expected_of_group(cell: Cell, data: Data, channel: int) -> dict[str, Array]:

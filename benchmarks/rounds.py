@@ -21,7 +21,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from benchmarks.cells import MB, Cell
-from benchmarks.libraries import COMPILED, LIBRARIES, NUMPY, ONEDNN, OURS, TORCH, Library
+from benchmarks.libraries import (
+    ALBUMENTATIONS,
+    COMPILED,
+    LIBRARIES,
+    NUMPY,
+    OF_DATA,
+    ONEDNN,
+    OPENCV,
+    OURS,
+    SKLEARN,
+    TORCH,
+    Library,
+)
 from benchmarks.machine import available_memory
 from benchmarks.results import Judged, Measured, Outcome
 
@@ -369,4 +381,8 @@ def peers_of(cell: Cell) -> tuple[str, ...]:
         return NUMPY, TORCH, COMPILED, ONEDNN
     if cell.is_reordered:
         return NUMPY, TORCH
-    return tuple(LIBRARIES)
+    if cell.is_images:
+        return NUMPY, OPENCV, ALBUMENTATIONS
+    if cell.is_table:
+        return NUMPY, SKLEARN
+    return tuple(name for name in LIBRARIES if name not in OF_DATA)

@@ -26,11 +26,13 @@ from benchmarks.cells import (
     GHOST,
     GROUPED,
     HALVES,
+    IMAGES,
     MASKED,
     MB,
     ROWS,
     SERIES,
     STEPS,
+    TABLES,
     WORKS,
     Cell,
     all_cells,
@@ -208,6 +210,10 @@ SMALL += [
 ]
 
 
+SMALL += [
+    Cell(IMAGES, "NHWC", "uint8", (2, 3, 9, 8), output, THREADS) for output in ("ready", "fresh")
+]
+SMALL += [Cell(work, "NC", "float32", (50, 7), "fresh", THREADS) for work in TABLES]
 SMALL += [replace(c, output="reordered") for c in PLAIN if c.layout != "NC" and c.work != WORKS[3]]
 
 

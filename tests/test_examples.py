@@ -16,13 +16,14 @@ import scale_invariance
 pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-EXPERIMENTS = (
+WITH_PLOTS = (
     "saturating_sigmoids",
     "learning_rates",
     "why_it_works",
     "small_batches",
     "fine_tuning",
     "scale_invariance",
+    "images",
 )
 OTHERS = ("in_place",)
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -31,7 +32,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def test_every_example_is_tested() -> None:
     """A script that is added is named above, or is the module they share."""
     found = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert found == {*EXPERIMENTS, *OTHERS, experiment.__name__}
+    assert found == {*WITH_PLOTS, *OTHERS, experiment.__name__}
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -41,14 +42,14 @@ def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", WITH_PLOTS)
 def test_experiment(
     name: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The experiment, in short, ends with a table and a plot."""
+    """In short, it ends with a table and a plot."""
     plot = tmp_path / "plot.png"
     monkeypatch.setattr(sys, "argv", [name, "--quick", "--output", str(plot)])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
@@ -72,7 +73,7 @@ def test_spread_of_seeds() -> None:
     assert experiment.spread([0.5, 0.5]).text() == "50.0%"
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", WITH_PLOTS)
 def test_experiment_is_documented(name: str) -> None:
     """The document has a section on the script, with its plot, which is small."""
     folder = EXAMPLES.parent / "docs"

@@ -76,6 +76,9 @@ class Library:
 
 
 NUMPY, TORCH, COMPILED, ONEDNN = "NumPy", "PyTorch", "torch.compile", "oneDNN"
+SKLEARN, OPENCV, ALBUMENTATIONS = "scikit-learn", "OpenCV", "albumentations"
+OF_DATA = SKLEARN, OPENCV, ALBUMENTATIONS
+"""Peers for images and tables alone."""
 COPYTO = "numpy.copyto"
 
 CYTHON = {"FASTBN_BACKEND": "cython"}
@@ -109,6 +112,9 @@ LIBRARIES: dict[str, Library] = {
         Library("TensorFlow", "of_tensorflow", "peer", {"TF_CPP_MIN_LOG_LEVEL": "3"}),
         Library("ONNX Runtime", "of_onnxruntime", "peer"),
         Library("OpenVINO", "of_openvino", "peer"),
+        Library(SKLEARN, "of_sklearn", "peer"),
+        Library(OPENCV, "of_opencv", "peer"),
+        Library(ALBUMENTATIONS, "of_albumentations", "peer"),
         Library("oneDNN blocked", "of_onednn_blocked", "other layout"),
         Library(COPYTO, "numpy_copyto", "limit", in_series=True),
         Library("copy, ordinary stores", "copy_ordinary", "limit", in_series=True),

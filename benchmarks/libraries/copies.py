@@ -34,7 +34,7 @@ def prepare(cell: Cell, data: Data, *, streaming: bool) -> Task:
     jobs = []
     for arrays in data.moved(cell):
         addresses = dict(zip(("out", "a", "b"), (a.ctypes.data for a in arrays), strict=False))
-        options = {"n": cell.bytes // 4, "threads": cell.threads, "streaming": streaming}
+        options = {"n": arrays[0].nbytes // 4, "threads": cell.threads, "streaming": streaming}
         jobs.append(byref(Job(**addresses, **options)))
     job, *more = jobs
     if not more:

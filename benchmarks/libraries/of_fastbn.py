@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 import fastbn
 from benchmarks.cells import Cell
@@ -21,6 +24,12 @@ def prepare(cell: Cell, data: Data) -> Task:
         return grouped(cell, data)
     if cell.is_step:
         return step(cell, data)
+    if cell.is_images:
+        return images(cell, data)
+    if cell.is_table:
+        from fastbn.sklearn import StandardScaler
+
+        return table(cell, data, StandardScaler)
     gamma, beta = data.gamma, data.beta
     named = options(cell, data)
     if cell.is_fused:
@@ -83,6 +92,25 @@ def step(cell: Cell, data: Data) -> Task:
         return y, fastbn.batch_norm_backward(dy, x, mean, var, gamma, y=y, **backward)
 
     return Task(call, lambda r: Results(*r[1])._replace(y=r[0]))
+
+
+def images(cell: Cell, data: Data) -> Task:
+    """The first layer of a server."""
+    layouts: dict[str, Any] = {"layout": "NHWC", "out_layout": "NCHW"}
+    std = np.sqrt(data.var)
+    one, x = fastbn.Standardizer(data.mean, std, divisor=255, **layouts), data.x
+    out = None if cell.output == "fresh" else data.out
+    return Task(lambda: one(x, out=out), Results)
+
+
+def table(cell: Cell, data: Data, scaler_of: Callable[[], Any]) -> Task:
+    """By a scaler as scikit-learn has it."""
+    x, fitted = data.x, scaler_of().fit(data.x)
+    if cell.work == "table-fit":
+        return Task(lambda: scaler_of().fit(x), lambda scaler: Results(scaler.transform(x)))
+    if cell.work == "table-transform":
+        return Task(lambda: fitted.transform(x), Results)
+    return Task(lambda: scaler_of().fit_transform(x), Results)
 
 
 def options(cell: Cell, data: Data) -> dict[str, Any]:

@@ -22,6 +22,8 @@ def prepare(cell: Cell, data: Data) -> Task | None:
         return None
     if cell.is_grouped:
         return grouped(cell, data)
+    if cell.is_images or cell.is_table:
+        return images(data) if cell.is_images else table(cell, data)
     gamma, beta = data.column(data.gamma), data.column(data.beta)
     out = None if cell.output == "fresh" else data.output(cell)
     over, eps = tuple(axis for axis in range(len(data.shape)) if axis != data.axis), data.eps
@@ -44,6 +46,26 @@ def prepare(cell: Cell, data: Data) -> Task | None:
         return Task(lambda: inference(x, mean, var, gamma, beta, eps, out), Results)
     dy = data.dy
     return Task(lambda: np.multiply(dy, gamma / np.sqrt(var + eps), out=out), Results)
+
+
+def images(data: Data) -> Task:
+    x, mean, std = data.x, data.mean, np.sqrt(data.var)
+
+    def call() -> Array:
+        y = (x.astype(np.float32) / 255 - mean) / std
+        return np.ascontiguousarray(y.transpose(0, 3, 1, 2))
+
+    return Task(call, Results)
+
+
+def table(cell: Cell, data: Data) -> Task:
+    x = data.x
+    statistics = x.mean(0), x.std(0)
+    if cell.work == "table-transform":
+        return Task(lambda: (x - statistics[0]) / statistics[1], Results)
+    if cell.work == "table-fit":
+        return Task(lambda: (x.mean(0), x.std(0)), lambda s: Results((x - s[0]) / s[1]))
+    return Task(lambda: (x - x.mean(0)) / x.std(0), Results)
 
 
 def step(
