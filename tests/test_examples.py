@@ -16,15 +16,15 @@ import scale_invariance
 pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-WITH_PLOTS = (
+EXPERIMENTS = (
     "saturating_sigmoids",
     "learning_rates",
     "why_it_works",
     "small_batches",
     "fine_tuning",
     "scale_invariance",
-    "images",
 )
+WITH_PLOTS = (*EXPERIMENTS, "images")
 OTHERS = ("in_place",)
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -73,7 +73,7 @@ def test_spread_of_seeds() -> None:
     assert experiment.spread([0.5, 0.5]).text() == "50.0%"
 
 
-@pytest.mark.parametrize("name", WITH_PLOTS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_is_documented(name: str) -> None:
     """The document has a section on the script, with its plot, which is small."""
     folder = EXAMPLES.parent / "docs"
