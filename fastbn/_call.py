@@ -27,7 +27,7 @@ from fastbn.activations import LINEAR
 from fastbn.backends.base import ActivationGrad, Backend, Epilogue, Part, Selection, Table
 from fastbn.backends.tuning import CALLS_SHARE, ROW_BYTES, RUN_BYTES, SUM_BYTES, parts, scratch
 from fastbn.elements import arithmetic
-from fastbn.layouts import ALL_CHANNELS, EACH_CHANNEL, Arrangement, channel_axis, frame_of
+from fastbn.layouts import ALL_CHANNELS, EACH_CHANNEL, Arrangement, channel_axis, frame_of, moved
 from fastbn.results import GradientSums
 from fastbn.weights import times_power
 
@@ -248,7 +248,7 @@ class Call:
             return self.arrangement.fresh(x.shape, dtype)
         else:
             y = empty(tuple(shape), dtype)
-        return np.moveaxis(y, there, axis)
+        return moved(y, there, axis)
 
     def moves(self, y: Array, epilogue: Epilogue | None) -> bool:
         """Whether y is of another type than x, or in another order of memory that it can be brought

@@ -34,7 +34,7 @@ from fastbn.backends.base import (
 from fastbn.backends.tuning import CHANNEL_BYTES, SUM_BYTES
 from fastbn.elements import SINGLE, arithmetic
 from fastbn.integers import Totals
-from fastbn.layouts import channel_axis, frame
+from fastbn.layouts import channel_axis, frame, moved
 from fastbn.results import (
     BatchNormResult,
     Gradients,
@@ -90,7 +90,7 @@ def normalize(
     else:
         _normalize(call, eps, epilogue, y)
     axes = channel_axis(batch.layout, x.ndim), channel_axis(layout, x.ndim)
-    result: Array = returned(out, np.moveaxis(y, *axes))
+    result: Array = returned(out, moved(y, *axes))
     return result
 
 
@@ -131,7 +131,7 @@ def _normalize_into(call: Call, eps: float, epilogue: Epilogue | None, y: Array)
         some = part.of_frame(of_x), affine, part.of_frame(of_y)
         call.backend.normalize_into(*some, call.threads, fused)
     if not np.may_share_memory(y, of_y):
-        there = np.moveaxis(y, channel_axis(layout, y.ndim), 1)
+        there = moved(y, channel_axis(layout, y.ndim), 1)
         there[...] = of_y.reshape(there.shape)
 
 
