@@ -269,13 +269,15 @@ cdef class Engine:
         set_frames(&t, x, None, x, F32)
         t.reduce, t.map = INTEGER_SUMS, NO_MAP
         calls = enter_call()
-        schedule(&t, max(1, threads // calls))
-        set_pieces(&t, t.threads)
-        shape[0], shape[1], shape[2] = t.threads, 2, t.channels
-        sums = cnp.PyArray_ZEROS(3, shape, cnp.NPY_INT64, 0)
-        t.integer_sums = <long long*> cnp.PyArray_DATA(sums)
-        with nogil:
-            self.runs[<int> F32](&t)
+        try:
+            schedule(&t, max(1, threads // calls))
+            set_pieces(&t, t.threads)
+            shape[0], shape[1], shape[2] = t.threads, 2, t.channels
+            sums = cnp.PyArray_ZEROS(3, shape, cnp.NPY_INT64, 0)
+            t.integer_sums = <long long*> cnp.PyArray_DATA(sums)
+            with nogil:
+                self.runs[<int> F32](&t)
+        finally:
             leave_call()
         both = sums.view(np.uint64).sum(0)
         return both[0].view(np.int64), both[1]
