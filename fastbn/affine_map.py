@@ -54,7 +54,9 @@ class AffineMap(Immutable):
             "layout": layout,
             "activation": checks.options.activation_name(activation),
             "dtype": None if dtype is None else checks.options.result_type(dtype),
-            "out_layout": out_layout and checks.options.out_layout(out_layout, layout),
+            "out_layout": None
+            if out_layout is None
+            else checks.options.out_layout(out_layout, layout),
             "_activation": checks.options.activation(activation),
             "_affine": affine,
             "_is_plain": dtype is None and out_layout is None,

@@ -160,6 +160,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a word as divisor": (lambda: make(MEAN, STD, divisor="1"), "divisor is a str"),
     "no type": (lambda: make(MEAN, STD, dtype=int), "dtype is .*int.*, expected float16"),
     "no layout": (lambda: make(MEAN, STD, layout="CHW"), "layout is 'CHW', expected"),
+    "an empty word": (lambda: make(MEAN, STD, out_layout=""), "out_layout is '', expected"),
     "channels": (lambda: make(MEAN, STD)(X[:, :2]), r"x has 2 channels .*Standardizer has"),
     "channels of y": (lambda: make(MEAN, STD).inverse(X[:, :2]), "has 2 channels"),
     "no batches": (lambda: make.of([]), "batches had no batch with values"),
