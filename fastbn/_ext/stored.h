@@ -9,8 +9,7 @@ enum stored {
     STORED_UINT16,
     STORED_INT16,
     STORED_FLOAT16,
-    STORED_BFLOAT16,
-    NOT_STORED
+    STORED_BFLOAT16
 };
 
 #endif

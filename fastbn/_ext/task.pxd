@@ -17,7 +17,7 @@ cdef struct Table:
 cdef extern from "stored.h":
     cdef enum stored:
         STORED_ELEMENT, STORED_UINT8, STORED_INT8, STORED_UINT16, STORED_INT16, STORED_FLOAT16
-        STORED_BFLOAT16, NOT_STORED
+        STORED_BFLOAT16
 
 cdef struct Frame:
     # An (N, C, S) array of a type of its own; strides count bytes. Values or, `by_rows`, channels
