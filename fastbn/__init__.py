@@ -1,5 +1,6 @@
 """fastbn: batch normalization on the CPU, as fast as memory allows and right on any data."""
 
+from fastbn import config
 from fastbn._pool import clear_pool
 from fastbn.columns import ColumnMoments
 from fastbn.config import (
@@ -96,6 +97,8 @@ __all__ = [
     "use_backend",
     "use_num_threads",
 ]
+
+config.read_environment()
 
 
 def __getattr__(name: str) -> str:

@@ -28,7 +28,6 @@ class AffineMap(Immutable):
         "__weakref__",
         "_activation",
         "_affine",
-        "_is_plain",
         "_plain",
         "activation",
         "dtype",
@@ -41,8 +40,6 @@ class AffineMap(Immutable):
     out_layout: str | None
     _affine: Affine
     _activation: Activation
-    _is_plain: bool
-    """Whether y is of x's type and layout."""
     _plain: dict[Backend, Callable[..., Array | None]]
 
     def _set_map(
@@ -59,7 +56,6 @@ class AffineMap(Immutable):
             else checks.options.out_layout(out_layout, layout),
             "_activation": checks.options.activation(activation),
             "_affine": affine,
-            "_is_plain": dtype is None and out_layout is None,
             "_plain": {},
         }
         self._set(mine)
@@ -92,10 +88,11 @@ class AffineMap(Immutable):
             An argument has a wrong type, shape or value; nothing has been written.
         """
         backend, threads = on = current()
-        if where is None and self._is_plain:
+        if where is None:
             plain = self._plain.get(backend)
             if plain is None:
-                made = backend.plain_frozen(self._affine, self.layout, self._activation)
+                form = self.dtype, self.out_layout
+                made = backend.plain_frozen(self._affine, self.layout, self._activation, *form)
                 plain = self._plain.setdefault(backend, made)
             y = plain(x, residual, out, threads)
             if y is not None:

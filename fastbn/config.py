@@ -237,8 +237,22 @@ def show_config() -> None:
         print(f"{key:15} {text}")
 
 
-def _read_environment() -> None:
-    """Set the defaults; called once, at import."""
+def read_environment() -> None:
+    """Set the defaults, as the last of ``import fastbn``: a warning points at whoever imports it.
+
+    A variable that is unknown or impossible here raises; where fastbn is imported for
+    ``python -m fastbn`` it is a line on stderr and exit status 2.
+    """
+    try:
+        _set_defaults()
+    except (ValueError, BackendError) as error:
+        if not _is_command():
+            raise
+        print(f"python -m fastbn: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _set_defaults() -> None:
     global _most_threads, _at_most
     if backends.ASKED_ISA:
         backends.native_facts()  # refuses what cannot run, whichever backend will
@@ -298,12 +312,3 @@ def _is_command() -> bool:
     arguments = getattr(sys, "argv", [])  # which a program that embeds Python may not set
     module = sys.orig_argv[-len(arguments) :][:1]
     return arguments[:1] == ["-m"] and module in (["fastbn"], ["-mfastbn"])
-
-
-try:
-    _read_environment()
-except (ValueError, BackendError) as error:
-    if not _is_command():
-        raise
-    print(f"python -m fastbn: error: {error}", file=sys.stderr)
-    raise SystemExit(2) from None

@@ -189,9 +189,10 @@ def normalize(
     ((2, 3, 32, 32), dtype('float32'), True)
     """
     backend, threads = on = current()
-    if where is None and dtype is None and out_layout is None:
+    if where is None:
+        form = dtype, out_layout, out
         plain = backend.plain_normalize(
-            x, mean, var, gamma, beta, eps, layout, activation, residual, out, threads
+            x, mean, var, gamma, beta, eps, layout, activation, residual, *form, threads
         )
         if plain is not None:
             return plain

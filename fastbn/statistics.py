@@ -191,6 +191,26 @@ class Moments(Immutable):
         count, effective, mean, var = checks.statistics.flat_moments("array", array)
         return cls(count, mean, var, effective_count=effective)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists of them, for JSON; `from_dict` takes them."""
+        vectors = {"mean": self.mean.tolist(), "var": self.var.tolist()}
+        return {"count": self.count, **vectors, "effective_count": self.effective_count}
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> Moments:
+        """What `to_dict` was made of.
+
+        Examples
+        --------
+        >>> import json, numpy as np, fastbn
+        >>> text = json.dumps(fastbn.Moments.of(np.float32([[1, 7], [3, 7]])).to_dict())
+        >>> fastbn.Moments.from_dict(json.loads(text))
+        Moments(count=2, mean=array([2., 7.]), var=array([1., 0.]))
+        """
+        known = checks.options.known_keys(given, ("count", "mean", "var", "effective_count"))
+        mean, var = (np.array(known[name], np.float64) for name in ("mean", "var"))
+        return cls(known["count"], mean, var, effective_count=known["effective_count"])
+
     @quiet
     def to_sums(self, about: Array | None = None) -> Vector:
         """``[count, sum(w**2), *sum(x - about), *sum((x - about)**2)]``: those of parts, added up,

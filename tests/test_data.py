@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import fastbn
-from fastbn import integers
+from fastbn import affine_map, functional, integers
+from fastbn.backends import base
 from oracle.arrays import DTYPES, HALVES, LAYOUTS, channel_axis, channels_of, rows, to_layout
 from support.bits import assert_same_bits
 from support.strategies import AROUND_LANES, any_order
-from support.variants import each_backend
+from support.variants import CYTHON, activate, each_backend
 
 Array = NDArray[Any]
 INTEGERS: tuple[Any, ...] = (np.uint8, np.int8, np.uint16, np.int16)
@@ -104,6 +105,43 @@ def test_y_has_the_bits_of_float32(
             *vectors, layout=layout, activation=activation, dtype=dtype, out_layout=to
         )
         same(frozen(x, residual=residual), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, *DTYPES, *HALVES])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(7, 3), (2, 5, 6), (2, 5, 6, 7), (2, 3, 4, 5, 6)])
+@pytest.mark.parametrize("name", CYTHON)
+def test_contiguous_arrays_are_plain(
+    name: str, shape: tuple[int, ...], layout: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is checked in Python; results are those of what is not plain."""
+    rng = np.random.default_rng(3)
+    x = to_layout(any_integers(rng, shape, np.uint8).astype(dtype), layout)
+    vectors = statistics(rng, shape[1])
+    results = [] if dtype in (np.float64, *HALVES) else [np.float32, *HALVES]
+    forms = [(to, kind) for to in (None, *LAYOUTS) for kind in (None, *map(np.dtype, results))]
+
+    def calls() -> list[Array]:
+        found = []
+        for to, kind in forms:
+            options: dict[str, Any] = {"layout": layout, "out_layout": to}
+            frozen = fastbn.FrozenBatchNorm(*vectors, **options, dtype=kind)
+            y = fastbn.normalize(x, *vectors, **options, dtype=kind)
+            out = np.empty_like(y)
+            fastbn.normalize(x, *vectors, **options, out=out)
+            found += [y, out, frozen(x), frozen(x, out=np.empty_like(y))]
+        return found
+
+    with activate(name) as active, monkeypatch.context() as patch:
+        for module in (functional, affine_map):
+            patch.setattr(module, "Call", None)
+        before, plain = active.calls(), calls()
+        assert active.calls() >= before + len(plain)
+    with activate(name) as active, monkeypatch.context() as patch:
+        patch.setattr(active.backend, "plain_normalize", base._never_plain)
+        patch.setattr(active.backend, "plain_frozen", lambda *fixed: base._never_plain)
+        for actual, expected in zip(plain, calls(), strict=True):
+            same(actual, expected)
 
 
 @pytest.mark.usefixtures("variant")

@@ -8,6 +8,7 @@ them the library's may be.
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import weakref
 from collections.abc import Callable, Iterable
@@ -518,6 +519,13 @@ def test_an_array_and_back(m: Moments) -> None:
         assert type(got.count) is (int if m.count == int(m.count) else float)
 
 
+@given(moments())
+def test_plain_numbers_and_back(m: Moments) -> None:
+    """to_dict and from_dict lose nothing on the way through JSON."""
+    there = json.loads(json.dumps(m.to_dict()))
+    assert Moments.from_dict(there) == m
+
+
 @pytest.mark.parametrize("count", [2**53, 2**64, 1e300, 0.5])
 def test_large_and_fractional_counts(count: float) -> None:
     """They are counts as any others."""
@@ -582,6 +590,8 @@ BAD: list[tuple[Verb, tuple[Any, ...], type[Exception], str]] = [
     (TWO.merge, (Moments(0, V[:1], V[:1]),), ValueError, "other has 1 channels, expected 2"),
     (Moments.from_array, (np.array([2.0, 2, 0, -1]),), ValueError, r"var\[0\] is -1.0"),
     (Moments.from_array, (np.array([2.0, 0, 0, 1]),), ValueError, "effective_count is 0, expected"),
+    (Moments.from_dict, ({"count": 2},), ValueError, "given is a dict .*, expected a dictionary"),
+    (Moments.from_dict, (TWO.to_dict() | {"var": [1.0, -1.0]},), ValueError, r"var\[1\] is -1.0"),
     (Moments.from_sums, (np.array([2.0, 0, 0, 1]),), ValueError, r"sums\[1\] is 0 where sums\[0\]"),
     (Moments.from_sums, (np.array([2.0, 5, 0, 1]),), ValueError, r"sums\[1\] is 5 where sums\[0\]"),
     (Moments.from_sums, (np.array([0.0, 1, 0, 0]),), ValueError, r"sums\[1\] is 1 where sums\[0\]"),

@@ -12,16 +12,21 @@ cdef int bfloat16_type = -1     # the number that NumPy gave to the last one see
 
 
 cdef int element_of(object a):
-    """The element type of an array; bfloat16 is whatever has that name."""
+    """The element type of an array."""
+    return element_of_type((<cnp.ndarray> a).descr)
+
+
+cdef int element_of_type(cnp.dtype dtype):
+    """The element type of a dtype; bfloat16 is whatever has that name."""
     global bfloat16_type
-    cdef int kind = cnp.PyArray_TYPE(a)
+    cdef int kind = dtype.type_num
     if kind == cnp.NPY_FLOAT32:
         return F32
     if kind == cnp.NPY_FLOAT64:
         return F64
     if kind == cnp.NPY_FLOAT16:
         return F16
-    if kind != bfloat16_type and cnp.PyTypeNum_ISUSERDEF(kind) and is_bfloat16(a.dtype):
+    if kind != bfloat16_type and cnp.PyTypeNum_ISUSERDEF(kind) and is_bfloat16(dtype):
         bfloat16_type = kind
     return BF16 if kind == bfloat16_type else NO_ELEMENT
 

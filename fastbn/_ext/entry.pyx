@@ -94,6 +94,23 @@ cdef class Engine:
                 leave_call()
         return 0
 
+    cdef int run_pieces(self, Task* t, int element, int threads) except -1:
+        """Map frames."""
+        cdef int calls
+        cdef char* memory = NULL
+        t.reduce, t.map = NO_REDUCE, AFFINE
+        with nogil:
+            calls = enter_call()
+            try:
+                schedule(t, max(1, threads // calls))
+                set_pieces(t, t.threads)
+                set_scratch(t, &memory)
+                self.runs[element](t)
+            finally:
+                PyMem_RawFree(memory)
+                leave_call()
+        return 0
+
     cdef tuple with_tables(self, Task* t, cnp.ndarray x, int threads, Py_ssize_t pool=1):
         """Run with fresh (G, C / pool) tables for the results, and return them."""
         cdef cnp.ndarray first = new_table(t, pool)
@@ -238,27 +255,17 @@ cdef class Engine:
     # Arrays of other types, or in another order: (N, C, S), of which channels or values lie together
 
     def normalize_into(self, cnp.ndarray x, affine, cnp.ndarray out, int threads, epilogue=None):
-        cdef int element = element_of(x), calls
-        cdef char* memory = NULL
+        cdef int element = element_of_frames(x, out)
         cdef Task t
-        if element_of(out) != element:
-            element = F32
         memset(&t, 0, sizeof(Task))
-        set_frames(&t, x, None if epilogue is None else epilogue.residual, out, element)
-        t.reduce, t.map, t.slope, t.top = NO_REDUCE, AFFINE, 1, INFINITY
+        t.arriving, t.leaving, t.slope, t.top = frame(x, element), frame(out, element), 1, INFINITY
         if epilogue is not None:
             t.slope, t.top = epilogue.activation
+            if epilogue.residual is not None:
+                t.beside = frame(epilogue.residual, element)
+        set_frames(&t, cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2), element)
         t.mean, t.gamma, t.beta = table(affine.mean), table(affine.scale), table(affine.beta)
-        with nogil:
-            calls = enter_call()
-            try:
-                schedule(&t, max(1, threads // calls))
-                set_pieces(&t, t.threads)
-                set_scratch(&t, &memory)
-                self.runs[element](&t)
-            finally:
-                PyMem_RawFree(memory)
-                leave_call()
+        self.run_pieces(&t, element, threads)
 
     def integer_sums(self, cnp.ndarray x, int threads):
         cdef int calls
@@ -266,7 +273,8 @@ cdef class Engine:
         cdef cnp.ndarray sums
         cdef Task t
         memset(&t, 0, sizeof(Task))
-        set_frames(&t, x, None, x, F32)
+        t.arriving = t.leaving = frame(x, F32)
+        set_frames(&t, cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2), F32)
         t.reduce, t.map = INTEGER_SUMS, NO_MAP
         calls = enter_call()
         try:
@@ -330,20 +338,29 @@ cdef class Engine:
         mean, var = self.with_tables(&t, x, threads, t.pool)
         return out, mean.reshape(shape), var.reshape(shape)
 
-    def plain_normalize(self, x, mean, var, gamma, beta, eps, layout, activation, residual, out,
-                        int threads):
+    def plain_normalize(self, x, mean, var, gamma, beta, eps, layout, activation, residual, dtype,
+                        out_layout, out, int threads):
         cdef Task t
         memset(&t, 0, sizeof(Task))
-        if not set_plain_shape(&t, x, layout):
+        if dtype is None and out_layout is None and set_plain_shape(&t, x, layout):
+            y = set_plain_normalize(&t, x, mean, var, gamma, beta, eps, activation, residual, out)
+            if y is not None:
+                self.run_task(&t, x, threads)
+                return y
+            memset(&t, 0, sizeof(Task))
+        if residual is not None:
             return None
-        out = set_plain_normalize(&t, x, mean, var, gamma, beta, eps, activation, residual, out)
-        if out is not None:
-            self.run_task(&t, x, threads)
-        return out
+        y = set_plain_frames(&t, x, layout, dtype, out_layout, out)
+        if y is None or not (set_plain_constants(&t, mean, var)
+                             and set_plain_parameters(&t, gamma, beta, eps, activation)
+                             and all_apart(y, mean, var, gamma, beta)):
+            return None
+        self.run_pieces(&t, element_of_frames(x, y), threads)
+        return y
 
-    def plain_frozen(self, affine, str layout, activation):
+    def plain_frozen(self, affine, str layout, activation, dtype, out_layout):
         """The plain entry of a frozen batch norm."""
-        cdef Frozen made = Frozen(self, len(affine.mean), layout, activation)
+        cdef Frozen made = Frozen(self, len(affine.mean), layout, activation, dtype, out_layout)
         cdef Task t
         cdef Run run
         memset(&t, 0, sizeof(Task))
@@ -478,16 +495,19 @@ cdef class Frozen:
     cdef Engine engine
     cdef Py_ssize_t channels
     cdef str layout
+    cdef object dtype, out_layout
     cdef double slope, top
     cdef object memory
     cdef char* single
     cdef char* double
     cdef unsigned char[2] extreme   # of these two
 
-    def __init__(self, Engine engine, Py_ssize_t channels, str layout, activation):
+    def __init__(self, Engine engine, Py_ssize_t channels, str layout, activation, dtype,
+                 out_layout):
         cdef Py_ssize_t bytes_of_reals = 4 * pitch_of(channels) * sizeof(double)
         cdef char* free
         self.engine, self.channels, self.layout = engine, channels, layout
+        self.dtype, self.out_layout = dtype, out_layout
         self.slope, self.top = activation
         self.memory = bytearray(2 * bytes_of_reals + LINE)
         free = self.memory
@@ -495,8 +515,16 @@ cdef class Frozen:
         self.double = self.single + bytes_of_reals
 
     def normalize(self, x, residual, out, int threads):
+        y = None
+        if self.dtype is None and self.out_layout is None:
+            y = self.normalize_alike(x, residual, out, threads)
+        if y is None and residual is None:
+            y = self.normalize_into(x, out, threads)
+        return y
+
+    cdef object normalize_alike(self, object x, object residual, object out, int threads):
+        """y of x's type and layout, or None."""
         cdef Task t
-        cdef bint wide
         memset(&t, 0, sizeof(Task))
         if not set_plain_shape(&t, x, self.layout) or t.channels != self.channels:
             return None
@@ -507,11 +535,25 @@ cdef class Frozen:
         elif not (is_plain_out(out, x) and in_place_or_apart(out, x)
                   and in_place_or_apart(out, residual)):
             return None
-        t.slope, t.top = self.slope, self.top
         t.reduce, t.map = NO_REDUCE, AFFINE
         t.x, t.out = dense(&t, x), dense(&t, out)
-        wide = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64
-        t.prepared = self.double if wide else self.single
-        t.extreme = self.extreme + wide
+        self.set_coefficients(&t, x)
         self.engine.run_task(&t, x, threads)
         return out
+
+    cdef object normalize_into(self, object x, object out, int threads):
+        """y of another type or in another layout, or None."""
+        cdef Task t
+        memset(&t, 0, sizeof(Task))
+        y = set_plain_frames(&t, x, self.layout, self.dtype, self.out_layout, out)
+        if y is None or t.channels != self.channels:
+            return None
+        self.set_coefficients(&t, x)
+        self.engine.run_pieces(&t, element_of_frames(x, y), threads)
+        return y
+
+    cdef void set_coefficients(self, Task* t, object x):
+        cdef bint wide = cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64
+        t.slope, t.top = self.slope, self.top
+        t.prepared = self.double if wide else self.single
+        t.extreme = self.extreme + wide

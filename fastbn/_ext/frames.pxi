@@ -6,33 +6,57 @@ cdef enum:
     FEWEST_PIECES = 4       # of each thread, where a piece is not small
 
 
-cdef dict stored_types = {"uint8": STORED_UINT8, "int8": STORED_INT8, "uint16": STORED_UINT16,
-                          "int16": STORED_INT16}
+cdef stored integer_of(object a) noexcept:
+    """The type of integers that an array holds; STORED_ELEMENT where it holds none of these."""
+    cdef int kind = cnp.PyArray_TYPE(a)
+    if kind == cnp.NPY_UINT8:
+        return STORED_UINT8
+    if kind == cnp.NPY_INT8:
+        return STORED_INT8
+    if kind == cnp.NPY_UINT16:
+        return STORED_UINT16
+    return STORED_INT16 if kind == cnp.NPY_INT16 else STORED_ELEMENT
 
 
-cdef stored stored_of(cnp.ndarray a, int element):
+cdef stored stored_of(object a, int element):
     """How the kernels of an element type see what an array holds."""
     cdef int own = element_of(a)
     if own == element:
         return STORED_ELEMENT
     if own == F16:
         return STORED_FLOAT16
-    if own == BF16:
-        return STORED_BFLOAT16
-    return stored_types[a.dtype.name]
+    return STORED_BFLOAT16 if own == BF16 else integer_of(a)
+
+
+cdef int element_of_frames(cnp.ndarray x, cnp.ndarray out):
+    """Whose kernels write one from the other: float32's, where they are of different types."""
+    cdef int own = element_of(x)
+    return own if element_of(out) == own else F32
+
+
+cdef Frame new_frame(cnp.ndarray a, int element, Py_ssize_t S, Py_ssize_t n, Py_ssize_t c,
+                     Py_ssize_t s):
+    """An (N, C, S) array with these strides, of which channels or values are side by side."""
+    cdef Frame f
+    f.data, f.itemsize = <char*> cnp.PyArray_DATA(a), cnp.PyArray_ITEMSIZE(a)
+    f.n, f.c, f.s, f.type = n, c, s, stored_of(a, element)
+    f.by_rows = S == 1 or s != f.itemsize
+    if S == 1:
+        f.s = n     # samples are rows
+    return f
 
 
 cdef Frame frame(cnp.ndarray a, int element):
-    """An (N, C, S) array of which channels or values are side by side."""
-    cdef Frame f
-    cdef Py_ssize_t S = cnp.PyArray_DIM(a, 2)
-    f.data, f.itemsize = <char*> cnp.PyArray_DATA(a), cnp.PyArray_ITEMSIZE(a)
-    f.n, f.c, f.s = cnp.PyArray_STRIDE(a, 0), cnp.PyArray_STRIDE(a, 1), cnp.PyArray_STRIDE(a, 2)
-    f.type = stored_of(a, element)
-    f.by_rows = S == 1 or f.s != f.itemsize
-    if S == 1:
-        f.s = f.n   # samples are rows
-    return f
+    """A (N, C, S) view."""
+    return new_frame(a, element, cnp.PyArray_DIM(a, 2), cnp.PyArray_STRIDE(a, 0),
+                     cnp.PyArray_STRIDE(a, 1), cnp.PyArray_STRIDE(a, 2))
+
+
+cdef Frame dense_frame(cnp.ndarray a, int element, Py_ssize_t C, Py_ssize_t S, bint last):
+    """A contiguous array."""
+    cdef Py_ssize_t item = cnp.PyArray_ITEMSIZE(a)
+    return new_frame(a, element, S, C * S * item, item if last else S * item,
+                     C * item if last else item)
 
 
 cdef bint follows(const Frame* a, Py_ssize_t S) noexcept nogil:
@@ -67,12 +91,10 @@ cdef void set_pieces(Task* t, int threads) noexcept nogil:
                             * (2 if t.beside.data != NULL else 1), LINE) * LINE + LINE
 
 
-cdef void set_frames(Task* t, cnp.ndarray x, object residual, cnp.ndarray out, int element):
-    """The shape of a map of frames. Rows are folded where all that is walked is dense."""
-    cdef Py_ssize_t N = cnp.PyArray_DIM(x, 0), C = cnp.PyArray_DIM(x, 1), S = cnp.PyArray_DIM(x, 2)
-    t.arriving, t.leaving = frame(x, element), frame(out, element)
-    if residual is not None:
-        t.beside = frame(residual, element)
+cdef void set_frames(Task* t, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
+                     int element) noexcept nogil:
+    """The shape of a map of frames, which are set. Rows are folded where all that is walked is
+    dense."""
     set_element(t, element)
     t.as_is = t.arriving.type == STORED_ELEMENT and t.arriving.by_rows == t.leaving.by_rows
     if t.leaving.by_rows:

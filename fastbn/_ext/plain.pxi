@@ -8,26 +8,30 @@ cdef dict layouts = LAYOUTS
 cdef Py_ssize_t short_plane = SHORT, row_bytes = sizes.ROW_BYTES
 
 
-cdef bint set_plain_shape(Task* t, object x, object layout):
-    """Whether x is a contiguous, native array that is not empty, of a known layout."""
-    cdef int ndim, axis
-    cdef Py_ssize_t N, C, S
+cdef int axis_of_channels(object x, object layout):
+    """Of a contiguous, native array that is not empty, in a known layout; else -1."""
+    cdef int axis
     if not cnp.PyArray_CheckExact(x) or not cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> x):
-        return False
-    if element_of(x) == NO_ELEMENT or type(layout) is not str:
-        return False
-    ndim = cnp.PyArray_NDIM(x)
-    if ndim < 2 or cnp.PyArray_SIZE(x) == 0:
-        return False
+        return -1
+    if type(layout) is not str or cnp.PyArray_NDIM(x) < 2 or cnp.PyArray_SIZE(x) == 0:
+        return -1
     known = layouts.get(layout)
     if known is None:
-        return False
+        return -1
     axis = known
-    if axis < 0:
-        C, S = cnp.PyArray_DIM(x, ndim - 1), 1
+    return axis if axis >= 0 else cnp.PyArray_NDIM(x) - 1
+
+
+cdef bint set_plain_shape(Task* t, object x, object layout):
+    """Whether x is a plain array of elements: then its shape is set."""
+    cdef int axis = axis_of_channels(x, layout)
+    cdef Py_ssize_t N, C, S
+    if axis < 0 or element_of(x) == NO_ELEMENT:
+        return False
+    N, C, S = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, axis), 1
+    if axis == cnp.PyArray_NDIM(x) - 1:
         N = cnp.PyArray_SIZE(x) // C
     else:
-        N, C = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1)
         S = cnp.PyArray_SIZE(x) // (N * C)
     if C == 1 and S < short_plane:
         N, S = 1, N * S
@@ -229,23 +233,39 @@ cdef void keep_dresidual(Task* t, Operand dresidual) noexcept:
         t.y = t.dy
 
 
+cdef bint set_plain_parameters(Task* t, object gamma, object beta, object eps, object activation):
+    """Whether what a forward is given beside arrays is plain: then it is set."""
+    if not is_valid_eps(eps):
+        return False
+    if not (gamma is None or is_parameter(t, gamma)) or not (beta is None or is_parameter(t, beta)):
+        return False
+    t.eps = eps
+    set_parameters(t, gamma, beta)
+    return set_activation(t, activation)
+
+
+cdef bint set_plain_constants(Task* t, object mean, object var):
+    """The same of statistics that are given."""
+    if not is_parameter(t, mean) or not is_parameter(t, var):
+        return False
+    t.mean, t.var = table(mean), table(var)
+    return is_valid_variance(t, False)
+
+
 cdef object set_plain_forward(Task* t, object x, object gamma, object beta, object eps,
                               object activation, object residual, object out):
     """A training forward on a shape that is set: its output, or None."""
-    if not is_valid_eps(eps):
+    if not set_plain_parameters(t, gamma, beta, eps, activation):
         return None
-    if not (gamma is None or is_parameter(t, gamma)) or not (beta is None or is_parameter(t, beta)):
-        return None
-    if not set_activation(t, activation) or not set_residual(t, residual, x):
+    if not set_residual(t, residual, x):
         return None
     if out is None:
         out = empty_like(x)
     elif not (is_plain_out(out, x) and in_place_or_apart(out, x)
               and in_place_or_apart(out, residual) and all_apart(out, None, None, gamma, beta)):
         return None
-    t.reduce, t.map, t.eps = MOMENTS, AFFINE, eps
+    t.reduce, t.map = MOMENTS, AFFINE
     t.x, t.out = dense(t, x), dense(t, out)
-    set_parameters(t, gamma, beta)
     return out
 
 
@@ -253,16 +273,79 @@ cdef object set_plain_normalize(Task* t, object x, object mean, object var, obje
                                 object beta, object eps, object activation, object residual,
                                 object out):
     """The same of y by given statistics."""
-    if not is_parameter(t, mean) or not is_parameter(t, var):
-        return None
-    t.mean, t.var = table(mean), table(var)
-    if not is_valid_variance(t, False):
+    if not set_plain_constants(t, mean, var):
         return None
     y = set_plain_forward(t, x, gamma, beta, eps, activation, residual, out)
     if y is None or not all_apart(y, mean, var, None, None):
         return None
     t.reduce = NO_REDUCE
     return y
+
+
+cdef dict plain_types = {np.float32: np.dtype(np.float32), np.float16: np.dtype(np.float16)}
+
+
+cdef cnp.dtype plain_result_type(object x, object dtype, object out):
+    """The type of y, by its own argument, `out` or x; None where that is not plain, or y cannot be
+    of it."""
+    cdef bint is_integer = integer_of(x) != STORED_ELEMENT
+    cdef int own = F32 if is_integer else element_of(x), wanted
+    if type(dtype) is type:
+        dtype = plain_types.get(dtype)
+    elif dtype is None and out is not None and cnp.PyArray_CheckExact(out):
+        dtype = out.dtype
+    elif dtype is None:
+        dtype = plain_types[np.float32] if is_integer else x.dtype
+    if own == NO_ELEMENT or not isinstance(dtype, cnp.dtype) or not dtype.isnative:
+        return None
+    wanted = element_of_type(dtype)
+    return dtype if wanted == own or own == F32 and (wanted == F16 or wanted == BF16) else None
+
+
+cdef bint is_plain_target(object out, object x, int ndim, cnp.npy_intp* shape, cnp.dtype dtype):
+    """Whether `out` is a contiguous native array of this shape and type, and apart from x."""
+    cdef int i
+    if not cnp.PyArray_CheckExact(out) or not cnp.PyArray_ISCARRAY(<cnp.ndarray> out):
+        return False
+    if cnp.PyArray_NDIM(out) != ndim or cnp.PyArray_TYPE(out) != dtype.type_num:
+        return False
+    for i in range(ndim):
+        if cnp.PyArray_DIM(out, i) != shape[i]:
+            return False
+    return apart(out, x)
+
+
+cdef object set_plain_frames(Task* t, object x, object layout, object dtype, object out_layout,
+                             object out):
+    """Where y goes that may be of another type or in another layout, and whose frames are set with
+    x's; None where something is not plain."""
+    cdef int axis = axis_of_channels(x, layout), ndim, there, element, i
+    cdef cnp.npy_intp[cnp.NPY_MAXDIMS] shape
+    cdef Py_ssize_t N, C, S
+    if axis < 0:
+        return None
+    there = axis if out_layout is None else axis_of_channels(x, out_layout)
+    result_type = plain_result_type(x, dtype, out)
+    if there < 0 or result_type is None:
+        return None
+    ndim = cnp.PyArray_NDIM(x)
+    for i in range(ndim):
+        shape[i] = cnp.PyArray_DIM(x, i)
+    if there != axis:
+        # The axes between the two places of the channels move by one.
+        for i in range(1, ndim - 1):
+            shape[i if there > axis else i + 1] = cnp.PyArray_DIM(x, i + 1 if there > axis else i)
+        shape[there] = cnp.PyArray_DIM(x, axis)
+    if out is None:
+        out = new_array(ndim, shape, (<cnp.dtype> result_type).type_num)
+    elif not is_plain_target(out, x, ndim, shape, result_type):
+        return None
+    N, C, element = shape[0], shape[there], element_of_frames(x, out)
+    S = cnp.PyArray_SIZE(x) // (N * C)
+    t.arriving = dense_frame(x, element, C, S, axis == ndim - 1)
+    t.leaving = dense_frame(out, element, C, S, there == ndim - 1)
+    set_frames(t, N, C, S, element)
+    return out
 
 
 cdef bint set_plain_statistics(Task* t, object dy, object mean, object var, object layout,
@@ -343,11 +426,12 @@ def plain_forward(x, gamma, beta, eps, layout, activation, residual, out):
     return None if out is None else (shape_of(&t), out)
 
 
-def plain_normalize(x, mean, var, gamma, beta, eps, layout, activation, residual, out):
-    """The same of normalize."""
+def plain_normalize(x, mean, var, gamma, beta, eps, layout, activation, residual, dtype, out_layout,
+                    out):
+    """The same of normalize, where y is of x's type and layout."""
     cdef Task t
     memset(&t, 0, sizeof(Task))
-    if not set_plain_shape(&t, x, layout):
+    if dtype is not None or out_layout is not None or not set_plain_shape(&t, x, layout):
         return None
     out = set_plain_normalize(&t, x, mean, var, gamma, beta, eps, activation, residual, out)
     return None if out is None else (shape_of(&t), out)

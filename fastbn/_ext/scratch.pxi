@@ -33,12 +33,13 @@ cdef int set_scratch(Task* t, char** memory) except -1 nogil:
     """The tables between the passes."""
     cdef Py_ssize_t owners = owners_of(t)
     cdef Py_ssize_t table = owners * sums_pitch(t) * sizeof(double)
-    cdef Py_ssize_t packed = owners * t.pitch * PACKED * t.real_bytes
+    cdef bint is_prepared = t.prepared != NULL and t.fold == 1
+    cdef Py_ssize_t packed = 0 if is_prepared else owners * t.pitch * PACKED * t.real_bytes
     cdef Py_ssize_t reducing = 0 if t.reduce == NO_REDUCE else 1
     cdef bint pools = t.pool > 1 and not t.grouped, adds_up = t.n_partials < most_chunks(t)
     cdef Py_ssize_t samples = columns_of_samples(t)
     cdef char* free
-    if t.prepared != NULL and t.fold == 1:
+    if is_prepared and not t.in_pieces:
         t.packed = t.prepared
         return 0
     memory[0] = <char*> PyMem_RawMalloc(rows_of_sums(t) * table + packed + 3 * samples
@@ -55,7 +56,7 @@ cdef int set_scratch(Task* t, char** memory) except -1 nogil:
     t.partial = <double*> take(&free, reducing * 2 * t.n_partials * table)
     if most_chunks(t) == 1 and t.fold == 1:
         t.total = t.partial     # the sums of one chunk are those of all
-    t.packed = take(&free, packed)
+    t.packed = t.prepared if is_prepared else take(&free, packed)
     if t.prepared == NULL:
         t.extreme = <unsigned char*> take(&free, owners)
         memset(t.extreme, 0, owners)

@@ -120,6 +120,14 @@ HALVES_OF(float16)
 HALVES_OF(bfloat16)
 #endif
 
+/* Rows that follow each other, here and there, are one long row. */
+static void join_rows(long *rows, long *columns, long from_step, long to_step) {
+    if (from_step == *columns && to_step == *columns) {
+        *columns *= *rows;
+        *rows = 1;
+    }
+}
+
 /* A piece into a tile: to[r * to_step + c] = from[r * from_step + c] or, where rows are turned,
  * to[c * to_step + r]. */
 #define READ(HOW, NAME, T) tile_##HOW##_##NAME(to, to_step, (const T *)from, from_step, rows, columns)
@@ -131,6 +139,7 @@ HALVES_OF(bfloat16)
     return;
 static void read_tile(int type, element *to, long to_step, const char *from, long from_step,
                       long rows, long columns, int turned) {
+    if (!turned) join_rows(&rows, &columns, from_step, to_step);
 #ifdef FASTBN_F32
     switch (type) {
     case STORED_UINT8: READ_TILE(uint8, uint8_t, turned)
@@ -149,11 +158,12 @@ static void read_tile(int type, element *to, long to_step, const char *from, lon
 /* A tile to where a half type is. */
 static void write_tile(int type, char *to, long to_step, const element *from, long from_step,
                        long rows, long columns) {
+    join_rows(&rows, &columns, from_step, to_step);
 #ifdef FASTBN_F32
     (type == STORED_FLOAT16 ? untile_float16 : untile_bfloat16)((uint16_t *)to, to_step, from,
                                                                from_step, rows, columns);
 #else
-    (void)type, (void)to, (void)to_step, (void)from, (void)from_step, (void)rows, (void)columns;
+    (void)type, (void)to, (void)from;
 #endif
 }
 

@@ -272,7 +272,7 @@ class Backend(ABC):
     ] = staticmethod(_never_plain)
 
     def plain_frozen(
-        self, affine: Affine, layout: str, activation: Activation
+        self, affine: Affine, layout: str, activation: Activation, dtype: Any, out_layout: Any
     ) -> Callable[..., Array | None]:
         """The plain entry of a frozen batch norm, of (x, residual, out, threads): made once, with
         all that its calls have in common."""

@@ -61,12 +61,12 @@ class PlainCalls(Backend):
         return channels <= 16 or channels * self.channel_bytes(shape) <= scratch(x.nbytes, 1.0)
 
     def plain_frozen(
-        self, affine: Affine, layout: str, activation: Activation
+        self, affine: Affine, layout: str, activation: Activation, dtype: Any, out_layout: Any
     ) -> Callable[..., Array | None]:
         tables = Affine(*(np.ascontiguousarray(vector)[None] for vector in affine))
 
         def normalize(x: Any, residual: Any, out: Any, threads: int) -> Array | None:
-            if entry is None:
+            if entry is None or dtype is not None or out_layout is not None:
                 return None
             found = entry.plain_forward(x, None, None, 0.0, layout, None, residual, out)
             if found is None or found[0][2] != tables.mean.size or not self._fits(found[0], x):
@@ -103,7 +103,7 @@ class PlainCalls(Backend):
         found = entry.plain_normalize(*given)
         if found is None or not self._fits(found[0], given[0]):
             return None
-        x, mean, var, gamma, beta, eps, _, activation, residual, _ = given
+        x, mean, var, gamma, beta, eps, _, activation, residual, *_ = given
         shape, y = found
         affine = Affine(mean[None], _scale(gamma, var, eps), filled(_row(beta), 0.0))
         epilogue = _epilogue(of(activation), residual, shape)

@@ -35,6 +35,7 @@ MOST = 1500
 HALF, BRAIN = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 SINGLE, DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
 EITHER: tuple[np.dtype[Any], ...] = SINGLE, DOUBLE
+INTEGERS = tuple(np.dtype(name) for name in ("uint8", "int8", "uint16", "int16"))
 PARAMETERS: tuple[np.dtype[Any], ...] = (*EITHER * 4, HALF, BRAIN)
 LARGEST_RATIO = {HALF: 1e2, BRAIN: 30.0, SINGLE: 4e5, DOUBLE: 4e11}
 """Of a mean to the deviation, so that the bounds hold for nearly all that is drawn."""
@@ -89,6 +90,10 @@ class Source:
             return self.choice((SINGLE, SINGLE, DOUBLE))
         return self.choice((HALF, BRAIN, SINGLE, SINGLE, SINGLE, DOUBLE, DOUBLE))
 
+    def datum(self) -> np.dtype[Any]:
+        """Of data as it comes: mostly integers."""
+        return self.choice(INTEGERS) if self.chance(0.6) else self.dtype()
+
     def layout(self) -> str:
         return self.choice(LAYOUTS)
 
@@ -133,6 +138,10 @@ class Source:
 
     def batch(self, shape: tuple[int, ...], layout: str, dtype: np.dtype[Any]) -> Array:
         """Values like a network's, or harder; each channel may differ."""
+        if dtype.kind in "iu":
+            ends = np.iinfo(dtype)
+            high = self.choice((ends.max, ends.max, ends.min + 2))
+            return self.values.integers(ends.min, high, shape, dtype, endpoint=True)
         axis = channel_axis(len(shape), layout)
         each = [1] * len(shape)
         each[axis] = shape[axis]
@@ -233,7 +242,7 @@ class Source:
             view[...] = values
             return Placed(view, memory)
         size, dtype = values.itemsize, values.dtype
-        if not written and dtype.kind == "f" and self.chance(0.1):
+        if not written and dtype.kind in "fiu" and self.chance(0.1):
             dtype = dtype.newbyteorder("S")
         strides, repeated = self._strides(values.shape, size, written)
         if repeated is not None:

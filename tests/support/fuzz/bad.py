@@ -27,6 +27,12 @@ def _other_type(a: Placed, s: Source) -> Array:
     return np.ones(a.view.shape, s.choice(others))
 
 
+def _no_result(a: Placed, s: Source) -> Array:
+    """Neither x's type nor one that it may become."""
+    own = a.view.dtype.type
+    return np.ones(a.view.shape, np.int32 if own is np.float64 else np.float64)
+
+
 def _no_numbers(a: Placed, s: Source) -> Any:
     return np.ones(a.view.shape).astype(s.choice(["i8", "c8", "?", "O", "U3"]))
 
@@ -69,7 +75,9 @@ CORRUPTIONS: dict[str, tuple[Corruption, ...]] = {
     **dict.fromkeys(("dy", "residual", "y", "ddx"), LIKE_X),
     **dict.fromkeys(("gamma", "beta", "mean", "ddgamma", "ddbeta"), VECTOR),
     "var": (*VECTOR, _one_bad(-1.0, -1e-5)),
-    "out": (*LIKE_X, _read_only),
+    "out": (_longer, _no_result, _no_numbers, _no_array, _read_only),
+    "dtype": (_of_values("i4", "f4x", ">f4", 3, np.int16, "S3"),),
+    "out_layout": (_of_values("NCWH", "nchw", 3, b"NCHW"),),
     "where": (
         lambda a, s: np.ones(a.view.shape, np.int8),
         lambda a, s: np.ones((2, *[1] * 7), bool),

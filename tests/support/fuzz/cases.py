@@ -16,7 +16,7 @@ import numpy as np
 
 import fastbn
 from oracle import formulas
-from oracle.arrays import by_sample, channel_axis, wide
+from oracle.arrays import LAYOUTS, by_sample, channel_axis, wide
 from support import sample_norms
 from support.bits import assert_same_bits
 from support.fuzz.right import (
@@ -26,13 +26,23 @@ from support.fuzz.right import (
     groups_of,
     judge_double_backward,
     judge_fixed,
+    judge_form,
     judge_gradient_sums,
     judge_gradients,
     judge_normalized,
     judge_samples,
 )
 from support.memory import dense, dense_in_its_order
-from support.random_arrays import DOUBLE, PARAMETERS, Array, Placed, Source
+from support.random_arrays import (
+    BRAIN,
+    DOUBLE,
+    HALF,
+    PARAMETERS,
+    SINGLE,
+    Array,
+    Placed,
+    Source,
+)
 
 PLACES = ("out", "dresidual", "into")
 """Arguments that are written."""
@@ -154,8 +164,8 @@ def _same_place(view: Array, memory: Array, own: Array) -> Array:
 class Drawn:
     """Arrays of one problem, as they come to be needed."""
 
-    def __init__(self, s: Source) -> None:
-        self.s, self.layout, self.dtype = s, s.layout(), s.dtype()
+    def __init__(self, s: Source, dtype: np.dtype[Any] | None = None) -> None:
+        self.s, self.layout, self.dtype = s, s.layout(), dtype or s.dtype()
         self.shape = s.shape(self.layout)
         self.axis = channel_axis(len(self.shape), self.layout)
         self.channels = self.shape[self.axis]
@@ -184,7 +194,7 @@ class Drawn:
     def _hidden(self, values: Array) -> Array:
         """With NaN where nothing counts."""
         where = self.plain("where")
-        if where is None or self.s.chance(0.3):
+        if where is None or self.s.chance(0.3) or values.dtype.kind in "iu":
             return values
         full = (*self.shape[: self.axis], 1, *self.shape[self.axis + 1 :])
         kept = np.broadcast_to(where, full)
@@ -284,7 +294,7 @@ def batch_norm(s: Source) -> Case:
 
 
 def moments(s: Source) -> Case:
-    d = Drawn(s)
+    d = Drawn(s, s.datum())
     d.x()
     d.weights()
     d.virtual()
@@ -301,6 +311,28 @@ def normalize(s: Source) -> Case:
     d.residual()
     d.out("x", "residual")
     return Case("normalize", lambda **a: {"y": fastbn.normalize(**a)}, d.arguments, judge_fixed)
+
+
+def normalize_data(s: Source) -> Case:
+    """Integers, results of other types, and in the other layout."""
+    d = Drawn(s, s.datum())
+    mine, single = d.arguments, d.dtype == SINGLE or d.dtype.kind in "iu"
+    moves = s.chance(0.5)
+    x = d.x(masked=not moves)
+    d.statistics(x, exact=False)
+    d.vectors("gamma", "beta")
+    d.options("eps", "activation")
+    dtype = s.choice((SINGLE, HALF, BRAIN)) if single else d.dtype
+    to = s.choice(LAYOUTS) if moves else d.layout
+    mine["dtype"] = dtype if dtype != d.dtype or s.chance(0.3) else None
+    mine["out_layout"] = to if moves else s.choice((None, d.layout))
+    there = channel_axis(len(d.shape), to)
+    shape = np.moveaxis(np.empty(d.shape, bool), d.axis, there).shape
+    if to == d.layout and s.chance(0.35):
+        d.put("residual", s.gradient(d.shape, dtype))
+    if s.chance(0.4):
+        d.put("out", np.full(shape, 77, dtype), written=True)
+    return Case("normalize_data", lambda **a: {"y": fastbn.normalize(**a)}, mine, judge_form)
 
 
 def batch_norm_backward(s: Source) -> Case:
@@ -474,6 +506,7 @@ VERBS: dict[Callable[[Source], Case], int] = {
     batch_norm: 20,
     batch_norm_backward: 20,
     normalize: 10,
+    normalize_data: 8,
     normalize_backward: 10,
     moments: 6,
     gradient_sums: 6,

@@ -29,6 +29,7 @@ from oracle.bounds import (
 )
 from oracle.formulas import DoubleBackwardProblem
 from support import sample_norms
+from support.bits import assert_same_bits
 from support.judge import Judged, assert_within, judge_backward, judge_y
 
 Results = dict[str, Any]
@@ -157,6 +158,9 @@ def assert_types(results: Results, x: Array, *like_x: str) -> None:
 def judge_normalized(results: Results, a: dict[str, Any]) -> None:
     """y, mean and var of what went by a batch's own statistics."""
     x, layout, k = a["x"], a["layout"], a.get("virtual_batch")
+    if x.dtype.kind in "iu":
+        x = x.astype(np.float32)
+        a = a | {"x": x}
     channels = x.shape[channel_axis(x.ndim, layout)]
     assert_types(results, x, "y")
     groups = groups_of(len(x), k)
@@ -247,6 +251,21 @@ def judge_fixed(results: Results, a: dict[str, Any]) -> None:
     )
     inside = domain(wide(selected.of(x), "NHWC"), mean, var, a["eps"], x.dtype.itemsize)
     judge_y_by(results["y"], a, selected, mean, var, gamma, beta, inside)
+
+
+def judge_form(results: Results, a: dict[str, Any]) -> None:
+    """y of another type than x, or in another layout: that of floats in their own, rounded."""
+    x, y, layout = a["x"], results["y"], a["layout"]
+    usual = np.dtype(np.float32) if x.dtype.kind in "iu" else x.dtype
+    other = {n: v for n, v in a.items() if n not in ("dtype", "out_layout", "out")}
+    other["x"] = x.astype(usual)
+    if a.get("residual") is not None:
+        other["residual"] = a["residual"].astype(usual)
+    expected = fastbn.normalize(**other)
+    axes = (channel_axis(x.ndim, word) for word in (layout, a["out_layout"] or layout))
+    expected = np.moveaxis(expected, *axes)
+    assert (y.shape, y.dtype) == (expected.shape, a["dtype"] or usual), f"y is {y.dtype} {y.shape}"
+    assert_same_bits({"y": y}, {"y": expected.astype(y.dtype)})
 
 
 def judge_gradients(results: Results, a: dict[str, Any], *, frozen: bool = False) -> None:
