@@ -44,9 +44,14 @@ from fastbn.results import (
     GradientSums,
     PopulationStatistics,
     ResidualGradients,
+    RMSGradients,
+    RMSNormResult,
     SecondGradients,
+    SkipResult,
+    SkipRMSNormResult,
     Statistics,
 )
+from fastbn.row_norms import rms_norm, rms_norm_backward
 from fastbn.standardizer import Standardizer
 from fastbn.statistics import Moments, population_statistics
 
@@ -64,9 +69,13 @@ __all__ = [
     "LayerNorm",
     "Moments",
     "PopulationStatistics",
+    "RMSGradients",
+    "RMSNormResult",
     "Renormalization",
     "ResidualGradients",
     "SecondGradients",
+    "SkipRMSNormResult",
+    "SkipResult",
     "Standardizer",
     "Statistics",
     "batch_norm",
@@ -91,6 +100,8 @@ __all__ = [
     "normalize_double_backward",
     "population_statistics",
     "reestimate",
+    "rms_norm",
+    "rms_norm_backward",
     "set_backend",
     "set_num_threads",
     "show_config",

@@ -54,6 +54,12 @@ class Batch:
             return int(np.count_nonzero(self.where))
         return self.array.size // self.channels if self.channels else 0
 
+    def of(self, x: Array) -> Batch:
+        """The same of another array of this shape."""
+        same = copy(self)
+        same.array = x
+        return same
+
     def unweighed(self) -> Batch:
         """The batch without its weights, for y by given statistics, which they do not change."""
         if self.weights is None:

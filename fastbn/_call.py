@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import copy
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,15 @@ from fastbn.activations import LINEAR
 from fastbn.backends.base import ActivationGrad, Backend, Epilogue, Part, Selection, Table
 from fastbn.backends.tuning import CALLS_SHARE, ROW_BYTES, RUN_BYTES, SUM_BYTES, parts, scratch
 from fastbn.elements import arithmetic
-from fastbn.layouts import ALL_CHANNELS, EACH_CHANNEL, Arrangement, channel_axis, frame_of, moved
+from fastbn.layouts import (
+    ALL_CHANNELS,
+    EACH_CHANNEL,
+    LAST_AXIS,
+    Arrangement,
+    channel_axis,
+    frame_of,
+    moved,
+)
 from fastbn.results import GradientSums
 from fastbn.weights import times_power
 
@@ -127,12 +136,15 @@ class Sharing(NamedTuple):
     shape: tuple[int, ...]
 
     @staticmethod
-    def of(groups: int, samples: int, channels: int) -> Sharing:
+    def of(groups: int, x: Array, channels: int) -> Sharing:
         """By a number of groups, or one of the words of `layouts` for it."""
+        samples = len(x)
         if groups == EACH_CHANNEL:
             return Sharing(channels, 1, (samples, channels))
         if groups == ALL_CHANNELS:
             return Sharing(1, max(channels, 1), (samples,))
+        if groups == LAST_AXIS:
+            return Sharing(1, max(channels, 1), x.shape[:-1])
         checks.options.divisor(groups, channels)
         return Sharing(groups, max(channels // groups, 1), (samples, groups))
 
@@ -158,30 +170,38 @@ class Call:
         self.channels, self.count = batch.channels, batch.count
         given = {"where": batch.where, "weights": batch.weights}
         self.virtual_batch = checks.options.virtual_batch(virtual_batch, **given)
-        self.sharing = None if groups is None else Sharing.of(groups, len(x), self.channels)
+        self.sharing = None if groups is None else Sharing.of(groups, x, self.channels)
         self.pool = 1
+        self.of_rows = groups == LAST_AXIS
         if self.sharing is not None:
             self.virtual_batch, self.pool = 1, self.sharing.pool
         self.runs = None if self.virtual_batch is None else -(-len(x) // self.virtual_batch)
+        if self.of_rows:
+            self.runs = prod(x.shape[:-1])
         self.vectors = {key: self._vector(key, value, is_fixed) for key, value in vectors.items()}
         # Samples of a part may weigh nothing beside others, whose statistics normalize them.
         self.is_empty = x.size == 0 or (batch.places if is_part else self.count) == 0
         self.spans: list[Span] = []
         if not self.is_empty:
             by_sample = batch.weights is not None
-            self.arrangement = Arrangement.of(x, batch.layout, by_sample=by_sample)
+            self.arrangement = (
+                Arrangement.of_rows(x)
+                if self.of_rows
+                else Arrangement.of(x, batch.layout, by_sample=by_sample)
+            )
             self.spans = list(self._spans())
 
     def _vector(self, key: str, value: Any, is_fixed: bool) -> Array | None:
         """A parameter or statistic, checked."""
-        if key in ("mean", "var"):
+        if key in ("mean", "var", "mean_square"):
             return self._statistic(key, value, is_fixed)
         return checks.vectors.parameter(key, value, *self._of)
 
     @property
     def _of(self) -> tuple[str, Array, str]:
         """The name, array and layout that vectors are checked against, and messages name."""
-        return self.batch.name, self.array, self.batch.layout
+        layout = checks.vectors.LAST if self.of_rows else self.batch.layout
+        return self.batch.name, self.array, layout
 
     def _statistic(self, key: str, value: Any, is_fixed: bool) -> Array:
         """mean or var as given: of the whole batch, each run, or what shares it in each sample."""
@@ -191,14 +211,19 @@ class Call:
         else:
             options: dict[str, Any] = {"is_fixed": is_fixed, "runs": self.runs}
             given = checks.vectors.statistic(key, value, *self._of, **options)
-        if key == "var":
-            checks.vectors.variance(given, nan=not is_fixed)
-        return given if shared is None else given.reshape(len(x), shared.groups)
+        if key != "mean":
+            checks.vectors.variance(given, nan=not is_fixed, name=key)
+        if shared is None or self.runs is None:
+            return given
+        return given.reshape(self.runs, shared.groups)
 
     def _spans(self) -> Iterator[Span]:
         """All samples as one run; or whole virtual batches as so many, and what is left as one."""
         n, k, start, run = len(self.array), self.virtual_batch, 0, 0
         on = self.backend, self.threads
+        if self.of_rows:
+            yield Span(slice(0, n), slice(0, self.runs), self.arrangement, None, *on)
+            return
         if k is None:
             selection = self._selected()
             yield Span(slice(0, n), slice(0, 1), self.arrangement, selection, *on)
@@ -211,6 +236,13 @@ class Call:
             of_runs = Arrangement.of(some, self.batch.layout, **order)
             yield Span(samples, slice(run, run + runs), of_runs, None, *on)
             start, run = samples.stop, run + runs
+
+    @property
+    def row_mask(self) -> Array | None:
+        """Of rows along the last axis those that count, if not all."""
+        if not self.of_rows or self.batch.where is None:
+            return None
+        return np.ascontiguousarray(self.batch.where).reshape(-1)
 
     @property
     def by_row(self) -> bool:
@@ -312,7 +344,14 @@ class Call:
         return None if residual is None and asked == LINEAR else Epilogue(asked, residual)
 
     def backward_outputs(
-        self, activation: Any, y: Any, dresidual: Any, out: Any, dy: Array, x: Array | None
+        self,
+        activation: Any,
+        y: Any,
+        dresidual: Any,
+        out: Any,
+        dy: Array,
+        x: Array | None,
+        dsum: Array | None = None,
     ) -> tuple[ActivationGrad | None, Array]:
         """What stands before the normalization on the way back, on arrays, None for nothing; and
         where dx goes.
@@ -324,9 +363,10 @@ class Call:
         activation_grad = None if y is None else ActivationGrad(known, y, None)
         given = None if checks.arrays.as_ndarray(dresidual) is None else dresidual
         if given is not None or checks.options.flag("dresidual", dresidual):
-            wanted = self.output("dresidual", given, {"dy": dy}, {"x": x, "y": y})
+            wanted = self.output("dresidual", given, {"dy": dy}, {"x": x, "y": y, "dsum": dsum})
             activation_grad = ActivationGrad(known, dy if y is None else y, wanted)
-        apart = {"y": y, "dresidual": activation_grad and activation_grad.dresidual}
+        apart = {"y": y, "dsum": dsum}
+        apart["dresidual"] = activation_grad and activation_grad.dresidual
         return activation_grad, self.output("out", out, {"dy": dy, "x": x}, apart)
 
     def given(self, name: str, span: Span, part: Part, dtype: Any = None) -> Array | None:

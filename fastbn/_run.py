@@ -55,13 +55,18 @@ def returned(given: Any, written: Any) -> Any:
     return written if checks.arrays.as_ndarray(given) is None else given
 
 
-def batch_norm(call: Call, eps: Any, activation: Any, residual: Any, out: Any) -> BatchNormResult:
-    """Normalize by the statistics of the batch, or of what shares them in it."""
+def batch_norm(
+    call: Call, eps: Any, activation: Any, residual: Any, out: Any, *, is_centred: bool = True
+) -> BatchNormResult:
+    """Normalize by the statistics of the batch, or of what shares them in it; what is not centred
+    are rows."""
     eps = checks.options.epsilon(eps)
     epilogue = call.epilogue(activation, residual)
     y = call.output("out", out, {"x": call.array, "residual": epilogue and epilogue.residual})
-    run = _forward_rows if call.by_row else _forward
-    mean, var = run(call, eps, epilogue, y)
+    if call.by_row:
+        mean, var = _forward_rows(call, eps, epilogue, y, is_centred)
+    else:
+        mean, var = _forward(call, eps, epilogue, y)
     return BatchNormResult(returned(out, y), call.shaped(mean), call.shaped(var))
 
 
@@ -167,6 +172,8 @@ class BackwardOptions(NamedTuple):
     y: Any
     dresidual: Any
     out: Any
+    dsum: Any = None
+    """What is added to dx."""
 
 
 class _Work(NamedTuple):
@@ -183,6 +190,8 @@ class _Work(NamedTuple):
     is_fixed: bool
     total: GradientSums | None
     """The sums of a whole batch of which this is a part."""
+    dsum: Array | None
+    """What is added to dx, of rows."""
 
 
 def gradients(
@@ -199,11 +208,14 @@ def gradients(
     dy = checks.arrays.companion("dy", dy, call.batch.name, call.array)
     eps, total = checks.options.epsilon(options.eps), call.sums(sums)
     x = call.array if has_x else None
-    _, params, activation, y, dresidual, out = options
-    grad, dx = call.backward_outputs(activation, y, dresidual, out, dy, x)
+    _, params, activation, y, dresidual, out, dsum = options
+    if dsum is not None:
+        checks.options.goes_alone("dsum", activation=activation, dresidual=dresidual)
+        dsum = checks.arrays.companion("dsum", dsum, call.batch.name, call.array)
+    grad, dx = call.backward_outputs(activation, y, dresidual, out, dy, x, dsum)
     parameters = [call.new_gradient(), call.new_gradient()] if params else []
     read = None if is_fixed and not params else x
-    work = _Work(dy, read, eps, grad, dx, parameters, is_fixed, total)
+    work = _Work(dy, read, eps, grad, dx, parameters, is_fixed, total, dsum)
     (_backward_rows if call.by_row else _backward)(call, work)
     dgamma, dbeta = parameters or (None, None)
     return named(returned(out, dx), dgamma, dbeta, grad and returned(dresidual, grad.dresidual))
@@ -253,21 +265,28 @@ def _forward(call: Call, eps: float, epilogue: Epilogue | None, y: Array) -> tup
 
 
 def _forward_rows(
-    call: Call, eps: float, epilogue: Epilogue | None, y: Array
+    call: Call, eps: float, epilogue: Epilogue | None, y: Array, is_centred: bool
 ) -> tuple[Table, Table]:
     """The same of rows."""
     (span,) = call.spans
-    tables = ForwardRowTables(_by_column(call, "gamma", 1.0), _by_column(call, "beta", 0.0), eps)
+    of_columns = _by_column(call, "gamma", 1.0), _by_column(call, "beta", 0.0)
+    tables, mask = ForwardRowTables(*of_columns, eps, is_centred), call.row_mask
     statistics = mean, var = call.new_statistics(), call.new_statistics()
     view, target, of_span = span.view(call.array), span.target(y), span.epilogue(epilogue)
     for part in span.row_parts(call.array.nbytes, len(tables.gamma)):
         of_part = of_span and of_span.part(part)
         arrays = part.of(view), tables, part.of(target)
-        found = call.backend.forward_rows(*arrays, call.threads, of_part)
+        of_mask = None if mask is None else mask[part.channels]
+        found = call.backend.forward_rows(*arrays, call.threads, of_part, of_mask)
         for table, rows in zip(statistics, found, strict=True):
             table.reshape(-1)[part.channels] = rows[0]
     span.deliver(target, y)
     return mean, var
+
+
+def _of_rows(statistic: Array | None) -> Table:
+    """mean or var of rows, as a backend takes it."""
+    return np.require(statistic, np.float64, ["ALIGNED"]).reshape(1, -1)
 
 
 def _by_column(call: Call, name: str, default: float) -> Table:
@@ -302,25 +321,29 @@ def _backward(call: Call, work: _Work) -> None:
 def _backward_rows(call: Call, work: _Work) -> None:
     """The same of rows."""
     (span,) = call.spans
-    gamma = _by_column(call, "gamma", 1.0)
-    mean, var = (
-        np.require(call.vectors[name], np.float64, ["ALIGNED"]).reshape(1, -1)
-        for name in ("mean", "var")
-    )
+    gamma, mask = _by_column(call, "gamma", 1.0), call.row_mask
+    is_centred = "mean_square" not in call.vectors
+    var = _of_rows(call.vectors["var" if is_centred else "mean_square"])
+    mean = _of_rows(call.vectors["mean"]) if is_centred else np.zeros_like(var)
     totals = [np.full_like(gamma, -0.0), np.full_like(gamma, -0.0)]  # to which -0.0 may be added
     on_views, target = _on_views(work, span), span.target(work.dx)
     for part in span.row_parts(call.array.nbytes, len(gamma)):
         rows = part.channels
-        tables = BackwardRowTables(mean[:, rows], var[:, rows], gamma, work.eps)
+        of_mask = None if mask is None else mask[rows]
+        tables = BackwardRowTables(mean[:, rows], var[:, rows], gamma, work.eps, is_centred)
         arrays = part.of(on_views.dy), part.of(on_views.x), tables, part.of(target)
         of_part = on_views.activation_grad and on_views.activation_grad.part(part)
-        _add(totals, call.backend.backward_rows(*arrays, call.threads, of_part))
+        dsum = part.of(on_views.dsum)
+        _add(totals, call.backend.backward_rows(*arrays, call.threads, of_part, of_mask, dsum))
     _deliver(work, on_views, span, target)
     _round_into(work.parameters, [total.reshape(-1) for total in totals])
 
 
 def _clear(work: _Work) -> None:
     """The gradients of what is empty, or of what does not count."""
+    if work.dsum is not None:
+        work.dx[...] = work.dsum
+        return
     for array in (work.dx, work.activation_grad and work.activation_grad.dresidual):
         if array is not None:
             array.fill(0)
@@ -331,7 +354,9 @@ def _clear(work: _Work) -> None:
 def _on_views(work: _Work, span: Span) -> _Work:
     """The work on a span's views."""
     dy, x = span.view(work.dy), None if work.x is None else span.view(work.x)
-    return work._replace(dy=dy, x=x, activation_grad=span.activation_grad(work.activation_grad))
+    dsum = None if work.dsum is None else span.view(work.dsum)
+    grad = span.activation_grad(work.activation_grad)
+    return work._replace(dy=dy, x=x, activation_grad=grad, dsum=dsum)
 
 
 def _deliver(work: _Work, on_views: _Work, span: Span, target: Array) -> None:

@@ -10,17 +10,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 from numpy.typing import NDArray
 
-from fastbn import _run, checks
+from fastbn import _run, checks, row_norms
 from fastbn._batch import Batch
 from fastbn._call import Call
 from fastbn.config import current
 from fastbn.functional import ActivationName
 from fastbn.layouts import ALL_CHANNELS, EACH_CHANNEL
-from fastbn.results import BatchNormResult, Gradients, ResidualGradients, named
+from fastbn.results import BatchNormResult, Gradients, ResidualGradients, SkipResult, named
 
 Array = NDArray[Any]
 
@@ -117,6 +117,36 @@ def instance_norm(
     return _forward(x, EACH_CHANNEL, gamma, beta, eps, layout, activation, residual, out)
 
 
+@overload
+def layer_norm(
+    x: Array,
+    gamma: Array | None = ...,
+    beta: Array | None = ...,
+    *,
+    eps: float = ...,
+    layout: str = ...,
+    axes: Literal["sample", "last"] = ...,
+    activation: ActivationName = ...,
+    residual: Array | None = ...,
+    skip: None = ...,
+    where: Array | None = ...,
+    out: Array | None = ...,
+) -> BatchNormResult: ...
+@overload
+def layer_norm(
+    x: Array,
+    gamma: Array | None = ...,
+    beta: Array | None = ...,
+    *,
+    eps: float = ...,
+    layout: str = ...,
+    axes: Literal["last"],
+    activation: ActivationName = ...,
+    residual: Array | None = ...,
+    skip: Array,
+    where: Array | None = ...,
+    out: Array | None = ...,
+) -> SkipResult: ...
 def layer_norm(
     x: Array,
     gamma: Array | None = None,
@@ -124,27 +154,41 @@ def layer_norm(
     *,
     eps: float = 1e-5,
     layout: str = "NCHW",
+    axes: Literal["sample", "last"] = "sample",
     activation: ActivationName = None,
     residual: Array | None = None,
+    skip: Array | None = None,
+    where: Array | None = None,
     out: Array | None = None,
-) -> BatchNormResult:
-    """Normalize each sample by its own statistics.
+) -> BatchNormResult | SkipResult:
+    """Normalize each sample, or each row along the last axis, by its own statistics.
 
     ``y = gamma * (x - mean) / sqrt(var + eps) + beta``, with mean and (biased) variance over all
-    axes but the first: Ba et al. (2016); group norm with one group. For sequences normalized token
-    by token, reshape (N, L, C) to (N * L, C).
+    axes but the first, or over the last axis alone: Ba et al. (2016).
 
     Parameters
     ----------
     x, gamma, beta, eps, layout, activation, residual, out
         As in `fastbn.batch_norm`; gamma and beta are of channels, (C,), not of elements.
+    axes : {"sample", "last"}
+        What is normalized together: a sample, which is group norm with one group; or each row along
+        the last axis by itself, as of the tokens of a transformer, (N, L, C). The channels are that
+        axis then, whatever `layout` says.
+    skip : ndarray, optional
+        With ``axes="last"``, added to x before: y is that of ``x + skip``, which is returned too.
+        Of x's shape and dtype. (A `residual` is added to y.)
+    where : ndarray of bool, optional
+        With ``axes="last"``, the rows that count, of shape (..., 1) or what broadcasts to it; y of
+        others is 0, and so are their statistics.
 
     Returns
     -------
     y : ndarray
-        As `group_norm` returns it.
-    mean, var : ndarray of float64, shape (N,)
+        As `group_norm` returns it; fresh and of ``axes="last"``, it is contiguous.
+    mean, var : ndarray of float64, shape (N,), or x's without the last axis
         The statistics used; var is biased.
+    sum : ndarray
+        With `skip`: x + skip, of all rows.
 
     Raises
     ------
@@ -157,8 +201,17 @@ def layer_norm(
     >>> fastbn.layer_norm(np.float32([[1, 3], [10, 30]]), eps=0.0)
     BatchNormResult(y=array([[-1.,  1.],
            [-1.,  1.]], dtype=float32), mean=array([ 2., 20.]), var=array([  1., 100.]))
+    >>> tokens, attention = np.random.default_rng(0).normal(size=(2, 8, 128, 64))
+    >>> y, mean, var, stream = fastbn.layer_norm(tokens, axes="last", skip=attention)
+    >>> mean.shape, bool(abs(y.mean(-1)).max() < 1e-12)
+    ((8, 128), True)
     """
-    return _forward(x, ALL_CHANNELS, gamma, beta, eps, layout, activation, residual, out)
+    if checks.options.axes(axes, skip=skip, where=where) == "sample":
+        return _forward(x, ALL_CHANNELS, gamma, beta, eps, layout, activation, residual, out)
+    checks.options.layout(layout)
+    options = eps, skip, where, activation, residual, out
+    y, mean, var, total = row_norms.forward(x, gamma, beta, *options, is_centred=True)
+    return BatchNormResult(y, mean, var) if skip is None else SkipResult(y, mean, var, total)
 
 
 def group_norm_backward(
@@ -283,26 +336,33 @@ def layer_norm_backward(
     *,
     eps: float = 1e-5,
     layout: str = "NCHW",
+    axes: Literal["sample", "last"] = "sample",
     params: bool = True,
     activation: ActivationName = None,
     y: Array | None = None,
     dresidual: bool | Array = False,
+    dsum: Array | None = None,
+    where: Array | None = None,
     out: Array | None = None,
 ) -> Gradients | ResidualGradients:
-    """Gradient of `layer_norm`, through the samples' own statistics.
+    """Gradient of `layer_norm`, through the statistics.
 
     ``dx = (gamma * dy - mean(gamma * dy) - xhat * mean(gamma * dy * xhat)) / sqrt(var + eps)``,
-    these means being of a sample, and dgamma and dbeta as of `group_norm_backward`: Ba et al.
-    (2016), differentiated.
+    these means being of what is normalized together, and dgamma and dbeta as of
+    `group_norm_backward`: Ba et al. (2016), differentiated.
 
     Parameters
     ----------
     dy : ndarray
         Gradient with respect to y, of x's shape and dtype.
-    x, gamma, eps, layout
-        As given to `layer_norm`.
-    mean, var : ndarray of float64, shape (N,)
+    x, gamma, eps, layout, axes, where
+        As given to `layer_norm`; with `skip` x is the sum that it returned, and dx the gradient of
+        both.
+    mean, var : ndarray of float64
         As `layer_norm` returned them. No variance may be negative.
+    dsum : ndarray, optional
+        With ``axes="last"``, gradient that reaches the sum by its other uses; it is added to dx. Of
+        x's shape and dtype.
     params, activation, y, dresidual, out
         As in `fastbn.batch_norm_backward`.
 
@@ -324,8 +384,12 @@ def layer_norm_backward(
     >>> bool(abs(fastbn.layer_norm_backward(dy, x, mean, var).dx[0].sum()) < 1e-12)
     True
     """
-    arguments = dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual, out
-    return _backward(ALL_CHANNELS, *arguments)
+    fused = params, activation, y, dresidual, out
+    if checks.options.axes(axes, dsum=dsum, where=where) == "sample":
+        return _backward(ALL_CHANNELS, dy, x, mean, var, gamma, eps, layout, *fused)
+    checks.options.layout(layout)
+    statistics = {"mean": mean, "var": var}
+    return row_norms.backward(dy, x, statistics, gamma, eps, where, dsum, *fused)
 
 
 def _forward(x: Array, groups: int, gamma: Any, beta: Any, *options: Any) -> BatchNormResult:

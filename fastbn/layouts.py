@@ -30,8 +30,9 @@ from fastbn._pool import empty
 LAYOUTS = {"NCHW": 1, "NHWC": -1}
 """The layouts' names, and the axis that holds the channels."""
 
-EACH_CHANNEL, ALL_CHANNELS = -1, -2
-"""In place of a number of groups: each channel is one; all are one, and statistics are (N,)."""
+EACH_CHANNEL, ALL_CHANNELS, LAST_AXIS = -1, -2, -3
+"""In place of a number of groups: each channel is one; all are one, and statistics are (N,); all of
+each place are one."""
 
 SHORT = 16
 """Values: shorter planes of a single channel are taken as one, for they fill no vector."""
@@ -82,6 +83,12 @@ class Arrangement(NamedTuple):
         if n == groups and s == 1 and are_rows(x.shape[channel] // pool, pool):
             return Arrangement(axes, (1, 1, n * x.shape[channel] // pool, pool), by_row=True)
         return Arrangement(axes, (groups, n // groups, x.shape[channel], s))
+
+    @staticmethod
+    def of_rows(x: NDArray[Any]) -> Arrangement:
+        """The rows along the last axis, in the order of x's own axes."""
+        size = x.shape[-1]
+        return Arrangement(tuple(range(x.ndim)), (1, 1, x.size // size, size), by_row=True)
 
     def view(self, a: NDArray[Any]) -> NDArray[Any] | None:
         """A native `a` as a (G, N, C, S) array of one of the two families, where it lies; None

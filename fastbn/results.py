@@ -16,6 +16,37 @@ class BatchNormResult(NamedTuple):
     var: NDArray[np.float64]
 
 
+class SkipResult(NamedTuple):
+    """`BatchNormResult`, and x + skip, which y is of."""
+
+    y: NDArray[Any]
+    mean: NDArray[np.float64]
+    var: NDArray[np.float64]
+    sum: NDArray[Any]
+
+
+class RMSNormResult(NamedTuple):
+    """What `fastbn.rms_norm` returns: y, and the float64 mean square of each row."""
+
+    y: NDArray[Any]
+    mean_square: NDArray[np.float64]
+
+
+class SkipRMSNormResult(NamedTuple):
+    """`RMSNormResult`, and x + skip, which y is of."""
+
+    y: NDArray[Any]
+    mean_square: NDArray[np.float64]
+    sum: NDArray[Any]
+
+
+class RMSGradients(NamedTuple):
+    """What `fastbn.rms_norm_backward` returns; dgamma is None with ``params=False``."""
+
+    dx: NDArray[Any]
+    dgamma: NDArray[Any] | None
+
+
 class Statistics(NamedTuple):
     """What `fastbn.moments` returns: float64 mean and biased variance of each channel."""
 

@@ -15,6 +15,7 @@ from oracle.formulas import (
     DoubleBackwardProblem,
     SecondDerivatives,
     WideGradients,
+    WideRMSGradients,
     WideSampleGradients,
     double_backward,
     over_channels,
@@ -185,6 +186,33 @@ def bound_sample_sums(
     of_sums = (over_channels(relative, exact.sums.shape[1])[:, :, 0] * exact.sums).sum(0)
     u = np.longdouble(unit(dtype))
     return u * np.abs(exact.dgamma) + of_sums, u * np.abs(exact.dbeta) + of_sums
+
+
+# --- RMS norm -------------------------------------------------------------------------------------
+
+
+def bound_mean_square(mean_square: Wide) -> Wide:
+    """How far a mean square may be off."""
+    return bound_var(mean_square)
+
+
+def bound_rms_y(dtype: Any, of_gamma: Any, y: Wide) -> Wide:
+    """How far each y may be off: nothing is subtracted, so the error is relative."""
+    if np.dtype(dtype).itemsize == 8:
+        return np.longdouble(1e-12) * np.abs(y)
+    return np.longdouble(unit(dtype) * (3 if np.dtype(of_gamma).itemsize <= 4 else 3.5)) * np.abs(y)
+
+
+def bound_rms_dx(dtype: Any, exact: WideRMSGradients) -> Wide:
+    """How far each dx may be off."""
+    k = 2e-12 if np.dtype(dtype).itemsize == 8 else 4 * unit(dtype)
+    return np.longdouble(k) * exact.terms
+
+
+def bound_rms_dgamma(dtype: Any, exact: WideRMSGradients) -> Wide:
+    """How far dgamma, stored as `dtype`, may be off."""
+    u = np.longdouble(unit(dtype))
+    return u * np.abs(exact.dgamma) + np.longdouble(1e-12) * exact.sums
 
 
 # --- double backward ------------------------------------------------------------------------------

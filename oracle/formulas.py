@@ -258,3 +258,33 @@ def sample_backward(
     sums = np.abs(dy).sum(2) + np.abs(dy * xhat).sum(2)
     dgamma, dbeta = (dy * xhat).sum((0, 2)), dy.sum((0, 2))
     return WideSampleGradients(dx * rstd, dgamma, dbeta, terms * rstd, sums)
+
+
+# --- RMS norm -------------------------------------------------------------------------------------
+# Arrays as (R, C): rows with statistics of their own, gamma by column.
+
+
+class WideRMSGradients(NamedTuple):
+    """The gradients in extended precision, and the magnitudes that their bounds speak of."""
+
+    dx: Wide
+    dgamma: Wide
+    terms: Wide
+    """(|gamma dy| + |xhat| mean|gamma dy xhat|) over the root mean square, of each value."""
+    sums: Wide
+    """sum|dy xhat| of each column."""
+
+
+def rms_normalize(x: Wide, mean_square: Wide, gamma: Wide, eps: float) -> Wide:
+    """y by given mean squares."""
+    return x * rstd_of(mean_square, eps)[:, None] * gamma
+
+
+def rms_backward(dy: Wide, x: Wide, mean_square: Wide, gamma: Wide, eps: float) -> WideRMSGradients:
+    """The gradients through the mean squares."""
+    inverse = rstd_of(mean_square, eps)[:, None]
+    xhat, scaled = x * inverse, dy * gamma
+    dx = scaled - xhat * (scaled * xhat).mean(1, keepdims=True)
+    terms = np.abs(scaled) + np.abs(xhat) * np.abs(scaled * xhat).mean(1, keepdims=True)
+    products = dy * xhat
+    return WideRMSGradients(dx * inverse, products.sum(0), terms * inverse, np.abs(products).sum(0))

@@ -166,6 +166,7 @@ ROWS: list[Row] = [
         )
     ),
     (fastbn.batch_norm, BATCH | {"layout": "NHWC"}, {"gamma": V}),
+    (fastbn.layer_norm, {"x": X}, {"skip": X}),
     (fastbn.group_norm, BATCH | {"groups": 2}, {"beta": np.array(1)}),
     *(
         (verb, BACKWARD, {"mean": mean})

@@ -18,6 +18,8 @@ PLAIN = (
     "plain_backward",
     "plain_samples",
     "plain_samples_backward",
+    "plain_rows",
+    "plain_rows_backward",
 )
 BESIDE = (
     "copy",
@@ -78,10 +80,20 @@ SIGNATURES = {
     ),
     "group_norm": f"x groups gamma=None beta=None * {OF_SAMPLES}",
     "instance_norm": f"x gamma=None beta=None * {OF_SAMPLES}",
-    "layer_norm": f"x gamma=None beta=None * {OF_SAMPLES}",
+    "layer_norm": (
+        "x gamma=None beta=None * eps=1e-05 layout='NCHW' axes='sample' activation=None "
+        "residual=None skip=None where=None out=None"
+    ),
     "group_norm_backward": f"dy x mean var groups gamma=None * {OF_SAMPLES_BACKWARD}",
     "instance_norm_backward": f"dy x mean var gamma=None * {OF_SAMPLES_BACKWARD}",
-    "layer_norm_backward": f"dy x mean var gamma=None * {OF_SAMPLES_BACKWARD}",
+    "layer_norm_backward": (
+        "dy x mean var gamma=None * eps=1e-05 layout='NCHW' axes='sample' params=True "
+        "activation=None y=None dresidual=False dsum=None where=None out=None"
+    ),
+    "rms_norm": "x gamma=None * eps=1e-05 skip=None where=None out=None",
+    "rms_norm_backward": (
+        "dy x mean_square gamma=None * eps=1e-05 dsum=None where=None params=True out=None"
+    ),
     "GroupNorm": f"groups {LAYER_OF_SAMPLES}",
     "InstanceNorm": LAYER_OF_SAMPLES,
     "LayerNorm": LAYER_OF_SAMPLES,
@@ -174,6 +186,7 @@ def test_public_names() -> None:
     """The package exports these functions, the results' types and the error, and nothing else."""
     types = {"BackendError", "BatchNormResult", "Folded", "Gradients", "Statistics"}
     types |= {"GradientSums", "PopulationStatistics", "ResidualGradients", "SecondGradients"}
+    types |= {"RMSGradients", "RMSNormResult", "SkipRMSNormResult", "SkipResult"}
     assert set(fastbn.__all__) == set(SIGNATURES) | types
     assert issubclass(fastbn.BackendError, RuntimeError)
     assert fastbn.BatchNormResult._fields == ("y", "mean", "var")

@@ -26,7 +26,7 @@ cdef void map_y_by_column(const Task* t, const Work* w) noexcept nogil:
 cdef void map_activation_by_column(const Task* t, const Work* w) noexcept nogil:
     map_planes(BY_COLUMN | ACTIVATION | (t.kind & RESIDUAL), t, w)
 cdef void map_dx_by_column(const Task* t, const Work* w) noexcept nogil:
-    map_planes(BY_COLUMN | WITH_X, t, w)
+    map_planes(BY_COLUMN | WITH_X | (t.kind & RESIDUAL), t, w)
 cdef void map_dx_with_activation_grad_by_column(const Task* t, const Work* w) noexcept nogil:
     map_planes(BY_COLUMN | WITH_X | ACTIVATION_GRAD | (t.kind & DRESIDUAL), t, w)
 cdef void map_masked(const Task* t, const Work* w) noexcept nogil:
@@ -124,6 +124,8 @@ cdef void move_to_block(Task* own, const Task* t, const Block* k) noexcept nogil
     move_operand(&own.other, &t.other, k)
     move_operand(&own.out, &t.out, k)
     move_operand(&own.dresidual, &t.dresidual, k)
+    move_operand(&own.skip, &t.skip, k)
+    move_operand(&own.sum, &t.sum, k)
     move_table(&own.mean, &t.mean, k)
     move_table(&own.var, &t.var, k)
     move_table(&own.gamma, &t.gamma, k)
@@ -137,6 +139,8 @@ cdef void move_to_block(Task* own, const Task* t, const Block* k) noexcept nogil
         own.G = t.G - k.g   # by which selection_at finds the end of the mask and of weights
     if t.weights != NULL:
         own.weights = t.weights + k.g * t.weights_g
+    if t.row_mask != NULL:
+        own.row_mask = t.row_mask + k.c0
     if not t.channels_last:
         own.C = own.channels = k.c1 - k.c0
 
@@ -180,6 +184,55 @@ cdef void reduce_block(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1
             add_chunk(t, g, c0, c1, j)
 
 
+cdef void add_skip(const Task* t, Py_ssize_t c, element* tile, bint fetch) noexcept nogil:
+    """Row c of x + skip, into `sum` and, for what comes next, a tile in the cache."""
+    cdef const element* x = at(&t.x, 0, 0, c)
+    cdef const element* skip = at(&t.skip, 0, 0, c)
+    cdef element* sum = at(&t.sum, 0, 0, c)
+    cdef bint stream = t.stream and sum != tile and t.S % 16 == 0 and unaligned(sum, 16) == 0
+    cdef Py_ssize_t s, n
+    cdef vec v
+    for s in range(0, t.S, 16):
+        n = min(16, t.S - s)
+        prefetch(x + s + ahead_values(), fetch)
+        prefetch(skip + s + ahead_values(), fetch)
+        v = vadd(vload_any(x + s, n), vload_any(skip + s, n))
+        vstore_any(tile + s, v, n)
+        if stream:
+            vstream(sum + s, v)
+        elif sum != tile:
+            vstore_any(sum + s, v, n)
+
+
+cdef void add_skips(Task* own, element* tile, bint fetch) noexcept nogil:
+    """Those of a block, which is of the sums from then on: in the cache, nothing need be fetched."""
+    cdef Py_ssize_t c
+    if tile == NULL:    # rows are long: no tile holds one
+        for c in range(own.C):
+            add_skip(own, c, at(&own.sum, 0, 0, c), fetch)
+        own.x = own.sum
+    else:
+        for c in range(own.C):
+            add_skip(own, c, tile + c * own.S, fetch)
+        own.x.data, own.x.c = <char*> tile, own.S
+    own.source, own.fetch = own.x, False
+
+
+cdef void clear_rows(const Task* t, Py_ssize_t first, Py_ssize_t end) noexcept nogil:
+    """Results of rows that the mask hides: whatever was computed of them is 0."""
+    cdef Py_ssize_t c, size = t.S * <Py_ssize_t> sizeof(element)
+    cdef double zero = 0
+    for c in range(first, end if t.row_mask != NULL else first):
+        if t.row_mask[c] == 0:
+            memset(at(&t.dresidual, 0, 0, c), 0, size)
+            if t.kind & WITH_X and t.residual.data != NULL:
+                memcpy(at(&t.out, 0, 0, c), at(&t.other, 0, 0, c), size)
+            else:
+                memset(at(&t.out, 0, 0, c), 0, size)
+            scatter(&t.first, 0, c, 1, &zero)
+            scatter(&t.second, 0, c, 1, &zero)
+
+
 cdef void run_blocks(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
     """Each thread takes a block of channels at a time through both passes; the second walk may
     fetch the block that comes after it."""
@@ -189,6 +242,9 @@ cdef void run_blocks(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil
     cdef Py_ssize_t b = next_block(t, blocks * thread // team - 1, end)
     cdef Task own = task_of_thread(t, thread), groups
     cdef const Task* summed = &own
+    cdef element* tile = NULL
+    if t.tile_bytes > 0:
+        tile = <element*> (t.tiles + thread * t.tile_bytes)
     if t.grouped:
         groups = groups_of(&own)
         summed = &groups
@@ -197,6 +253,8 @@ cdef void run_blocks(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil
         move_to_block(&own, t, &k)
         if t.grouped:
             move_groups_to_block(&groups, &own)
+        if t.skip.data != NULL:
+            add_skips(&own, tile, t.fetch)
         reduce_block(summed, 0, 0, summed.C)
         own.extreme[0] = False
         finalize(&own, summed, 0, 0, own.C)
@@ -205,6 +263,7 @@ cdef void run_blocks(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil
         if t.map != NO_MAP:
             for j in range(t.chunks - 1, -1, -1):
                 map_chunk(&own, 0, 0, own.C, j, ahead)
+        clear_rows(&own, 0, own.C)
         b = later
 
 
@@ -214,6 +273,7 @@ cdef void run_split(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
     cdef Task groups = groups_of(t) if t.grouped else t[0]
     cdef Py_ssize_t blocks = count_blocks(&groups, t.block), units = blocks * groups.chunks, u, b
     cdef Py_ssize_t b0 = blocks * thread // team, b1 = blocks * (thread + 1) // team, u0, u1, i
+    cdef Py_ssize_t c0 = t.C * thread // team, c1 = t.C * (thread + 1) // team
     cdef Block k
     if t.reduce != NO_REDUCE:
         for b in range(b0, b1):
@@ -244,6 +304,9 @@ cdef void run_split(Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
         u = u0 + i if t.reduce == NO_REDUCE else u1 - 1 - i
         k = block(t, u % blocks, t.map_block)
         map_chunk(t, k.g, k.c0, k.c1, u // blocks, 0)
+    if t.row_mask != NULL:
+        team_barrier()
+        clear_rows(t, c0, c1)
 
 
 # ---- Fused backward by column ----
@@ -278,6 +341,8 @@ cdef inline void sum_rows_of(int kind, const Task* t, double* column) noexcept n
     cdef RowGradient row
     cdef double var
     for c in range(t.C):
+        if t.row_mask != NULL and t.row_mask[c] == 0:
+            continue    # its own sums are never looked at
         row.mean, var = table_value(&t.mean, 0, c, 0), table_value(&t.var, 0, c, 1)
         row.rstd = 1 / sqrt(var + t.eps) if var + t.eps != 0 else 0
         for j in range(t.chunks):
@@ -320,6 +385,7 @@ cdef void run_backward_by_column(Task* t, Py_ssize_t thread, Py_ssize_t team) no
             finalize(&own, &own, 0, 0, own.C)
             for j in range(t.chunks - 1, -1, -1):
                 map_chunk(&own, 0, 0, own.C, j, 0)
+            clear_rows(&own, 0, own.C)
             c = k.c1
     team_barrier()
     add_up_columns(t, size * thread // team, size * (thread + 1) // team)
@@ -350,7 +416,7 @@ cdef int kind_of(const Task* t) noexcept nogil:
     if t.y.data != NULL:
         return kind | ACTIVATION_GRAD | (DRESIDUAL if t.dresidual.data != NULL else 0)
     if t.residual.data != NULL:
-        return kind | ACTIVATION | RESIDUAL
+        return kind | RESIDUAL | (0 if kind & WITH_X else ACTIVATION)
     return kind | (ACTIVATION if t.slope != 1 else 0)
 
 

@@ -162,7 +162,8 @@ cdef inline vec result(int kind, const Place* p, Py_ssize_t s, Py_ssize_t n,
     if kind & BY_COLUMN and kind & WITH_X:
         v = vmul(v, column[0])
     if kind & WITH_X:
-        return gradient_of(kind, p, v, load_values(kind, p.x + s, n), k)
+        v = gradient_of(kind, p, v, load_values(kind, p.x + s, n), k)
+        return vadd(v, load_values(kind, p.other + s, n)) if kind & RESIDUAL else v
     if kind & GENERAL:
         v = vmul(v, k[Y_X_SCALE])
     v = affine(v, k)

@@ -235,20 +235,23 @@ cdef class Engine:
 
     # Rows, by column: gamma and beta are contiguous (P, S) tables
 
-    def forward_rows(self, cnp.ndarray x, tables, cnp.ndarray out, int threads, epilogue=None):
-        cdef Task t = new_row_task(x, tables.gamma, MOMENTS, AFFINE)
-        t.x, t.out, t.eps = operand(&t, x), operand(&t, out), tables.eps
+    def forward_rows(self, cnp.ndarray x, tables, cnp.ndarray out, int threads, epilogue=None,
+                     mask=None):
+        cdef Task t = new_row_task(x, tables, MOMENTS, AFFINE, mask)
+        t.x, t.out = operand(&t, x), operand(&t, out)
         columns = new_columns(&t, tables.gamma, tables.beta, arithmetic_type(&t))
         set_columns(&t, columns)
         fuse_epilogue(&t, epilogue)
         return self.with_tables(&t, x, threads)
 
     def backward_rows(self, cnp.ndarray dy, cnp.ndarray x, tables, cnp.ndarray out, int threads,
-                      activation_grad=None):
-        cdef Task t = new_row_task(x, tables.gamma, GRADIENT_MOMENTS, INPUT_GRADIENT)
+                      activation_grad=None, mask=None, dsum=None):
+        cdef Task t = new_row_task(x, tables, GRADIENT_MOMENTS, INPUT_GRADIENT, mask)
         t.x, t.dy, t.out = operand(&t, x), operand(&t, dy), operand(&t, out)
-        t.mean, t.var, t.eps = table(tables.mean), table(tables.var), tables.eps
+        t.mean, t.var = table(tables.mean), table(tables.var)
         fuse_activation_grad(&t, activation_grad, True)
+        if dsum is not None:
+            t.residual = operand(&t, dsum)
         dgamma, dbeta = self.backward_by_column(&t, x, tables.gamma, threads)
         return dgamma, dbeta
 
@@ -401,6 +404,62 @@ cdef class Engine:
             return out, None, None, dresidual
         return out, dgamma, dbeta, dresidual
 
+    def plain_rows(self, x, gamma, beta, eps, bint is_centred, skip, where, activation, residual, out,
+                   int threads):
+        cdef Task t
+        memset(&t, 0, sizeof(Task))
+        if not set_plain_rows(&t, x, where) or not (skip is None or is_like(skip, x)):
+            return None
+        if out is not None and not (is_plain_out(out, x) and in_place_or_apart(out, x)
+                                    and in_place_or_apart(out, skip) and all_apart(out, where)):
+            return None
+        total = x if skip is None else empty_like(x)
+        y = set_plain_forward(&t, total, gamma, beta, eps, activation, residual, out)
+        if y is None:
+            return None
+        t.about_zero = not is_centred
+        if skip is not None:
+            t.x, t.skip, t.sum = dense(&t, x), dense(&t, skip), t.x
+        columns = new_columns(&t, gamma, beta, arithmetic_type(&t))
+        set_columns(&t, columns)
+        mean, var = self.with_tables(&t, x, threads)
+        return y, mean, var, total
+
+    def plain_rows_backward(self, dy, x, mean, var, gamma, eps, where, dsum, params, activation,
+                            y, dresidual, out, int threads):
+        cdef Task t
+        cdef int element
+        memset(&t, 0, sizeof(Task))
+        if not set_plain_rows(&t, x, where) or not is_like(dy, x) or type(params) is not bool:
+            return None
+        # Sums over rows are those of parts of them where tables of all would not be small.
+        if t.C * row_bytes > verb_limit(&t):
+            return None
+        if not are_statistics(var, x.shape[:-1]):
+            return None
+        if dsum is not None and not (is_like(dsum, x) and activation is None and dresidual is False):
+            return None
+        t.var, t.about_zero = sample_table(&t, var), mean is None
+        if mean is not None:
+            if not are_statistics(mean, x.shape[:-1]):
+                return None
+            t.mean = sample_table(&t, mean)
+        results = set_plain_backward(&t, dy, x, mean, var, gamma, eps, activation, y, dresidual,
+                                     False, False, out)
+        if results is None:
+            return None
+        out, dresidual = results
+        for result in results:
+            if result is not None and not all_apart(result, where, dsum):
+                return None
+        if dsum is not None:
+            t.residual = dense(&t, dsum)
+        sums = self.backward_by_column(&t, x, gamma, threads).reshape(2, -1)
+        if not params:
+            return out, None, None, dresidual
+        element = gradient_type(dy if gamma is None else gamma)
+        return out, rounded(sums[0], element), rounded(sums[1], element), dresidual
+
     def plain_samples_backward(self, dy, x, groups, samples, mean, var, gamma, eps, layout, params,
                                activation, y, dresidual, out, int threads):
         cdef Task t
@@ -463,11 +522,15 @@ cdef Task new_task(cnp.ndarray x, int reduce, int map, object selection, Py_ssiz
     return t
 
 
-cdef Task new_row_task(cnp.ndarray x, cnp.ndarray gamma, int reduce, int map):
+cdef Task new_row_task(cnp.ndarray x, object tables, int reduce, int map, object mask):
     """A task on rows, with as many rows of gamma as there are."""
     cdef Task t = new_task(x, reduce, map, None)
+    set_shape(&t, 1, 1, cnp.PyArray_DIM(x, 2), cnp.PyArray_DIM(x, 3), False)
     set_element(&t, element_of(x))
-    t.period = cnp.PyArray_DIM(gamma, 0)
+    t.period, t.eps = cnp.PyArray_DIM(tables.gamma, 0), tables.eps
+    t.about_zero = not tables.is_centred
+    if mask is not None:
+        t.row_mask = <unsigned char*> cnp.PyArray_DATA(mask)
     return t
 
 

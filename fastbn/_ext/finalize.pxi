@@ -248,9 +248,10 @@ cdef void finish_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t 
         for i in range(registers(count)):
             m = divide(load(sum, i), t.count, inverse)
             u = inverse_of_power(load(unit, i))
-            store(mean, i, load(shift, i) + m * u)
-            v = not_negative(divide(load(square, i), t.count, inverse) - m * m)
-            store(var, i, v * u * u)
+            v = not_negative(divide(load(square, i), t.count, inverse) - m * m) * u * u
+            m = load(shift, i) + m * u
+            store(mean, i, splat(0) if t.about_zero else m)
+            store(var, i, v + m * m if t.about_zero else v)
         if t.pool > 1:
             memcpy(moments_of_channels(t, g) + c, mean, count * sizeof(double))
             memcpy(moments_of_channels(t, g) + t.pitch + c, var, count * sizeof(double))
@@ -420,7 +421,7 @@ cdef bint pack_gradient(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t co
         k.a, k.mean = load(gamma, i) * k.rstd, load(mean, i)
         if t.map == INPUT_GRADIENT:
             k.b = -k.a * divide(dy_xhat, t.count, inverse)
-            k.dy_mean = divide(dy, t.count, inverse)
+            k.dy_mean = splat(0) if t.about_zero else divide(dy, t.count, inverse)
             usual &= put_gradient(&rows, i, extreme, k)
         elif t.map == AFFINE:
             usual &= put_affine(&rows, i, extreme, splat(0), k.a, splat(0))

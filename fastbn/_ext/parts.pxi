@@ -4,13 +4,13 @@
 # few values a channel some channels at a time.
 
 cdef enum:
-    OPERANDS = 6
+    OPERANDS = 8
     TABLES = 11
 
 
 cdef void list_operands(Task* t, Operand** operands) noexcept nogil:
     cdef Operand* every[OPERANDS]
-    every[:] = [&t.x, &t.dy, &t.out, &t.residual, &t.y, &t.dresidual]
+    every[:] = [&t.x, &t.dy, &t.out, &t.residual, &t.y, &t.dresidual, &t.skip, &t.sum]
     memcpy(operands, every, sizeof(every))
 
 
@@ -128,6 +128,8 @@ cdef Task part_of(Task* t, Py_ssize_t g, Py_ssize_t G, Py_ssize_t c, Py_ssize_t 
         shift_table(tables[i], g, c)
     if t.mask != NULL:
         part.mask += g * t.mask_g
+    if t.row_mask != NULL:
+        part.row_mask += c
     if t.weights != NULL:
         part.weights += g * t.weights_g
     part.G = G

@@ -76,6 +76,30 @@ cdef object set_plain_samples(Task* t, object x, object layout, object groups, o
     return shape
 
 
+cdef bint set_plain_rows(Task* t, object x, object where):
+    """Whether x, of elements, has plain rows along its last axis, and a plain mask of rows or none:
+    then these are set."""
+    cdef Py_ssize_t C
+    cdef int last, i
+    last = axis_of_channels(x, "NHWC")
+    if last < 0 or element_of(x) == NO_ELEMENT:
+        return False
+    C = cnp.PyArray_DIM(x, last)
+    set_element(t, element_of(x))
+    set_shape(t, 1, 1, cnp.PyArray_SIZE(x) // C, C, False)
+    t.period = 1
+    if where is not None:
+        if not cnp.PyArray_CheckExact(where) or not cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> where):
+            return False
+        if cnp.PyArray_TYPE(where) != cnp.NPY_BOOL or cnp.PyArray_NDIM(where) != last + 1:
+            return False
+        for i in range(last + 1):
+            if cnp.PyArray_DIM(where, i) != (cnp.PyArray_DIM(x, i) if i < last else 1):
+                return False
+        t.row_mask = <unsigned char*> cnp.PyArray_DATA(where)
+    return True
+
+
 cdef bint are_statistics(object a, tuple shape):
     """Whether these are contiguous, native float64 statistics of that shape."""
     cdef int i
@@ -175,10 +199,11 @@ cdef bint in_place_or_apart(object out, object a):
     return a is None or cnp.PyArray_DATA(out) == cnp.PyArray_DATA(a) or apart(out, a)
 
 
-cdef bint all_apart(object out, object mean, object var, object gamma, object beta):
-    cdef object vector
-    for vector in (mean, var, gamma, beta):
-        if vector is not None and not apart(out, vector):
+cdef bint all_apart(object out, object a, object b=None, object c=None, object d=None):
+    """Whether `out` lies apart from all arrays that are not None."""
+    cdef object other
+    for other in (a, b, c, d):
+        if other is not None and not apart(out, other):
             return False
     return True
 

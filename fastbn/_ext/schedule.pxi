@@ -13,6 +13,7 @@ cdef enum:
     CHUNK = 16384           # values of a channel in a chunk: the lanes' sums stay short
     FEWEST_ROWS = 64        # samples in a chunk, channels last
     MOST_ROWS = 1024        # twice that of half types: sums take up 0.4 % of what is summed
+    SUM_TILE = 1 << 16      # bytes of x + skip that wait to be normalized; with the rest in L2
     MANY_CHANNELS = 1024    # a run this wide gains nothing from being joined (join_runs)
 
 
@@ -107,11 +108,12 @@ cdef int count_inputs(Task* t) noexcept nogil:
     # y is dy itself where dresidual is wanted without an activation (keep_dresidual): count it
     # once.
     return ((t.x.data != NULL) + (t.dy.data != NULL) + (t.residual.data != NULL)
+            + (t.skip.data != NULL)
             + (t.y.data != NULL and t.y.data != t.dy.data))
 
 
 cdef int count_outputs(Task* t) noexcept nogil:
-    return (t.out.data != NULL) + (t.dresidual.data != NULL)
+    return (t.out.data != NULL) + (t.dresidual.data != NULL) + (t.sum.data != NULL)
 
 
 cdef Py_ssize_t streams_from(Task* t) noexcept nogil:
@@ -156,18 +158,21 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
         t.threads = min(<Py_ssize_t> t.threads, ceil_div(t.C, t.rows_per_sum))
         block = rows_at_once(t, tuning.fused_block // column)
     else:
-        t.split = is_uneven(t, channels // t.pool)
+        t.split = t.sum.data == NULL and is_uneven(t, channels // t.pool)
         block = 1 if t.split else tuning.fused_block // column
         # While one block is written the next one is fetched, where the last cache holds both but not
         # all of them.
-        t.lookahead = (t.large and not t.split and t.map != NO_MAP and tuning.lookahead
+        t.lookahead = (t.large and not t.split and t.sum.data == NULL and t.map != NO_MAP and tuning.lookahead
                        >= 2 * t.threads * column * max(block, t.pool))
     if is_serial:
         t.threads = 1
     # Whoever is free takes the next block; small arrays are worked on where they were last time.
     t.shared = not t.split and total > t.threads * tuning.l2
     t.fetch = total >= t.threads * tuning.prefetch_from
-    t.block = even_block(t, block)
+    t.block, t.tile_bytes = even_block(t, block), 0
+    if t.sum.data != NULL and plane <= SUM_TILE:
+        t.block = min(t.block, max(SUM_TILE // plane, 1))
+        t.tile_bytes = ceil_div(t.block * plane, LINE) * LINE
     if not t.split and t.column_sums == NULL:
         t.n_partials = 1
     t.column_tile = t.C

@@ -82,6 +82,12 @@ cdef struct Task:
     const double* gamma_wide
     const char* columns
     double* column_sums
+    # Rows. About zero: there is no mean, and var is the mean square (RMS norm). Rows where the mask
+    # is 0 are 0, and have no part in any sum. With a skip, x + skip is written to `sum`, and what is
+    # normalized is that. Back, the residual is what is added to dx.
+    bint about_zero
+    const unsigned char* row_mask
+    Operand skip, sum
     # The activation, 1 and infinity for none.
     double slope, top
     # The kernels' own: what a map takes its main values from (dy, else x), and beside them (y, or

@@ -87,6 +87,8 @@ class ForwardRowTables(NamedTuple):
     gamma: Table
     beta: Table
     eps: float
+    is_centred: bool = True
+    """Else nothing is subtracted: the mean is 0, and var the mean square (RMS norm)."""
 
 
 class BackwardRowTables(NamedTuple):
@@ -96,6 +98,7 @@ class BackwardRowTables(NamedTuple):
     var: Table
     gamma: Table
     eps: float
+    is_centred: bool = True
 
 
 class Part(NamedTuple):
@@ -267,6 +270,10 @@ class Backend(ABC):
         staticmethod(_never_plain)
     )
     plain_samples: Callable[..., tuple[Array, Table, Table] | None] = staticmethod(_never_plain)
+    plain_rows: Callable[..., tuple[Array, Table, Table, Array] | None] = staticmethod(_never_plain)
+    plain_rows_backward: Callable[
+        ..., tuple[Array, Array | None, Array | None, Array | None] | None
+    ] = staticmethod(_never_plain)
     plain_samples_backward: Callable[
         ..., tuple[Array, Array | None, Array | None, Array | None] | None
     ] = staticmethod(_never_plain)
@@ -380,9 +387,11 @@ class Backend(ABC):
         out: Array,
         threads: int,
         epilogue: Epilogue | None = None,
+        mask: Array | None = None,
     ) -> tuple[Table, Table]:
         """Fused forward on (1, 1, R, S) rows: row r is scaled by row r % P of the (P, S) table
-        gamma, and so shifted; gives mean and variance, (1, R)."""
+        gamma, and so shifted; gives mean and variance, (1, R). All is 0 of rows where the mask,
+        (R,), is false."""
 
     @abstractmethod
     def backward_rows(
@@ -393,9 +402,12 @@ class Backend(ABC):
         out: Array,
         threads: int,
         activation_grad: ActivationGrad | None = None,
+        mask: Array | None = None,
+        dsum: Array | None = None,
     ) -> tuple[Table, Table]:
         """Fused backward on rows; mean and var are (1, R), and what it gives are the sums over
-        all rows with the same place in gamma, dgamma and dbeta, (P, S)."""
+        all rows with the same place in gamma, dgamma and dbeta, (P, S). To dx is added dsum, which
+        does not go with an activation's gradient."""
 
     def forward(
         self,

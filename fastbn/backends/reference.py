@@ -124,11 +124,17 @@ class ReferenceBackend(Backend):
         out: Array,
         threads: int,
         epilogue: Epilogue | None = None,
+        mask: Array | None = None,
     ) -> tuple[Table, Table]:
-        gamma, beta, eps = tables
+        gamma, beta, eps, is_centred = tables
         mean, var = self.moments(x, threads)
+        if not is_centred:
+            mean, var = np.zeros_like(mean), var + mean * mean
         rstd = inverse_deviation(var, eps)
         for row in _channels(x):
+            if _is_hidden(row, mask):
+                _plane(out, row)[...] = mean[row] = var[row] = 0
+                continue
             place = row[1] % len(gamma)
             xhat = (_doubles(x, row) - mean[row]) * rstd[row]
             y = xhat * gamma[place] + beta[place]
@@ -144,6 +150,8 @@ class ReferenceBackend(Backend):
         out: Array,
         threads: int,
         activation_grad: ActivationGrad | None = None,
+        mask: Array | None = None,
+        dsum: Array | None = None,
     ) -> tuple[Table, Table]:
         mean, gamma = tables.mean, tables.gamma
         rstd = inverse_deviation(tables.var, tables.eps)
@@ -151,14 +159,21 @@ class ReferenceBackend(Backend):
         for row in _channels(x):
             place = row[1] % len(gamma)
             dy_values = _through_activation(dy, activation_grad, row)
+            if _is_hidden(row, mask):
+                dy_values = np.zeros_like(dy_values)
             if activation_grad is not None and activation_grad.dresidual is not None:
                 _plane(activation_grad.dresidual, row)[...] = dy_values
+            more = 0.0 if dsum is None else _doubles(dsum, row)
+            if _is_hidden(row, mask):
+                _plane(out, row)[...] = more
+                continue
             xhat = (_doubles(x, row) - mean[row]) * rstd[row]
             dgamma[place] += (dy_values * xhat)[0]
             dbeta[place] += dy_values[0]
             scaled = dy_values * gamma[place]
-            dx = scaled - scaled.mean() - xhat * (scaled * xhat).mean()
-            _plane(out, row)[...] = dx * rstd[row]
+            shared = scaled.mean() if tables.is_centred else 0.0
+            dx = scaled - shared - xhat * (scaled * xhat).mean()
+            _plane(out, row)[...] = dx * rstd[row] + more
         return dgamma, dbeta
 
 
@@ -195,6 +210,11 @@ def _weighed(
         return values[mask], None
     mask = mask & (rows > 0)
     return values[mask], np.broadcast_to(rows, mask.shape)[mask]
+
+
+def _is_hidden(row: tuple[int, int], mask: Array | None) -> bool:
+    """Whether a mask of rows hides it."""
+    return mask is not None and not mask[row[1]]
 
 
 def _masked(values: Table, channel: tuple[int, int], selection: Selection | None) -> Table:

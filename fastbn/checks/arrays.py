@@ -120,6 +120,8 @@ def table(name: str, value: Any) -> NDArray[Any]:
 
 
 _COMPANIONS = {
+    "skip": "what is added to x",
+    "dsum": "the gradient that reaches x + skip by its other uses",
     "dy": "the gradient with respect to y, which has x's shape",
     "ddx": "the gradient with respect to the dx of the backward function, which has x's shape",
     "residual": "an array of x's shape; a smaller one with numpy.broadcast_to(residual, x.shape)",

@@ -155,6 +155,28 @@ def option(name: str, value: Any, known: tuple[str, ...]) -> str:
     )
 
 
+def axes(value: Any, **others: Any) -> str:
+    """What layer norm normalizes together; the others go with the last axis alone."""
+    word = option("axes", value, ("sample", "last"))
+    for name, other in others.items():
+        if other is not None and word != "last":
+            raise ValueError(
+                f"{name} is given and axes is {word!r}, expected axes='last': {name} is of rows; "
+                f"leave {name} out, or pass axes='last' to normalize each row of the last axis"
+            )
+    return word
+
+
+def goes_alone(name: str, **others: Any) -> None:
+    """What does not go with any of these."""
+    for other, value in others.items():
+        if value is not None and value is not False:
+            raise ValueError(
+                f"{name} and {other} are given, expected one of them; leave {name} out, and add it "
+                "to dx afterwards"
+            )
+
+
 def known_keys(given: Any, keys: tuple[str, ...]) -> dict[str, Any]:
     """A dictionary of these, as a to_dict gave it."""
     if not isinstance(given, dict) or set(given) != set(keys):

@@ -32,6 +32,10 @@ def owner_of(mean: Any) -> Owner:
     return Owner(len(a), f"mean has {len(a)} channels")
 
 
+LAST = "last"
+"""In place of a layout: channels are the last axis, whatever that is called."""
+
+
 def per_channel(
     name: str,
     value: Any,
@@ -42,12 +46,17 @@ def per_channel(
     types: Types = ANY,
     runs: int | None = None,
 ) -> NDArray[Any]:
-    """A (C,) or (runs, C) array that fits the channels of `x`."""
+    """A (C,) or (runs, C) array that fits the channels of `x`, or its last axis."""
     a = array(name, value, types)
-    axis = channel_axis(layout, x.ndim)
+    axis = x.ndim - 1 if layout == LAST else channel_axis(layout, x.ndim)
     channels = x.shape[axis]
     if a.shape == ((channels,) if runs is None else (runs, channels)):
         return a
+    if layout == LAST:
+        raise ValueError(
+            f"{name} has shape {a.shape}, expected ({channels},), an entry for each of the "
+            f"{channels} values along the last axis of {x_name}, of shape {x.shape}"
+        )
     if runs is not None:
         raise ValueError(
             f"{name} has shape {a.shape}, expected ({runs}, {channels}): with virtual_batch a "

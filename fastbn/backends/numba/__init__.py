@@ -97,14 +97,20 @@ class NumbaBackend(PlainCalls):
         out: Array,
         threads: int,
         epilogue: Epilogue | None = None,
+        mask: Array | None = None,
     ) -> tuple[Table, Table]:
         call = Call(x, by_column=True)
         call.with_eps(tables.eps)
+        call.set(about_zero=not tables.is_centred)
         call.give(jobs.GAMMA, 1.0)
         call.places("gamma", tables.gamma)
         call.places("beta", tables.beta)
         _forward(call, x, out, threads, epilogue, sums=True)
-        return call.take(jobs.MEAN), call.take(jobs.VAR)
+        found = call.take(jobs.MEAN), call.take(jobs.VAR)
+        if mask is not None:
+            for a in (out[0, 0], *(table[0] for table in found)):
+                a[~mask] = 0
+        return found
 
     def gradient_moments(
         self,
@@ -171,12 +177,17 @@ class NumbaBackend(PlainCalls):
         out: Array,
         threads: int,
         activation_grad: ActivationGrad | None = None,
+        mask: Array | None = None,
+        dsum: Array | None = None,
     ) -> tuple[Table, Table]:
-        mean, var, gamma, eps = tables
+        mean, var, gamma, eps, is_centred = tables
         (period, size), rows = gamma.shape, mean.size
+        if mask is not None:
+            dy, x = (np.where(mask[:, None], a, a.dtype.type(0)) for a in (dy, x))
         block = rows_per_sum(period, size, rows)
         call = Call(x, by_column=True, block=block)
         call.with_eps(eps)
+        call.set(about_zero=not is_centred)
         for row, values in ((jobs.MEAN, mean), (jobs.VAR, var), (jobs.GAMMA, 1.0)):
             call.give(row, values)
         sums = np.zeros((-(-rows // block), 2, period, size))
@@ -184,6 +195,11 @@ class NumbaBackend(PlainCalls):
         call.set(parameters=sums.ctypes.data)
         _backward(call, dy, x, out, threads, activation_grad, sums=True)
         dgamma, dbeta = sums.sum(0)
+        if mask is not None:
+            out[0, 0, ~mask] = 0
+        if dsum is not None:
+            with np.errstate(all="ignore"):
+                np.add(out, dsum, out=out)
         return dgamma, dbeta
 
 

@@ -116,9 +116,12 @@ def finish_forward(
             table[jobs.UNIT, unit.run, column] = factor if math.isfinite(b) else 2.0**-600
         var = b / job.count - offset * offset
         var = 0.0 if var < 0.0 else var / factor / factor
-        rstd = 1.0 / math.sqrt(var + job.eps) if var + job.eps != 0.0 else 0.0
-        table[jobs.MEAN, unit.run, column] = shift + offset / factor
+        mean = shift + offset / factor
+        if job.about_zero:
+            var, mean = var + mean * mean, 0.0
+        table[jobs.MEAN, unit.run, column] = mean
         table[jobs.VAR, unit.run, column] = var
+        rstd = 1.0 / math.sqrt(var + job.eps) if var + job.eps != 0.0 else 0.0
         table[jobs.SCALE, unit.run, column] = table[jobs.GAMMA, unit.run, column] * rstd
     _spread_out(job, unit, table)
     return again
@@ -165,7 +168,7 @@ def finish_backward(
         table[jobs.DGAMMA, unit.run, column] = dgamma
         table[jobs.SCALE, unit.run, column] = scale
         table[jobs.B, unit.run, column] = -scale * (dgamma / job.count)
-        table[jobs.DY_MEAN, unit.run, column] = dbeta / job.count
+        table[jobs.DY_MEAN, unit.run, column] = 0.0 if job.about_zero else dbeta / job.count
         table[jobs.REST, unit.run, column] = 0.0
     _spread_out(job, unit, table)
     return 0

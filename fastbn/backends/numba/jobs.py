@@ -46,7 +46,10 @@ JOB = np.dtype(
         *((name, _OPERAND) for name in ARRAYS),
         *(
             (name, np.int64)
-            for name in ("has_residual", "has_dresidual", "frozen", "stream", "fetch")
+            for name in (
+                *("has_residual", "has_dresidual", "frozen", "about_zero"),
+                *("stream", "fetch"),
+            )
         ),
         # Rows of `columns` values, perhaps one more of only `rest`; planes have `size` values. A
         # chunk is `chunk_rows` rows, or a `piece` of one; a block is some columns. What is written
