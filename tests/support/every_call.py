@@ -223,6 +223,43 @@ def _put_group_norms() -> None:
         _put(backward, "gated", BACK, statistics, groups, _gated, _of("out"))
 
 
+def _put_row_norms() -> None:
+    """Layer norm over the last axis, RMS norm, and their gradients."""
+
+    def gamma(g: Given) -> Arguments:
+        return {"gamma": g.gamma} if g.shape[-1] == g.channels else {}
+
+    def where(g: Given) -> Arguments:
+        return {"where": g.place(np.random.default_rng(4).random((*g.shape[:-1], 1)) < 0.8)}
+
+    def statistics(g: Given) -> Arguments:
+        return g.statistics(*g.shape[:-1])
+
+    def mean_square(g: Given) -> Arguments:
+        return {"mean_square": statistics(g)["var"]}
+
+    last: Way = lambda g: {"axes": "last", "layout": "NHWC"}  # noqa: E731
+    skip: Way = lambda g: {"skip": g.residual}  # noqa: E731
+    dsum: Way = lambda g: {"dsum": g.residual}  # noqa: E731
+    x, back, out = _of("x"), _of("dy", "x"), _of("out")
+    for how, some in {
+        "of rows": (_nothing,),
+        "of rows, skip": (skip, out),
+        "of rows, where": (skip, where),
+    }.items():
+        _put("rms_norm", how, x, gamma, *some)
+        _put("layer_norm", how, x, gamma, last, *some)
+    _put("layer_norm", "of rows, fused", x, gamma, last, _of("residual"), _relu)
+    for how, some in {
+        "of rows": (_nothing,),
+        "of rows, dsum": (dsum, out),
+        "of rows, where": (dsum, where),
+    }.items():
+        _put("rms_norm_backward", how, back, mean_square, gamma, *some)
+        _put("layer_norm_backward", how, back, statistics, gamma, last, *some)
+    _put("layer_norm_backward", "of rows, gated", back, statistics, gamma, last, where, _gated)
+
+
 def _put_double_backward() -> None:
     """Both double backward functions."""
     none: Way = lambda g: dict.fromkeys(("ddx", "ddgamma", "ddbeta"))  # noqa: E731
@@ -336,6 +373,7 @@ _put_forwards()
 _put_data()
 _put_backwards()
 _put_group_norms()
+_put_row_norms()
 _put_double_backward()
 _put_layers()
 _put_folds()
