@@ -111,7 +111,7 @@ def reestimate(
 def _modes(layer: BatchNorm) -> dict[str, Any]:
     """What a layer has again afterwards."""
     names = "_training", "_frozen_statistics"
-    return {name: vars(layer)[name] for name in names} | {"_forward": None}
+    return {name: vars(layer)[name] for name in names} | {"_last": None}
 
 
 def _ignore(batch: Moments) -> None:

@@ -105,9 +105,12 @@ SIGNATURES = {
 }
 
 
-CALLS = {
+FORWARDS = {
     "BatchNorm": "x * residual=None where=None weights=None out=None",
     **dict.fromkeys(("GroupNorm", "InstanceNorm", "LayerNorm"), "x * residual=None out=None"),
+}
+CALLS = {
+    **{name: f"{forward} keep=True" for name, forward in FORWARDS.items()},
     "FrozenBatchNorm": "x * residual=None where=None out=None",
     "Standardizer": "x * out=None",
 }
@@ -170,9 +173,18 @@ def test_call(name: str) -> None:
     assert signature(getattr(fastbn, name).__call__).removeprefix("self ") == CALLS[name]
 
 
+@pytest.mark.parametrize("name", FORWARDS)
+def test_layers(name: str) -> None:
+    """Of every layer: forward is a call that keeps nothing, and backward the same."""
+    kind = getattr(fastbn, name)
+    assert signature(kind.forward).removeprefix("self ") == FORWARDS[name]
+    backward = "dy saved=None * dresidual=False accumulate=False out=None"
+    assert signature(kind.backward).removeprefix("self ") == backward
+
+
 def test_public_names() -> None:
     """The package exports these functions, the results' types and the error, and nothing else."""
-    types = {"BackendError", "BatchNormResult", "Folded", "Gradients", "Statistics"}
+    types = {"BackendError", "BatchNormResult", "Folded", "Gradients", "Saved", "Statistics"}
     types |= {"GradientSums", "PopulationStatistics", "ResidualGradients", "SecondGradients"}
     assert set(fastbn.__all__) == set(SIGNATURES) | types
     assert issubclass(fastbn.BackendError, RuntimeError)

@@ -135,7 +135,7 @@ def test_reestimation(sequential: bool) -> None:
 
     def everything() -> list[Any]:
         arrays = [a.tobytes() for layer in layers for a in layer.state_dict().values()]
-        modes = "training", "frozen_statistics", "_forward"
+        modes = "training", "frozen_statistics", "_last"
         of_layers = [getattr(layer, name) for layer in layers for name in modes]
         return [*arrays, *of_layers, *(layer._running.observe for layer in layers)]
 

@@ -335,21 +335,43 @@ def keeps_form(dtype: Any, out_layout: Any) -> None:
             )
 
 
-def last_call(last: Any, dy: Any, params: bool) -> Any:
-    """What a layer's last call left, for a dy that belongs to it."""
+def last_call(last: Any) -> Any:
+    """What a layer's last call left."""
     if last is None:
         raise ValueError(
-            "backward was called before forward; call the layer on x first, and then backward"
-        )
-    shape = array("dy", dy, ANY).shape
-    if shape != last.shape:
-        raise ValueError(
-            f"dy has shape {shape}, expected {last.shape}, the shape of the x that the layer was "
-            "last called on; call backward after its own forward"
-        )
-    if last.x is None and last.needs_x(params):
-        raise ValueError(
-            "the layer's last call wrote y over x (out=x), and the gradient needs x; call it "
-            "with another out"
+            "backward was called without saved, and the layer keeps no call: there was none, or "
+            "the last one was with keep=False; call the layer on x first, or pass what its "
+            "forward gave as saved"
         )
     return last
+
+
+def saved(value: Any, kind: type, identity: object) -> Any:
+    """What a forward of the layer with this identity left."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"saved is {described(value)}, expected a fastbn.{kind.__name__}; pass what forward "
+            "gave beside y, as in y, saved = layer.forward(x)"
+        )
+    known: Any = value
+    if known.layer is not identity:
+        raise ValueError(
+            f"saved is {known!r} of another layer, expected what this layer's own forward "
+            "gave; call backward of that layer, of which a copy is another one"
+        )
+    return known
+
+
+def gone_through(saved: Any, dy: Any, params: bool) -> None:
+    """A dy that belongs to what a forward left, which still has what the gradient needs."""
+    shape = array("dy", dy, ANY).shape
+    if shape != saved.shape:
+        raise ValueError(
+            f"dy has shape {shape}, expected {saved.shape}, the shape of the x that the layer was "
+            "called on; pass the dy of that call's y, or the saved that belongs to this dy"
+        )
+    if saved.x is None and saved.needs_x(params):
+        raise ValueError(
+            "x has been written over, by the layer's call or an earlier backward (out=x), and the "
+            "gradient needs x; give them another out"
+        )

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -31,10 +31,11 @@ from fastbn.functional import (
     normalize,
     normalize_backward,
 )
-from fastbn.layers.base import PARAMETERS, AffineLayer
+from fastbn.layers.base import AffineLayer
 from fastbn.layers.frozen import FrozenBatchNorm
 from fastbn.layers.renormalization import Correction, Renormalization, correction
 from fastbn.layers.running import MOMENTUM, NAMES, RunningStatistics
+from fastbn.layers.saved import Saved
 from fastbn.results import BatchNormResult, Statistics
 from fastbn.statistics import Moments
 
@@ -47,27 +48,6 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
     "onnx": {"eps": 1e-5, "decay": 0.9, "unbiased": False, "layout": "NCHW"},
 }
 """What those libraries do where they are told nothing."""
-
-
-class _Forward(NamedTuple):
-    """What the backward of a forward needs."""
-
-    shape: tuple[int, ...]
-    x: Array | None
-    """None where y was written over it."""
-    mean: Array
-    var: Array
-    y: Array | None
-    is_frozen: bool
-    """Whether the statistics were fixed, and let no gradient through."""
-    where: Array | None
-    weights: Array | None
-    virtual_batch: int | None
-    correction: Correction | None
-
-    def needs_x(self, params: bool) -> bool:
-        """Whether a backward, of the parameters too or not, reads x."""
-        return params or not self.is_frozen
 
 
 class BatchNorm(AffineLayer):
@@ -164,8 +144,6 @@ class BatchNorm(AffineLayer):
     >>> bool(np.allclose(bn.eval()(x), y, atol=0.01)), int(bn.num_batches_tracked)
     (True, 1)
     """
-
-    _state_names: ClassVar[Mapping[str, str]] = PARAMETERS | {name: name for name in NAMES}
 
     def __init__(
         self,
@@ -294,20 +272,24 @@ class BatchNorm(AffineLayer):
         where: Array | None = None,
         weights: Array | None = None,
         out: Array | None = None,
+        keep: bool = True,
     ) -> Array:
         """Normalize `x`, and in training renew the running statistics.
 
         Parameters
         ----------
         x : ndarray
-            Of C channels, as `fastbn.batch_norm` takes it. It is kept for the backward, not copied.
+            Of C channels, as `fastbn.batch_norm` takes it.
         residual, where, weights, out : ndarray, optional
             As given to `fastbn.batch_norm`. After ``out=x`` there is no backward.
+        keep : bool
+            Whether the layer keeps the call for `backward`: x and, where there is an activation, y,
+            neither copied. False: it keeps none, an earlier one neither.
 
         Returns
         -------
         y : ndarray
-            As `fastbn.batch_norm` returns it; kept for the backward where there is an activation.
+            As `fastbn.batch_norm` returns it.
 
         Raises
         ------
@@ -315,8 +297,56 @@ class BatchNorm(AffineLayer):
             An argument has a wrong type, shape or value, the running statistics are no statistics,
             or a policy says so. Nothing has been written.
         """
+        keep = checks.options.flag("keep", keep)
+        y, saved = self._forward(x, residual, where, weights, out)
+        self._last = saved if keep else None
+        return y
+
+    def forward(
+        self,
+        x: Array,
+        *,
+        residual: Array | None = None,
+        where: Array | None = None,
+        weights: Array | None = None,
+        out: Array | None = None,
+    ) -> tuple[Array, Saved]:
+        """A call of the layer that leaves what `backward` needs to the caller; of the layer only
+        running statistics are written, in training.
+
+        Parameters
+        ----------
+        x, residual, where, weights, out
+            As a call takes them.
+
+        Returns
+        -------
+        y : ndarray
+            As a call returns it.
+        saved : Saved
+            To be passed to `backward`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As of a call.
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> bn, x = fastbn.BatchNorm(3), np.eye(3)
+        >>> hidden, first = bn.forward(x)
+        >>> y, second = bn.forward(hidden)
+        >>> dhidden = bn.backward(np.ones_like(y), second)
+        >>> dx = bn.backward(dhidden, first, accumulate=True)
+        """
+        return self._forward(x, residual, where, weights, out)
+
+    def _forward(
+        self, x: Any, residual: Any, where: Any, weights: Any, out: Any
+    ) -> tuple[Array, Saved]:
         batch = Batch(x, self.layout, where, weights, made_for=("BatchNorm", self.channels))
-        x, effective = batch.array, batch.effective
+        x, effective, options = batch.array, batch.effective, self._options()
         fused: dict[str, Any] = {"activation": self.activation, "residual": residual, "out": out}
         k, corrected = None, None
         if by_running := self._by_running(effective):
@@ -330,10 +360,9 @@ class BatchNorm(AffineLayer):
             if self.training or self._running.observe is not None:
                 k = checks.options.virtual_batch(self.virtual_batch)
             (y, mean, var), corrected = self._by_batch(batch, effective, k, fused)
-        x_kept, y_kept = self._kept(x, y, out)
-        statistics = mean, var, y_kept, by_running
-        self._forward = _Forward(x.shape, x_kept, *statistics, where, weights, k, corrected)
-        return y
+        kept: dict[str, Any] = {"is_fixed": by_running, "where": where, "weights": weights}
+        kept |= {"virtual_batch": k, "correction": corrected}
+        return y, self._saved(options, x, y, out, mean, var, **kept)
 
     def _by_batch(
         self, batch: Batch, effective: float, k: int | None, fused: dict[str, Any]
@@ -409,21 +438,25 @@ class BatchNorm(AffineLayer):
         dgamma = by.r * dgamma + by.d * dbeta
         return dgamma.astype(self._dtype_name), dbeta.astype(self._dtype_name)
 
-    def _gradients(self, dy: Array, last: _Forward, options: dict[str, Any]) -> Any:
-        given: Any = dy, last.x, last.mean, last.var
-        options |= {"where": last.where}
+    def _gradients(self, dy: Array, saved: Saved, options: dict[str, Any]) -> Any:
+        given: Any = dy, saved.x, saved.mean, saved.var
+        options |= {"where": saved.where}
         backward: Callable[..., Any] = normalize_backward
-        if not last.is_frozen:
+        if not saved.is_fixed:
             backward = batch_norm_backward
-            options |= {"weights": last.weights, "virtual_batch": last.virtual_batch}
-        if last.correction is None:
+            options |= {"weights": saved.weights, "virtual_batch": saved.virtual_batch}
+        if saved.correction is None:
             return backward(*given, self._scale(), **options)
-        gamma, _ = self._parameters(last.correction)
+        gamma, _ = self._parameters(saved.correction)
         found = backward(*given, gamma, **options)
         if found.dgamma is None:
             return found
-        dgamma, dbeta = self._corrected(last.correction, found.dgamma, found.dbeta)
+        dgamma, dbeta = self._corrected(saved.correction, found.dgamma, found.dbeta)
         return found._replace(dgamma=dgamma, dbeta=dbeta)
+
+    def _held(self) -> dict[str, Any]:
+        running = {name: getattr(self, name) for name in NAMES}
+        return super()._held() | {name: a for name, a in running.items() if a is not None}
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of the layer's arrays, by PyTorch's names; what the layer has not is left out.
