@@ -18,25 +18,21 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastbn import _run, checks
+from fastbn import checks
 from fastbn._batch import Batch
-from fastbn._call import Call
 from fastbn.backends.base import quiet
-from fastbn.config import current
 from fastbn.functional import (
     ActivationName,
-    batch_norm,
     batch_norm_backward,
-    moments,
-    normalize,
     normalize_backward,
 )
+from fastbn.layers import passes
 from fastbn.layers.base import AffineLayer
 from fastbn.layers.frozen import FrozenBatchNorm
 from fastbn.layers.renormalization import Correction, Renormalization, correction
-from fastbn.layers.running import MOMENTUM, NAMES, RunningStatistics
+from fastbn.layers.running import MOMENTUM, NAMES, RunningStatistics, group_counts, over_groups
 from fastbn.layers.saved import Saved
-from fastbn.results import BatchNormResult, Statistics
+from fastbn.results import BatchNormResult
 from fastbn.statistics import Moments
 
 Array = NDArray[Any]
@@ -351,11 +347,8 @@ class BatchNorm(AffineLayer):
         k, corrected = None, None
         if by_running := self._by_running(effective):
             mean, var = (a.copy() for a in self._running.checked(writes=False))
-            given = mean, var, self.gamma, self.beta
-            if batch.counts_all:
-                y = normalize(x, *given, eps=self.eps, layout=self.layout, **fused)
-            else:
-                y = self._normalized(batch, None, given, fused, is_fixed=True)
+            vectors = {"mean": mean, "var": var, "gamma": self.gamma, "beta": self.beta}
+            y = passes.normalize(batch, None, vectors, self.eps, fused, is_fixed=True)
         else:
             if self.training or self._running.observe is not None:
                 k = checks.options.virtual_batch(self.virtual_batch)
@@ -370,53 +363,27 @@ class BatchNorm(AffineLayer):
         """Normalize by the batch's own statistics, and see to the running ones."""
         nonfinite = checks.options.option("nonfinite", self.nonfinite, checks.layers.NONFINITE)
         checks.layers.renormalization(self.renormalization, Renormalization, True, k)
-        counts = _counts(len(batch.array), effective, k)
+        counts = group_counts(len(batch.array), effective, k)
         updates, corrected = self._updates(counts), None
         renormalizes = updates and self.renormalization is not None
         if renormalizes or (nonfinite == "raise" and fused["out"] is not None and counts.any()):
-            mean, var = self._moments(batch, k)
+            mean, var = passes.moments(batch, k)
             renewed = self._renewed(mean, var, counts, updates)  # before y is written
             gamma, beta = self.gamma, self.beta
             if renormalizes:
                 corrected = self._correction(mean, var)
-                gamma, beta = self._parameters(corrected)
-            given = mean, var, gamma, beta
-            y = self._normalized(batch, k, given, fused, is_fixed=False)
+                gamma, beta = corrected.parameters(gamma, beta)
+            vectors = {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
+            y = passes.normalize(batch, k, vectors, self.eps, fused, is_fixed=False)
             result = BatchNormResult(y, mean, var)
         else:
-            result = self._batch_norm(batch, k, fused)
+            result = passes.batch_norm(batch, k, self.gamma, self.beta, self.eps, fused)
             renewed = self._renewed(result.mean, result.var, counts, updates)
         self._running.renew(renewed)
         if self._running.observe is not None:
-            mean, var = result[1:] if k is None else moments(batch.array, layout=self.layout)
+            mean, var = result[1:] if k is None else passes.moments(batch, None)
             self._running.observe(Moments(batch.count, mean, var, effective_count=effective))
         return result, corrected
-
-    # The verbs on a batch that is checked: where all of it counts, by their plain entries.
-
-    def _moments(self, batch: Batch, k: int | None) -> Statistics:
-        if batch.counts_all:
-            return moments(batch.array, layout=self.layout, virtual_batch=k)
-        return _run.moments(Call(current(), batch, virtual_batch=k))
-
-    def _batch_norm(self, batch: Batch, k: int | None, fused: dict[str, Any]) -> BatchNormResult:
-        if batch.counts_all:
-            given = batch.array, self.gamma, self.beta
-            return batch_norm(*given, eps=self.eps, layout=self.layout, virtual_batch=k, **fused)
-        vectors: dict[str, Any] = {"gamma": self.gamma, "beta": self.beta}
-        call = Call(current(), batch, virtual_batch=k, **vectors)
-        return _run.batch_norm(call, self.eps, **fused)
-
-    def _normalized(
-        self, batch: Batch, k: int | None, given: Any, fused: dict[str, Any], *, is_fixed: bool
-    ) -> Array:
-        """By mean, var, gamma and beta as given; NaN stays in its channel where they are the
-        batch's own."""
-        names = "mean", "var", "gamma", "beta"
-        vectors: dict[str, Any] = dict(zip(names, given, strict=True))
-        kind: dict[str, Any] = {"virtual_batch": k, "is_fixed": is_fixed}
-        call = Call(current(), batch.unweighed(), **kind, **vectors)
-        return _run.normalize(call, self.eps, **fused)
 
     def _correction(self, mean: Array, var: Array) -> Correction:
         """r and d of a batch with these statistics, by the running ones as they are."""
@@ -424,19 +391,6 @@ class BatchNorm(AffineLayer):
         running = self._running.checked(writes=True, nan=self.nonfinite == "update")
         limits = self.renormalization.at(checks.layers.batches(self.num_batches_tracked))
         return correction(mean, var, *running, self.eps, limits)
-
-    @quiet
-    def _parameters(self, corrected: Correction) -> tuple[Array, Array]:
-        """Scale and shift of a renormalized batch, in float64."""
-        gamma = 1.0 if self.gamma is None else self.gamma.astype(np.float64)
-        beta = 0.0 if self.beta is None else self.beta
-        return gamma * corrected.r, gamma * corrected.d + beta
-
-    @quiet
-    def _corrected(self, by: Correction, dgamma: Array, dbeta: Array) -> tuple[Array, Array]:
-        """The gradients of gamma and beta from those of a renormalized batch's scale and shift."""
-        dgamma = by.r * dgamma + by.d * dbeta
-        return dgamma.astype(self._dtype_name), dbeta.astype(self._dtype_name)
 
     def _gradients(self, dy: Array, saved: Saved, options: dict[str, Any]) -> Any:
         given: Any = dy, saved.x, saved.mean, saved.var
@@ -447,12 +401,12 @@ class BatchNorm(AffineLayer):
             options |= {"weights": saved.weights, "virtual_batch": saved.virtual_batch}
         if saved.correction is None:
             return backward(*given, self._scale(), **options)
-        gamma, _ = self._parameters(saved.correction)
+        gamma, _ = saved.correction.parameters(self.gamma, self.beta)
         found = backward(*given, gamma, **options)
         if found.dgamma is None:
             return found
-        dgamma, dbeta = self._corrected(saved.correction, found.dgamma, found.dbeta)
-        return found._replace(dgamma=dgamma, dbeta=dbeta)
+        of_parameters = saved.correction.gradients(found.dgamma, found.dbeta, self._dtype_name)
+        return found._replace(**of_parameters)
 
     def _held(self) -> dict[str, Any]:
         running = {name: getattr(self, name) for name in NAMES}
@@ -543,7 +497,7 @@ class BatchNorm(AffineLayer):
             return {}
         each = var.reshape(len(counts), -1)
         unbiased = each * (counts / (counts - 1))[:, None] if self.unbiased else each
-        mean, var, unbiased = (_over_groups(a, counts) for a in (mean, each, unbiased))
+        mean, var, unbiased = (over_groups(a, counts) for a in (mean, each, unbiased))
         renewed = self._running.average(mean, unbiased) if updates else {}
         if self.nonfinite == "raise":
             checks.layers.finite({"mean": mean, "variance": var}, renewed)
@@ -558,23 +512,3 @@ class BatchNorm(AffineLayer):
         return self._described(
             BatchNorm, self.channels, track_running_stats=tracks, momentum=momentum
         )
-
-
-def _counts(samples: int, n: float, k: int | None) -> Array:
-    """Effective numbers of values of a channel in each group, of so many in the batch."""
-    if k is None or not n:
-        return np.array([n], np.float64)
-    sizes = np.full(-(-samples // k), float(k))
-    sizes[-1] -= len(sizes) * k - samples
-    return sizes * (n / samples)
-
-
-@quiet
-def _over_groups(statistic: Array, counts: Array) -> Array:
-    """The mean over groups, by their counts; those of one value are left out where there are
-    others."""
-    if len(counts) == 1:
-        return statistic.reshape(-1)
-    kept = counts > 1 if (counts > 1).any() else counts > 0
-    weights = counts[kept] / counts[kept].sum()
-    return np.asarray((weights[:, None] * statistic.reshape(len(counts), -1)[kept]).sum(0))

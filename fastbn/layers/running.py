@@ -84,3 +84,23 @@ class RunningStatistics:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"observe": None}
+
+
+def group_counts(samples: int, n: float, k: int | None) -> Array:
+    """Effective numbers of values of a channel in each group, of so many in the batch."""
+    if k is None or not n:
+        return np.array([n], np.float64)
+    sizes = np.full(-(-samples // k), float(k))
+    sizes[-1] -= len(sizes) * k - samples
+    return sizes * (n / samples)
+
+
+@quiet
+def over_groups(statistic: Array, counts: Array) -> Array:
+    """The mean over groups, by their counts; those of one value are left out where there are
+    others."""
+    if len(counts) == 1:
+        return statistic.reshape(-1)
+    kept = counts > 1 if (counts > 1).any() else counts > 0
+    weights = counts[kept] / counts[kept].sum()
+    return np.asarray((weights[:, None] * statistic.reshape(len(counts), -1)[kept]).sum(0))
