@@ -53,7 +53,7 @@ def reestimate(
     `num_batches_tracked` is set.
 
     There is no `backward` through these calls, and what NaN in the batches does to statistics no
-    layer's `nonfinite` changes.
+    layer's `nonfinite` changes. Calls with ``update=False`` do not count.
 
     Raises
     ------

@@ -106,7 +106,7 @@ SIGNATURES = {
 
 
 FORWARDS = {
-    "BatchNorm": "x * residual=None where=None weights=None out=None",
+    "BatchNorm": "x * residual=None where=None weights=None out=None update=True",
     **dict.fromkeys(("GroupNorm", "InstanceNorm", "LayerNorm"), "x * residual=None out=None"),
 }
 CALLS = {

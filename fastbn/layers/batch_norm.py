@@ -268,6 +268,7 @@ class BatchNorm(AffineLayer):
         where: Array | None = None,
         weights: Array | None = None,
         out: Array | None = None,
+        update: bool = True,
         keep: bool = True,
     ) -> Array:
         """Normalize `x`, and in training renew the running statistics.
@@ -278,6 +279,9 @@ class BatchNorm(AffineLayer):
             Of C channels, as `fastbn.batch_norm` takes it.
         residual, where, weights, out : ndarray, optional
             As given to `fastbn.batch_norm`. After ``out=x`` there is no backward.
+        update : bool
+            False: y is the same, and the running statistics stay as they are, by which
+            `renormalization` goes. `nonfinite` then looks at the batch's own statistics alone.
         keep : bool
             Whether the layer keeps the call for `backward`: x and, where there is an activation, y,
             neither copied. False: it keeps none, an earlier one neither.
@@ -294,7 +298,7 @@ class BatchNorm(AffineLayer):
             or a policy says so. Nothing has been written.
         """
         keep = checks.options.flag("keep", keep)
-        y, saved = self._forward(x, residual, where, weights, out)
+        y, saved = self._forward(x, residual, where, weights, out, update)
         self._last = saved if keep else None
         return y
 
@@ -306,13 +310,14 @@ class BatchNorm(AffineLayer):
         where: Array | None = None,
         weights: Array | None = None,
         out: Array | None = None,
+        update: bool = True,
     ) -> tuple[Array, Saved]:
         """A call of the layer that leaves what `backward` needs to the caller; of the layer only
         running statistics are written, in training.
 
         Parameters
         ----------
-        x, residual, where, weights, out
+        x, residual, where, weights, out, update
             As a call takes them.
 
         Returns
@@ -336,11 +341,12 @@ class BatchNorm(AffineLayer):
         >>> dhidden = bn.backward(np.ones_like(y), second)
         >>> dx = bn.backward(dhidden, first, accumulate=True)
         """
-        return self._forward(x, residual, where, weights, out)
+        return self._forward(x, residual, where, weights, out, update)
 
     def _forward(
-        self, x: Any, residual: Any, where: Any, weights: Any, out: Any
+        self, x: Any, residual: Any, where: Any, weights: Any, out: Any, update: Any
     ) -> tuple[Array, Saved]:
+        update = checks.options.flag("update", update)
         batch = Batch(x, self.layout, where, weights, made_for=("BatchNorm", self.channels))
         x, effective, options = batch.array, batch.effective, self._options()
         fused: dict[str, Any] = {"activation": self.activation, "residual": residual, "out": out}
@@ -352,26 +358,26 @@ class BatchNorm(AffineLayer):
         else:
             if self.training or self._running.observe is not None:
                 k = checks.options.virtual_batch(self.virtual_batch)
-            (y, mean, var), corrected = self._by_batch(batch, effective, k, fused)
+            (y, mean, var), corrected = self._by_batch(batch, k, fused, update)
         kept: dict[str, Any] = {"is_fixed": by_running, "where": where, "weights": weights}
         kept |= {"virtual_batch": k, "correction": corrected}
         return y, self._saved(options, x, y, out, mean, var, **kept)
 
     def _by_batch(
-        self, batch: Batch, effective: float, k: int | None, fused: dict[str, Any]
+        self, batch: Batch, k: int | None, fused: dict[str, Any], update: bool
     ) -> tuple[BatchNormResult, Correction | None]:
         """Normalize by the batch's own statistics, and see to the running ones."""
         nonfinite = checks.options.option("nonfinite", self.nonfinite, checks.layers.NONFINITE)
         checks.layers.renormalization(self.renormalization, Renormalization, True, k)
-        counts = group_counts(len(batch.array), effective, k)
-        updates, corrected = self._updates(counts), None
-        renormalizes = updates and self.renormalization is not None
+        counts = group_counts(len(batch.array), batch.effective, k)
+        fits, corrected = self._fits_running(counts, update), None
+        updates, renormalizes = fits and update, fits and self.renormalization is not None
         if renormalizes or (nonfinite == "raise" and fused["out"] is not None and counts.any()):
             mean, var = passes.moments(batch, k)
             renewed = self._renewed(mean, var, counts, updates)  # before y is written
             gamma, beta = self.gamma, self.beta
             if renormalizes:
-                corrected = self._correction(mean, var)
+                corrected = self._correction(mean, var, update)
                 gamma, beta = corrected.parameters(gamma, beta)
             vectors = {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
             y = passes.normalize(batch, k, vectors, self.eps, fused, is_fixed=False)
@@ -380,15 +386,15 @@ class BatchNorm(AffineLayer):
             result = passes.batch_norm(batch, k, self.gamma, self.beta, self.eps, fused)
             renewed = self._renewed(result.mean, result.var, counts, updates)
         self._running.renew(renewed)
-        if self._running.observe is not None:
+        if update and self._running.observe is not None:
             mean, var = result[1:] if k is None else passes.moments(batch, None)
-            self._running.observe(Moments(batch.count, mean, var, effective_count=effective))
+            self._running.observe(Moments(batch.count, mean, var, effective_count=batch.effective))
         return result, corrected
 
-    def _correction(self, mean: Array, var: Array) -> Correction:
+    def _correction(self, mean: Array, var: Array, update: bool) -> Correction:
         """r and d of a batch with these statistics, by the running ones as they are."""
         assert self.renormalization is not None
-        running = self._running.checked(writes=True, nan=self.nonfinite == "update")
+        running = self._running.checked(writes=update, nan=self.nonfinite == "update")
         limits = self.renormalization.at(checks.layers.batches(self.num_batches_tracked))
         return correction(mean, var, *running, self.eps, limits)
 
@@ -474,8 +480,9 @@ class BatchNorm(AffineLayer):
         cannot be told from it."""
         return n <= (1 + checks.statistics.ROUNDING if self.unbiased else 1)
 
-    def _updates(self, counts: Array) -> bool:
-        """Whether this call, by the batch's own statistics, may renew the running ones."""
+    def _fits_running(self, counts: Array, update: bool) -> bool:
+        """Whether the batch's own statistics are fit for the running ones, and these, where it is
+        to `update` them, for the batch's."""
         if self._running.observe is not None or not counts.any():
             return False
         one = self._is_one(counts)
@@ -484,7 +491,8 @@ class BatchNorm(AffineLayer):
             checks.layers.several_values(self.one_value, counts, tracks, self.virtual_batch)
         if one.all() or not (self._running.exist or self.renormalization):
             return False
-        self._running.checked(writes=True, nan=self.nonfinite == "update")
+        if update:
+            self._running.checked(writes=True, nan=self.nonfinite == "update")
         return True
 
     @quiet
