@@ -45,6 +45,7 @@ from fastbn.results import (
     GradientSums,
     PopulationStatistics,
     ResidualGradients,
+    RunningStatistics,
     SecondGradients,
     Statistics,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "PopulationStatistics",
     "Renormalization",
     "ResidualGradients",
+    "RunningStatistics",
     "Saved",
     "SecondGradients",
     "Standardizer",

@@ -137,7 +137,8 @@ def test_reestimation(sequential: bool) -> None:
         arrays = [a.tobytes() for layer in layers for a in layer.state_dict().values()]
         modes = "training", "frozen_statistics", "_last"
         of_layers = [getattr(layer, name) for layer in layers for name in modes]
-        return [*arrays, *of_layers, *(layer._running.observe for layer in layers)]
+        runnings = [running for layer in layers for running in layer._running.values()]
+        return [*arrays, *of_layers, *((r.observe, r.is_frozen) for r in runnings)]
 
     layers[0].eval()
     old = everything()

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -30,9 +30,9 @@ from fastbn.layers import passes
 from fastbn.layers.base import AffineLayer
 from fastbn.layers.frozen import FrozenBatchNorm
 from fastbn.layers.renormalization import Correction, Renormalization, correction
-from fastbn.layers.running import MOMENTUM, NAMES, RunningStatistics, group_counts, over_groups
+from fastbn.layers.running import MOMENTUM, Rule, Running, group_counts, over_groups
 from fastbn.layers.saved import Saved
-from fastbn.results import BatchNormResult
+from fastbn.results import BatchNormResult, RunningStatistics
 from fastbn.statistics import Moments
 
 Array = NDArray[Any]
@@ -72,6 +72,9 @@ class BatchNorm(AffineLayer):
         Whether there is a gamma, a beta.
     track_running_stats : bool
         Whether there are running statistics; without, evaluation too uses the batch's own.
+    domains : sequence of str, optional
+        Names of sets of running statistics, one for each kind of data, under the same gamma and
+        beta; each call names the one that it is about.
     one_value : {"raise", "running", "skip"}
         What happens where a batch is normalized by its own statistics (in training; without
         running statistics in evaluation, too) and has one value a channel, which has no variance:
@@ -107,6 +110,8 @@ class BatchNorm(AffineLayer):
         or it is frozen.
     dresidual : ndarray or None
         The residual's gradient, where the last `backward` was asked for it.
+    domains : tuple of str, or None
+        As given; it cannot be set. With domains, `running` has what follows, of each.
     running_mean, running_var : ndarray of `dtype`, shape (C,), or None
         At first 0 and 1.
     num_batches_tracked : ndarray of int64, shape ()
@@ -152,6 +157,7 @@ class BatchNorm(AffineLayer):
         scale: bool = True,
         shift: bool = True,
         track_running_stats: bool = True,
+        domains: Sequence[str] | None = None,
         one_value: str = "raise",
         nonfinite: str = "update",
         virtual_batch: int | None = None,
@@ -166,8 +172,12 @@ class BatchNorm(AffineLayer):
         common |= {"frozen_affine": frozen_affine, "activation": activation, "dtype": dtype}
         super().__init__(channels, **common)
         tracks = checks.options.flag("track_running_stats", track_running_stats)
-        kept = self.channels, self._dtype_name, tracks
-        self._running = RunningStatistics(*kept, momentum, decay)
+        self._rule = Rule(*checks.layers.momentum(momentum, decay, MOMENTUM))
+        self._domains = checks.layers.domains(domains, tracks)
+        self._running = {
+            domain: Running(self.channels, self._dtype_name, tracks=tracks, domain=domain)
+            for domain in self._domains or (None,)
+        }
         self.unbiased = checks.options.flag("unbiased", unbiased)
         self.virtual_batch = checks.options.virtual_batch(virtual_batch)
         self.renormalization = checks.layers.renormalization(
@@ -203,46 +213,87 @@ class BatchNorm(AffineLayer):
 
     @property
     def momentum(self) -> float | None:
-        return self._running.momentum
+        return self._rule.momentum
 
     @momentum.setter
     def momentum(self, value: float | None) -> None:
-        momentum, decay = checks.layers.momentum(value, None, MOMENTUM)
-        self._running.momentum, self._running.decay = momentum, decay
+        self._rule = Rule(*checks.layers.momentum(value, None, MOMENTUM))
 
     @property
     def decay(self) -> float | None:
-        return self._running.decay
+        return self._rule.decay
 
     @decay.setter
     def decay(self, value: float | None) -> None:
         if value is None and self.decay is None:
             return  # as where a layer's options are copied to another
-        self._running.momentum, self._running.decay = None, checks.layers.weight_of_old(value)
+        self._rule = Rule(None, checks.layers.weight_of_old(value))
+
+    @property
+    def domains(self) -> tuple[str, ...] | None:
+        return self._domains
+
+    def running(self, domain: str) -> RunningStatistics:
+        """The running statistics of a domain.
+
+        Parameters
+        ----------
+        domain : str
+            One of `domains`.
+
+        Returns
+        -------
+        mean, var : ndarray of `dtype`, shape (C,)
+        num_batches_tracked : ndarray of int64, shape ()
+            The layer's own arrays, to be read, or written in place.
+
+        Raises
+        ------
+        TypeError, ValueError
+            There is no such domain.
+
+        Examples
+        --------
+        >>> import fastbn
+        >>> bn = fastbn.BatchNorm(3, domains=("day", "night"))
+        >>> bn.running("night").var
+        array([1., 1., 1.], dtype=float32)
+        """
+        held: Any = self._running_of(domain).held
+        return RunningStatistics(*held.values())
+
+    def _running_of(self, domain: Any, owner: str = "the layer") -> Running:
+        return self._running[checks.layers.domain(domain, self._domains, owner)]
+
+    def _only_running(self, name: str) -> Running:
+        """The one set of running statistics, where there are no domains."""
+        checks.layers.no_domains(name, self._domains)
+        return self._running[None]
 
     @property
     def running_mean(self) -> Array | None:
-        return self._running.mean
+        return self._only_running("running_mean").mean
 
     @running_mean.setter
     def running_mean(self, value: Array | None) -> None:
-        self._running.mean = value
+        self._only_running("running_mean").mean = value
 
     @property
     def running_var(self) -> Array | None:
-        return self._running.var
+        return self._only_running("running_var").var
 
     @running_var.setter
     def running_var(self, value: Array | None) -> None:
-        self._running.var = value
+        self._only_running("running_var").var = value
 
     @property
     def num_batches_tracked(self) -> Array | None:
-        return self._running.batches
+        return self._only_running("num_batches_tracked").batches
 
     @num_batches_tracked.setter
     def num_batches_tracked(self, value: Array | int | None) -> None:
-        self._running.batches = None if value is None else checks.layers.counter(value)
+        running = self._only_running("num_batches_tracked")
+        running.batches = None if value is None else checks.layers.counter(value)
 
     @property
     def frozen_statistics(self) -> bool:
@@ -268,6 +319,7 @@ class BatchNorm(AffineLayer):
         where: Array | None = None,
         weights: Array | None = None,
         out: Array | None = None,
+        domain: str | None = None,
         update: bool = True,
         keep: bool = True,
     ) -> Array:
@@ -279,6 +331,9 @@ class BatchNorm(AffineLayer):
             Of C channels, as `fastbn.batch_norm` takes it.
         residual, where, weights, out : ndarray, optional
             As given to `fastbn.batch_norm`. After ``out=x`` there is no backward.
+        domain : str, optional
+            One of `domains`, where the layer has some: whose running statistics the call goes by,
+            and renews.
         update : bool
             False: y is the same, and the running statistics stay as they are, by which
             `renormalization` goes. `nonfinite` then looks at the batch's own statistics alone.
@@ -298,7 +353,7 @@ class BatchNorm(AffineLayer):
             or a policy says so. Nothing has been written.
         """
         keep = checks.options.flag("keep", keep)
-        y, saved = self._forward(x, residual, where, weights, out, update)
+        y, saved = self._forward(x, residual, where, weights, out, domain, update)
         self._last = saved if keep else None
         return y
 
@@ -310,6 +365,7 @@ class BatchNorm(AffineLayer):
         where: Array | None = None,
         weights: Array | None = None,
         out: Array | None = None,
+        domain: str | None = None,
         update: bool = True,
     ) -> tuple[Array, Saved]:
         """A call of the layer that leaves what `backward` needs to the caller; of the layer only
@@ -317,7 +373,7 @@ class BatchNorm(AffineLayer):
 
         Parameters
         ----------
-        x, residual, where, weights, out, update
+        x, residual, where, weights, out, domain, update
             As a call takes them.
 
         Returns
@@ -341,62 +397,63 @@ class BatchNorm(AffineLayer):
         >>> dhidden = bn.backward(np.ones_like(y), second)
         >>> dx = bn.backward(dhidden, first, accumulate=True)
         """
-        return self._forward(x, residual, where, weights, out, update)
+        return self._forward(x, residual, where, weights, out, domain, update)
 
     def _forward(
-        self, x: Any, residual: Any, where: Any, weights: Any, out: Any, update: Any
+        self, x: Any, residual: Any, where: Any, weights: Any, out: Any, domain: Any, update: Any
     ) -> tuple[Array, Saved]:
+        running = self._running_of(domain)
         update = checks.options.flag("update", update)
         batch = Batch(x, self.layout, where, weights, made_for=("BatchNorm", self.channels))
         x, effective, options = batch.array, batch.effective, self._options()
         fused: dict[str, Any] = {"activation": self.activation, "residual": residual, "out": out}
         k, corrected = None, None
-        if by_running := self._by_running(effective):
-            mean, var = (a.copy() for a in self._running.checked(writes=False))
+        if by_running := self._by_running(running, effective):
+            mean, var = (a.copy() for a in running.checked(writes=False))
             vectors = {"mean": mean, "var": var, "gamma": self.gamma, "beta": self.beta}
             y = passes.normalize(batch, None, vectors, self.eps, fused, is_fixed=True)
         else:
-            if self.training or self._running.observe is not None:
+            if self.training or running.observe is not None:
                 k = checks.options.virtual_batch(self.virtual_batch)
-            (y, mean, var), corrected = self._by_batch(batch, k, fused, update)
+            (y, mean, var), corrected = self._by_batch(running, batch, k, fused, update)
         kept: dict[str, Any] = {"is_fixed": by_running, "where": where, "weights": weights}
         kept |= {"virtual_batch": k, "correction": corrected}
         return y, self._saved(options, x, y, out, mean, var, **kept)
 
     def _by_batch(
-        self, batch: Batch, k: int | None, fused: dict[str, Any], update: bool
+        self, running: Running, batch: Batch, k: int | None, fused: dict[str, Any], update: bool
     ) -> tuple[BatchNormResult, Correction | None]:
         """Normalize by the batch's own statistics, and see to the running ones."""
         nonfinite = checks.options.option("nonfinite", self.nonfinite, checks.layers.NONFINITE)
         checks.layers.renormalization(self.renormalization, Renormalization, True, k)
         counts = group_counts(len(batch.array), batch.effective, k)
-        fits, corrected = self._fits_running(counts, update), None
+        fits, corrected = self._fits(running, counts, update), None
         updates, renormalizes = fits and update, fits and self.renormalization is not None
         if renormalizes or (nonfinite == "raise" and fused["out"] is not None and counts.any()):
             mean, var = passes.moments(batch, k)
-            renewed = self._renewed(mean, var, counts, updates)  # before y is written
+            renewed = self._renewed(running, mean, var, counts, updates)  # before y is written
             gamma, beta = self.gamma, self.beta
             if renormalizes:
-                corrected = self._correction(mean, var, update)
+                corrected = self._correction(running, mean, var, update)
                 gamma, beta = corrected.parameters(gamma, beta)
             vectors = {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
             y = passes.normalize(batch, k, vectors, self.eps, fused, is_fixed=False)
             result = BatchNormResult(y, mean, var)
         else:
             result = passes.batch_norm(batch, k, self.gamma, self.beta, self.eps, fused)
-            renewed = self._renewed(result.mean, result.var, counts, updates)
-        self._running.renew(renewed)
-        if update and self._running.observe is not None:
+            renewed = self._renewed(running, result.mean, result.var, counts, updates)
+        running.renew(renewed)
+        if update and running.observe is not None:
             mean, var = result[1:] if k is None else passes.moments(batch, None)
-            self._running.observe(Moments(batch.count, mean, var, effective_count=batch.effective))
+            running.observe(Moments(batch.count, mean, var, effective_count=batch.effective))
         return result, corrected
 
-    def _correction(self, mean: Array, var: Array, update: bool) -> Correction:
+    def _correction(self, running: Running, mean: Array, var: Array, update: bool) -> Correction:
         """r and d of a batch with these statistics, by the running ones as they are."""
         assert self.renormalization is not None
-        running = self._running.checked(writes=update, nan=self.nonfinite == "update")
-        limits = self.renormalization.at(checks.layers.batches(self.num_batches_tracked))
-        return correction(mean, var, *running, self.eps, limits)
+        known = running.checked(writes=update, nan=self.nonfinite == "update")
+        limits = self.renormalization.at(checks.layers.batches(running.batches))
+        return correction(mean, var, *known, self.eps, limits)
 
     def _gradients(self, dy: Array, saved: Saved, options: dict[str, Any]) -> Any:
         given: Any = dy, saved.x, saved.mean, saved.var
@@ -415,14 +472,14 @@ class BatchNorm(AffineLayer):
         return found._replace(**of_parameters)
 
     def _held(self) -> dict[str, Any]:
-        running = {name: getattr(self, name) for name in NAMES}
-        return super()._held() | {name: a for name, a in running.items() if a is not None}
+        running = (pair for each in self._running.values() for pair in each.held.items())
+        return super()._held() | {name: a for name, a in running if a is not None}
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of the layer's arrays, by PyTorch's names; what the layer has not is left out.
 
         "weight" is gamma, "bias" is beta; then "running_mean", "running_var" and
-        "num_batches_tracked".
+        "num_batches_tracked"; with domains these of each, as "running_mean.day".
 
         Examples
         --------
@@ -451,62 +508,68 @@ class BatchNorm(AffineLayer):
         """
         self._restore(checks.states.state(state, self._arrays()))
 
-    def to_frozen(self) -> FrozenBatchNorm:
+    def to_frozen(self, *, domain: str | None = None) -> FrozenBatchNorm:
         """A `FrozenBatchNorm` that does what the layer does in evaluation; it has copies of all.
+
+        Parameters
+        ----------
+        domain : str, optional
+            One of `domains`, where the layer has some.
 
         Raises
         ------
-        ValueError
-            There are no running statistics, or they are no statistics.
+        TypeError, ValueError
+            There is no such domain, there are no running statistics, or they are no statistics.
         """
-        mean, var = self._running.checked(writes=False)
+        mean, var = self._running_of(domain).checked(writes=False)
         options: dict[str, Any] = {"eps": self.eps, "layout": self.layout}
         return FrozenBatchNorm(
             mean, var, self.gamma, self.beta, activation=self.activation, **options
         )
 
-    def _by_running(self, n: float) -> bool:
+    def _by_running(self, running: Running, n: float) -> bool:
         """Whether this call normalizes by the running statistics."""
-        if self._running.observe is not None:
+        if running.observe is not None:
             return False
-        if self.frozen_statistics:
+        if self.frozen_statistics or running.is_frozen:
             return True
-        tracks = self._running.exist
         one = n > 0 and self._is_one(n)
-        return tracks and (not self.training or (one and self.one_value == "running"))
+        return running.exist and (not self.training or (one and self.one_value == "running"))
 
     def _is_one(self, n: Any) -> Any:
         """Whether an effective number of values is that of one or, where n / (n - 1) is asked for,
         cannot be told from it."""
         return n <= (1 + checks.statistics.ROUNDING if self.unbiased else 1)
 
-    def _fits_running(self, counts: Array, update: bool) -> bool:
+    def _fits(self, running: Running, counts: Array, update: bool) -> bool:
         """Whether the batch's own statistics are fit for the running ones, and these, where it is
         to `update` them, for the batch's."""
-        if self._running.observe is not None or not counts.any():
+        if running.observe is not None or not counts.any():
             return False
         one = self._is_one(counts)
         if one.any():
-            tracks = self._running.exist
-            checks.layers.several_values(self.one_value, counts, tracks, self.virtual_batch)
-        if one.all() or not (self._running.exist or self.renormalization):
+            options = running.exist, self.virtual_batch
+            checks.layers.several_values(self.one_value, counts, *options)
+        if one.all() or not (running.exist or self.renormalization):
             return False
         if update:
-            self._running.checked(writes=True, nan=self.nonfinite == "update")
+            running.checked(writes=True, nan=self.nonfinite == "update")
         return True
 
     @quiet
-    def _renewed(self, mean: Array, var: Array, counts: Array, updates: bool) -> dict[str, Array]:
+    def _renewed(
+        self, running: Running, mean: Array, var: Array, counts: Array, updates: bool
+    ) -> dict[str, Array]:
         """The running arrays after a batch with these statistics; none where they stay.
 
         The policy looks at both: what is finite here may be infinite in the layer's type.
         """
-        if self._running.observe is not None:
+        if running.observe is not None:
             return {}
         each = var.reshape(len(counts), -1)
         unbiased = each * (counts / (counts - 1))[:, None] if self.unbiased else each
         mean, var, unbiased = (over_groups(a, counts) for a in (mean, each, unbiased))
-        renewed = self._running.average(mean, unbiased) if updates else {}
+        renewed = running.average(mean, unbiased, self._rule) if updates else {}
         if self.nonfinite == "raise":
             checks.layers.finite({"mean": mean, "variance": var}, renewed)
         elif self.nonfinite == "skip":
@@ -515,7 +578,7 @@ class BatchNorm(AffineLayer):
         return renewed
 
     def __repr__(self) -> str:
-        tracks = self._running.exist
+        tracks = all(running.exist for running in self._running.values())
         momentum = self.momentum if self.decay is None else MOMENTUM
         return self._described(
             BatchNorm, self.channels, track_running_stats=tracks, momentum=momentum
