@@ -93,6 +93,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], object], tuple[str, ..
     "training": (made, lambda bn: bn(X), RUNNING),
     "state": (made, lambda bn: bn.load_state_dict(STATE), ("gamma", "beta", *RUNNING)),
     "backward": (called, lambda bn: bn.backward(DY), GRADIENTS),
+    "accumulating": (gone_back, lambda bn: bn.backward(DY, accumulate=True), GRADIENTS),
     "freezing": (gone_back, lambda bn: setattr(bn, "frozen_affine", True), GRADIENTS),
 }
 """What makes a layer, what is interrupted, and the arrays that it writes."""

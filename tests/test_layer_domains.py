@@ -317,7 +317,7 @@ NAMES: list[tuple[Any, type[Exception], str]] = [
     (("day", ""), ValueError, "domains[1] is '', expected a name, a str that is not empty"),
     (("day", 2), TypeError, "domains[1] is 2, expected a name, a str that is not empty"),
     ((None,), TypeError, "domains[0] is None, expected a name"),
-    (("a", "b", "a"), ValueError, "domains[2] is 'a', which is there before, expected distinct"),
+    (("a", "b", "a"), ValueError, "domains[2] is 'a', as domains[0] is, expected distinct names"),
 ]
 
 

@@ -112,26 +112,28 @@ def domains(value: Any, tracks: bool) -> tuple[str, ...] | None:
             f"domains is {shown(value)}, expected one name or more; leave it out for one set of "
             "running statistics"
         )
-    names = tuple(map(word_of, value))
-    for i, name in enumerate(names):
+    names: dict[str, int] = {}
+    for i, given in enumerate(value):
+        name = word_of(given)
         if not name:
             raise wrong_type_or_value(
-                value[i],
+                given,
                 str,
-                f"domains[{i}] is {shown(value[i])}, expected a name, a str that is not empty; "
-                "give each domain one",
+                f"domains[{i}] is {shown(given)}, expected a name, a str that is not empty; give "
+                "each domain one",
             )
-        if name in names[:i]:
+        if name in names:
             raise ValueError(
-                f"domains[{i}] is {shown(name)}, which is there before, expected distinct names; "
-                "leave it out"
+                f"domains[{i}] is {shown(name)}, as domains[{names[name]}] is, expected distinct "
+                "names; leave one of them out"
             )
+        names[name] = i
     if not tracks:
         raise ValueError(
             f"domains is {shown(value)}, expected None where track_running_stats is False: there "
             "are no running statistics to keep apart; leave one of them out"
         )
-    return names
+    return tuple(names)
 
 
 def domain(value: Any, known: tuple[str, ...] | None, owner: str) -> str | None:
