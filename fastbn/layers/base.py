@@ -157,15 +157,13 @@ class AffineLayer(ABC):
         """What forward and backward are told alike."""
         return {"eps": self.eps, "layout": self.layout, "activation": self.activation}
 
-    def _saved(
-        self, options: dict[str, Any], x: Array, y: Array, out: Any, *statistics: Any, **others: Any
-    ) -> Saved:
+    def _saved(self, options: dict[str, Any], x: Array, y: Array, out: Any, *others: Any) -> Saved:
         """What of a forward a backward needs: x, if y was not written over it, and y, if its slope
         is asked for."""
         is_lost = out is not None and checks.memory.share(out, x)
         x_kept, y_kept = None if is_lost else x, None if options["activation"] is None else y
         of_layer = self._identity, type(self).__name__, options
-        return Saved(*of_layer, x.shape, x_kept, y_kept, *statistics, **others)
+        return Saved(*of_layer, x.shape, x_kept, y_kept, *others)
 
     def backward(
         self,

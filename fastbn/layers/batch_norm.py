@@ -416,9 +416,8 @@ class BatchNorm(AffineLayer):
             if self.training or running.observe is not None:
                 k = checks.options.virtual_batch(self.virtual_batch)
             (y, mean, var), corrected = self._by_batch(running, batch, k, fused, update)
-        kept: dict[str, Any] = {"is_fixed": by_running, "where": where, "weights": weights}
-        kept |= {"virtual_batch": k, "correction": corrected}
-        return y, self._saved(options, x, y, out, mean, var, **kept)
+        kept = mean, var, by_running, where, weights, k, corrected
+        return y, self._saved(options, x, y, out, *kept)
 
     def _by_batch(
         self, running: Running, batch: Batch, k: int | None, fused: dict[str, Any], update: bool

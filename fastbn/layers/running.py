@@ -70,7 +70,9 @@ class Running:
     def checked(self, *, writes: bool, nan: bool = False, of: str = "") -> tuple[Array, Array]:
         """Mean and variance, fit to be used or to be renewed; what is not finite is let in where
         `nan` says so. `of` tells whose, in names."""
-        held = {f"{of}{name}": a for name, a in self.held.items()}
+        held = self.held
+        if of:
+            held = {f"{of}{name}": a for name, a in held.items()}
         return checks.layers.running(held, self.channels, writes=writes, nan=nan)
 
     @quiet
@@ -80,16 +82,17 @@ class Running:
         if self.batches is not None:
             batches = min(int(self.batches) + 1, checks.layers.MOST_BATCHES)
             averaged[self.names[2]] = np.array(batches)
-        old, new = rule.weights(batches)
+        (old, new), held = rule.weights(batches), self.held
         for name, statistic in zip(self.names, (mean, var), strict=False):
-            running = self.held[name]
+            running = held[name]
             average = old * running.astype(np.float64) + new * statistic
             averaged[name] = average.astype(running.dtype)
         return averaged
 
     def renew(self, averaged: dict[str, Array]) -> None:
         """Write what `average` gave."""
-        write([self.held[name] for name in averaged], list(averaged.values()))
+        held = self.held
+        write([held[name] for name in averaged], list(averaged.values()))
 
     def replace(self, mean: Array, var: Array) -> None:
         """Put estimated statistics in place of these, whatever those were."""
