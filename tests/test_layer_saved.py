@@ -286,16 +286,17 @@ def test_gradients_beyond_the_layers_type() -> None:
 # ---- From several threads ----
 
 
-@pytest.mark.parametrize("kind", ["evaluation", "frozen statistics", "LayerNorm"])
+@pytest.mark.parametrize("kind", ["training", "evaluation", "frozen statistics", "LayerNorm"])
 def test_forwards_from_several_threads(kind: str) -> None:
     """Of a layer that none of them changes, each gets its own."""
     x, dy, _ = batch(SHAPE)
     layer, like = (LAYERS[kind](activation="relu") for _ in range(2))
+    given: dict[str, Any] = {"update": False} if kind == "training" else {}
     before = layer.state_dict()
     found: dict[int, list[tuple[Array, Any]]] = {}
 
     def work(i: int) -> None:
-        found[i] = [layer.forward(np.float32(i) * x) for _ in range(50)]
+        found[i] = [layer.forward(np.float32(i) * x, **given) for _ in range(50)]
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for each in threads:
