@@ -263,6 +263,8 @@ def follow(call: Callable[..., Any], given: dict[str, Any], depth: int = 4) -> N
 @pytest.mark.parametrize("row", range(len(ROWS)))
 def test_code_in_messages_works(row: int) -> None:
     """The bad argument is refused, and what the message says instead is accepted."""
+    if row in TRIED:  # by the test below, in this process; a row's iterator serves once
+        return
     call, good, bad = ROWS[row]
     TRIED.add(row)
     before = len(MESSAGES)
