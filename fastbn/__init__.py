@@ -36,6 +36,7 @@ from fastbn.layers.batch_norm import BatchNorm
 from fastbn.layers.frozen import FrozenBatchNorm
 from fastbn.layers.group_norms import GroupNorm, InstanceNorm, LayerNorm
 from fastbn.layers.renormalization import Renormalization
+from fastbn.layers.saved import Saved
 from fastbn.reestimation import reestimate
 from fastbn.results import (
     BatchNormResult,
@@ -46,6 +47,7 @@ from fastbn.results import (
     ResidualGradients,
     RMSGradients,
     RMSNormResult,
+    RunningStatistics,
     SecondGradients,
     SkipResult,
     SkipRMSNormResult,
@@ -73,6 +75,8 @@ __all__ = [
     "RMSNormResult",
     "Renormalization",
     "ResidualGradients",
+    "RunningStatistics",
+    "Saved",
     "SecondGradients",
     "SkipRMSNormResult",
     "SkipResult",

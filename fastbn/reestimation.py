@@ -26,6 +26,7 @@ def reestimate(
     *,
     method: str = "exact",
     sequential: bool = True,
+    domain: str | None = None,
 ) -> None:
     """Give the layers of a network the statistics of all batches as running statistics.
 
@@ -46,6 +47,9 @@ def reestimate(
         Whether each layer is renewed by a walk of its own, in which those before it are already
         renewed. False: one walk for all, in which all of them normalize by the batches' own
         statistics, as in training.
+    domain : str, optional
+        Whose running statistics to renew, of layers with domains: one that all of them have, and
+        that `forward` calls them with. Calls with another one do what they do otherwise.
 
     `num_batches_tracked` stays: renormalization's limits are as far open as before, and where
     momentum is None the new statistics weigh in the average as the old ones did. Those of a layer
@@ -53,7 +57,7 @@ def reestimate(
     `num_batches_tracked` is set.
 
     There is no `backward` through these calls, and what NaN in the batches does to statistics no
-    layer's `nonfinite` changes.
+    layer's `nonfinite` changes. Calls with ``update=False`` do not count.
 
     Raises
     ------
@@ -73,14 +77,16 @@ def reestimate(
     method = checks.options.option("method", method, checks.options.METHODS)
     sequential = checks.options.flag("sequential", sequential)
     checks.statistics.layers(layers, BatchNorm)
+    runnings = [layer._running_of(domain, f"layers[{i}]") for i, layer in enumerate(layers)]
+    for i, running in enumerate(runnings):
+        running.checked(writes=True, nan=True, of=f"layers[{i}].")
     checks.statistics.network(forward)
-    walks = [[layer] for layer in layers] if sequential else [list(layers)]
+    walks = [[i] for i in range(len(layers))] if sequential else [list(range(len(layers)))]
     checks.statistics.reiterable(batches, len(walks))
-    runnings = [layer._running for layer in layers]
     restore_modes = at_once(
         dict.update,
         [*map(vars, layers), *map(vars, runnings)],
-        [*map(_modes, layers), *({"observe": None} for _ in runnings)],
+        [*map(_modes, layers), *({"observe": None, "is_frozen": False} for _ in runnings)],
     )
     every = (a for layer in layers for a in layer._arrays().values())
     arrays = [a for a in every if a.flags.writeable]
@@ -92,15 +98,14 @@ def reestimate(
             running.observe = _ignore
         for walk in walks:
             populations = [Population(method) for _ in walk]
-            for layer, population in zip(walk, populations, strict=True):
-                layer._running.observe = population.add
+            for i, population in zip(walk, populations, strict=True):
+                runnings[i].observe = population.add
             for batch in batches:
                 forward(batch)
-            for layer, population in zip(walk, populations, strict=True):
-                found = population.statistics(f"layers[{layers.index(layer)}]")
-                layer._running.replace(found.mean, found.var)
-                layer._running.observe = None
-                layer.frozen_statistics = True  # whatever mode `forward` sets
+            for i, population in zip(walk, populations, strict=True):
+                found = population.statistics(f"layers[{i}]")
+                runnings[i].replace(found.mean, found.var)
+                runnings[i].observe, runnings[i].is_frozen = None, True
     except BaseException:
         restore_arrays()
         raise
@@ -111,7 +116,7 @@ def reestimate(
 def _modes(layer: BatchNorm) -> dict[str, Any]:
     """What a layer has again afterwards."""
     names = "_training", "_frozen_statistics"
-    return {name: vars(layer)[name] for name in names} | {"_forward": None}
+    return {name: vars(layer)[name] for name in names} | {"_last": None}
 
 
 def _ignore(batch: Moments) -> None:

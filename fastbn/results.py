@@ -99,6 +99,15 @@ class SecondGradients(NamedTuple):
     dgamma: NDArray[Any]
 
 
+class RunningStatistics(NamedTuple):
+    """What `BatchNorm.running` returns: the layer's own arrays of a domain, to be read, or written
+    in place."""
+
+    mean: NDArray[Any]
+    var: NDArray[Any]
+    num_batches_tracked: NDArray[np.int64]
+
+
 class PopulationStatistics(NamedTuple):
     """What `fastbn.population_statistics` returns: float64 mean and unbiased variance of each
     channel, and how many values they are of."""

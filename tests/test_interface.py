@@ -74,7 +74,7 @@ SIGNATURES = {
     ),
     "BatchNorm": (
         "channels * eps=1e-05 momentum=0.1 decay=None unbiased=True scale=True shift=True "
-        "track_running_stats=True one_value='raise' nonfinite='update' "
+        "track_running_stats=True domains=None one_value='raise' nonfinite='update' "
         "virtual_batch=None renormalization=None frozen_statistics=False frozen_affine=False "
         "layout='NCHW' activation=None dtype='float32'"
     ),
@@ -100,7 +100,7 @@ SIGNATURES = {
     "Renormalization": "* r_max=3.0 d_max=5.0 start=5000 r_end=40000 d_end=25000",
     "Moments": "count mean var * effective_count=None",
     "population_statistics": "batches * layout='NCHW' method='exact'",
-    "reestimate": "layers forward batches * method='exact' sequential=True",
+    "reestimate": "layers forward batches * method='exact' sequential=True domain=None",
     "fold_into_conv": (
         "weight bias mean var gamma=None beta=None * eps=1e-05 transposed=False groups=1"
     ),
@@ -117,9 +117,12 @@ SIGNATURES = {
 }
 
 
-CALLS = {
-    "BatchNorm": "x * residual=None where=None weights=None out=None",
+FORWARDS = {
+    "BatchNorm": "x * residual=None where=None weights=None out=None domain=None update=True",
     **dict.fromkeys(("GroupNorm", "InstanceNorm", "LayerNorm"), "x * residual=None out=None"),
+}
+CALLS = {
+    **{name: f"{forward} keep=True" for name, forward in FORWARDS.items()},
     "FrozenBatchNorm": "x * residual=None where=None out=None",
     "Standardizer": "x * out=None",
 }
@@ -182,11 +185,21 @@ def test_call(name: str) -> None:
     assert signature(getattr(fastbn, name).__call__).removeprefix("self ") == CALLS[name]
 
 
+@pytest.mark.parametrize("name", FORWARDS)
+def test_layers(name: str) -> None:
+    """Of every layer: forward is a call that keeps nothing, and backward the same."""
+    kind = getattr(fastbn, name)
+    assert signature(kind.forward).removeprefix("self ") == FORWARDS[name]
+    backward = "dy saved=None * dresidual=False accumulate=False out=None"
+    assert signature(kind.backward).removeprefix("self ") == backward
+
+
 def test_public_names() -> None:
     """The package exports these functions, the results' types and the error, and nothing else."""
-    types = {"BackendError", "BatchNormResult", "Folded", "Gradients", "Statistics"}
+    types = {"BackendError", "BatchNormResult", "Folded", "Gradients", "Saved", "Statistics"}
     types |= {"GradientSums", "PopulationStatistics", "ResidualGradients", "SecondGradients"}
     types |= {"RMSGradients", "RMSNormResult", "SkipRMSNormResult", "SkipResult"}
+    types |= {"RunningStatistics"}
     assert set(fastbn.__all__) == set(SIGNATURES) | types
     assert issubclass(fastbn.BackendError, RuntimeError)
     assert fastbn.BatchNormResult._fields == ("y", "mean", "var")
@@ -196,4 +209,5 @@ def test_public_names() -> None:
     assert fastbn.SecondGradients._fields == ("ddy", "dx", "dgamma")
     assert fastbn.GradientSums._fields == ("dgamma", "dbeta", "count")
     assert fastbn.PopulationStatistics._fields == ("mean", "var", "count")
+    assert fastbn.RunningStatistics._fields == ("mean", "var", "num_batches_tracked")
     assert fastbn.Statistics._fields == ("mean", "var")

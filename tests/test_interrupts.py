@@ -93,6 +93,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], object], tuple[str, ..
     "training": (made, lambda bn: bn(X), RUNNING),
     "state": (made, lambda bn: bn.load_state_dict(STATE), ("gamma", "beta", *RUNNING)),
     "backward": (called, lambda bn: bn.backward(DY), GRADIENTS),
+    "accumulating": (gone_back, lambda bn: bn.backward(DY, accumulate=True), GRADIENTS),
     "freezing": (gone_back, lambda bn: setattr(bn, "frozen_affine", True), GRADIENTS),
 }
 """What makes a layer, what is interrupted, and the arrays that it writes."""
@@ -135,9 +136,10 @@ def test_reestimation(sequential: bool) -> None:
 
     def everything() -> list[Any]:
         arrays = [a.tobytes() for layer in layers for a in layer.state_dict().values()]
-        modes = "training", "frozen_statistics", "_forward"
+        modes = "training", "frozen_statistics", "_last"
         of_layers = [getattr(layer, name) for layer in layers for name in modes]
-        return [*arrays, *of_layers, *(layer._running.observe for layer in layers)]
+        runnings = [running for layer in layers for running in layer._running.values()]
+        return [*arrays, *of_layers, *((r.observe, r.is_frozen) for r in runnings)]
 
     layers[0].eval()
     old = everything()

@@ -61,7 +61,7 @@ def test_every_attribute_can_be_set(kind: str) -> None:
     """All that there are, public ones, to what they are."""
     layer = fresh(kind)
     names = {name for name in (*vars(layer), *dir(layer)) if not name.startswith("_")}
-    for name in names:
+    for name in names - {"domains"}:
         setattr(layer, name, getattr(layer, name))
     with refused(layer, AttributeError, f"{kind} has no attribute 'frozen', ... 'frozen_"):
         layer.frozen = True

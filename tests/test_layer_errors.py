@@ -393,7 +393,7 @@ def test_bad_parameters() -> None:
 def test_backward_before_forward() -> None:
     """There is nothing to go back through."""
     bn = made()
-    with refused(bn, ValueError, "backward was called before forward; call the layer on x first"):
+    with refused(bn, ValueError, "backward was called without saved, and the layer keeps no call"):
         bn.backward(batch(SHAPE)[1])
 
 
@@ -428,7 +428,7 @@ def test_backward_after_x_was_written_over(mode: str, frozen_affine: bool) -> No
     bn, (x, dy, _) = made(mode), batch(SHAPE)
     bn.frozen_affine = frozen_affine
     bn(x, out=x)
-    with refused(bn, ValueError, "the layer's last call wrote y over x (out=x), ... another out"):
+    with refused(bn, ValueError, "x has been written over, by the layer's call or ... another out"):
         bn.backward(dy)
 
 

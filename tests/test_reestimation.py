@@ -253,6 +253,23 @@ def test_batches_that_weigh(scale: float, method: str, sequential: bool) -> None
     np.testing.assert_allclose(running(layer)["var"], var, rtol=1e-6)
 
 
+def test_copies_made_meanwhile() -> None:
+    """They are layers as any other, in training: before, in and after the layer's turn."""
+    network, batches, copies = Network(), data(), []
+
+    def forward(x: Array) -> None:
+        copies.append(copy.deepcopy(network.layers[1]))
+        network(x)
+
+    reestimate(network.layers, forward, batches)
+    x = batches[0][:, :1] * np.ones(WIDTHS[2], np.float32)
+    for layer in copies:
+        like = BatchNorm(WIDTHS[2])
+        like.load_state_dict(layer.state_dict())
+        assert_same_bits({"y": layer(x)}, {"y": like(x)})
+        assert_same_bits(layer.state_dict(), like.state_dict())
+
+
 def test_layers_left_out() -> None:
     """In evaluation they stay as they are, and the others follow what they do."""
     network, batches = Network(), data()

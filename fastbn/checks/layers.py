@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -15,7 +15,16 @@ from fastbn.checks.arrays import ANY, WIDE, array
 from fastbn.checks.memory import writeable
 from fastbn.checks.options import flag, option
 from fastbn.checks.vectors import Owner, channel_vector, mean, variance
-from fastbn.checks.words import as_float, described, first_bad, is_number, whole_number
+from fastbn.checks.words import (
+    as_float,
+    described,
+    first_bad,
+    is_number,
+    listed,
+    whole_number,
+    word_of,
+    wrong_type_or_value,
+)
 from fastbn.elements import is_float
 from fastbn.errors import shown
 
@@ -87,6 +96,74 @@ def one_value(value: Any, tracks: bool, virtual_batch: int | None) -> str:
             "groups of one value out of the running statistics"
         )
     return known
+
+
+def domains(value: Any, tracks: bool) -> tuple[str, ...] | None:
+    """The names of a layer's sets of running statistics; None for one set without a name."""
+    if value is None:
+        return None
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise TypeError(
+            f"domains is {described(value)}, expected a list or tuple of names, or None; pass "
+            "(name,) for one domain"
+        )
+    if not value:
+        raise ValueError(
+            f"domains is {shown(value)}, expected one name or more; leave it out for one set of "
+            "running statistics"
+        )
+    names: dict[str, int] = {}
+    for i, given in enumerate(value):
+        name = word_of(given)
+        if not name:
+            raise wrong_type_or_value(
+                given,
+                str,
+                f"domains[{i}] is {shown(given)}, expected a name, a str that is not empty; give "
+                "each domain one",
+            )
+        if name in names:
+            raise ValueError(
+                f"domains[{i}] is {shown(name)}, as domains[{names[name]}] is, expected distinct "
+                "names; leave one of them out"
+            )
+        names[name] = i
+    if not tracks:
+        raise ValueError(
+            f"domains is {shown(value)}, expected None where track_running_stats is False: there "
+            "are no running statistics to keep apart; leave one of them out"
+        )
+    return tuple(names)
+
+
+def domain(value: Any, known: tuple[str, ...] | None, owner: str) -> str | None:
+    """The set of running statistics that a call is about."""
+    if known is None:
+        if value is not None:
+            raise ValueError(
+                f"domain is {shown(value)}, expected None: {owner} has no domains; leave it out, "
+                "or make the layer with domains, a tuple of their names"
+            )
+        return None
+    name = word_of(value)
+    if name not in known:
+        raise wrong_type_or_value(
+            value,
+            str,
+            f"domain is {shown(value)}, expected one of {listed(known)}, the domains of {owner}; "
+            "pass one of them",
+        )
+    return name
+
+
+def no_domains(name: str, domains: tuple[str, ...] | None) -> None:
+    """An attribute of layers with one set of running statistics."""
+    if domains is not None:
+        raise AttributeError(
+            f"{name} is an attribute of layers without domains, and this one has "
+            f"{listed(domains)}; take layer.running({domains[0]!r}), whose arrays can be written "
+            "in place"
+        )
 
 
 def renormalization(value: Any, kind: type, tracks: bool, virtual_batch: int | None) -> Any:
@@ -220,38 +297,31 @@ def finite(found: dict[str, NDArray[Any]], renewed: dict[str, NDArray[Any]]) -> 
 
 
 def running(
-    running_mean: Any,
-    running_var: Any,
-    batches: Any,
-    channels: int,
-    *,
-    writes: bool,
-    nan: bool,
-    of: str = "",
+    held: dict[str, Any], channels: int, *, writes: bool, nan: bool
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """A layer's running statistics: of its channels, to be written where `writes` says so; `of`
-    tells whose, in names.
+    """A layer's running mean, variance and number of batches, by name: of its channels, to be
+    written where `writes` says so.
 
     Infinity is let in where they are only used, as `normalize` lets it in; what is to be written
     and may not become NaN has to be finite.
     """
-    if running_mean is None or running_var is None:
+    mean_name, var_name, counted = held
+    if held[mean_name] is None or held[var_name] is None:
         raise ValueError(
-            f"{of}running_mean and {of}running_var are None, expected arrays: the layer keeps no "
+            f"{mean_name} and {var_name} are None, expected arrays: the layer keeps no "
             "running statistics; make it with track_running_stats=True"
         )
     owner = Owner(channels, f"the layer has {channels} channels")
-    given = {f"{of}running_mean": running_mean, f"{of}running_var": running_var}
-    own = {name: channel_vector(name, a, owner, WIDE) for name, a in given.items()}
+    own = {name: channel_vector(name, held[name], owner, WIDE) for name in (mean_name, var_name)}
     running_mean, running_var = own.values()
     if writes:
-        counted = f"{of}num_batches_tracked"
+        batches = held[counted]
         tracked = {} if batches is None else {counted: counter(batches, counted)}
         for name, a in (own | tracked).items():
             writeable(name, a, "training renews it; assign a copy, or set frozen_statistics")
     if not nan:
-        mean(running_mean, f"{of}running_mean")
-    variance(running_var, nan=nan, name=f"{of}running_var")
+        mean(running_mean, mean_name)
+    variance(running_var, nan=nan, name=var_name)
     if writes and not nan:
         for name, a in own.items():
             _renewable(name, a)
@@ -335,21 +405,43 @@ def keeps_form(dtype: Any, out_layout: Any) -> None:
             )
 
 
-def last_call(last: Any, dy: Any, params: bool) -> Any:
-    """What a layer's last call left, for a dy that belongs to it."""
+def last_call(last: Any) -> Any:
+    """What a layer's last call left."""
     if last is None:
         raise ValueError(
-            "backward was called before forward; call the layer on x first, and then backward"
-        )
-    shape = array("dy", dy, ANY).shape
-    if shape != last.shape:
-        raise ValueError(
-            f"dy has shape {shape}, expected {last.shape}, the shape of the x that the layer was "
-            "last called on; call backward after its own forward"
-        )
-    if last.x is None and last.needs_x(params):
-        raise ValueError(
-            "the layer's last call wrote y over x (out=x), and the gradient needs x; call it "
-            "with another out"
+            "backward was called without saved, and the layer keeps no call: there was none, or "
+            "the last one was with keep=False; call the layer on x first, or pass what its "
+            "forward gave as saved"
         )
     return last
+
+
+def saved(value: Any, kind: type, identity: object) -> Any:
+    """What a forward of the layer with this identity left."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"saved is {described(value)}, expected a fastbn.{kind.__name__}; pass what forward "
+            "gave beside y, as in y, saved = layer.forward(x)"
+        )
+    known: Any = value
+    if known.layer is not identity:
+        raise ValueError(
+            f"saved is {known!r} of another layer, expected what this layer's own forward "
+            "gave; call backward of that layer, of which a copy is another one"
+        )
+    return known
+
+
+def gone_through(saved: Any, dy: Any, params: bool) -> None:
+    """A dy that belongs to what a forward left, which still has what the gradient needs."""
+    shape = array("dy", dy, ANY).shape
+    if shape != saved.shape:
+        raise ValueError(
+            f"dy has shape {shape}, expected {saved.shape}, the shape of the x that the layer was "
+            "called on; pass the dy of that call's y, or the saved that belongs to this dy"
+        )
+    if saved.x is None and saved.needs_x(params):
+        raise ValueError(
+            "x has been written over, by the layer's call or an earlier backward (out=x), and the "
+            "gradient needs x; give them another out"
+        )

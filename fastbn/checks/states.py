@@ -20,24 +20,29 @@ def arrays(own: dict[str, Any]) -> dict[str, NDArray[Any]]:
     """A layer's arrays as it has them, by their names in it."""
     return {
         # The layer checks it when it is set.
-        name: a if name == "num_batches_tracked" else array(name, a)
+        name: a if _kind(name) == "num_batches_tracked" else array(name, a)
         for name, a in own.items()
     }
+
+
+def _kind(name: str) -> str:
+    """What an array is, of whichever domain."""
+    return name.partition(".")[0]
 
 
 def state(
     value: Any,
     own: dict[str, NDArray[Any]],
-    options: str = "scale, shift and track_running_stats",
+    options: str = "scale, shift, track_running_stats and domains",
 ) -> dict[str, NDArray[Any]]:
     """A layer's arrays, by name: as many, of the shapes and kinds that it has, which `options`
     decide."""
     if not isinstance(value, Mapping):
         raise TypeError(f"state is {described(value)}, expected a mapping, as state_dict gives it")
-    needed = [name for name in own if name != "num_batches_tracked"]
+    needed = [name for name in own if _kind(name) != "num_batches_tracked"]
     missing = [name for name in needed if name not in value]
     unknown = [name for name in value if name not in own]
-    expected = f"expected {', '.join(map(repr, own))}"
+    expected = f"expected {listed(list(own))}"
     prefixes = _prefixes(value, needed) if missing else []
     if prefixes:
         plural = "es" if len(prefixes) > 1 else ""
@@ -120,9 +125,9 @@ def _state_array(name: str, value: Any, own: NDArray[Any]) -> NDArray[Any]:
             f"state[{name!r}] has dtype {dtype_words(given.dtype)}, expected {own.dtype} or what "
             f"rounds to it; {_remedy(name, given.dtype, own.dtype)}"
         )
-    if name == "running_var":
+    if _kind(name) == "running_var":
         variance(given, nan=False, name=name)
-    elif name == "running_mean":
+    elif _kind(name) == "running_mean":
         mean(given, name)
     return given
 

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn.checks.arrays import array, as_ndarray
-from fastbn.checks.layers import running
 from fastbn.checks.vectors import statistic
 from fastbn.checks.words import described, first_bad, is_number
 from fastbn.errors import shown
@@ -150,7 +149,7 @@ def population(name: str, batches: int) -> None:
 
 
 def layers(value: Any, kind: type[Any]) -> None:
-    """Layers whose running statistics can be estimated: each once."""
+    """Layers, each once."""
     if isinstance(value, kind) or not isinstance(value, Sequence) or not value:
         raise TypeError(
             f"layers is {described(value)}, expected a list of {kind.__name__}, in the order in "
@@ -164,8 +163,6 @@ def layers(value: Any, kind: type[Any]) -> None:
             )
         if any(layer is other for other in value[:i]):
             raise ValueError(f"layers[{i}] is there twice, expected each layer once; leave it out")
-        tracked = layer.running_mean, layer.running_var, layer.num_batches_tracked
-        running(*tracked, layer.channels, writes=True, nan=True, of=f"layers[{i}].")
 
 
 def network(forward: Any) -> None:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from itertools import repeat
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -22,6 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 from fastbn import checks
 from fastbn.backends.base import quiet
 from fastbn.functional import ActivationName
+from fastbn.layers.saved import Saved
 
 Array = NDArray[Any]
 
@@ -58,8 +59,6 @@ def _closing(init: Callable[..., None]) -> Callable[..., None]:
 class AffineLayer(ABC):
     """The base of the layers: each adds its own forward and backward."""
 
-    _state_names: ClassVar[Mapping[str, str]] = PARAMETERS
-    """The names in a state dictionary, PyTorch's, and the attributes that hold the arrays."""
     _is_made = False
     """Whether the constructor is through."""
 
@@ -88,8 +87,10 @@ class AffineLayer(ABC):
         self._dgamma, self._dbeta = (np.zeros(self.channels, of_type) for _ in range(2))
         self.dresidual: Array | None = None
         self.training, self.frozen_affine = True, frozen_affine
-        self._forward: Any = None
-        """What the backward of the last call needs."""
+        self._identity = object()
+        """What tells the layer from others; copied, it is another."""
+        self._last: Saved | None = None
+        """Of the last call, if that was to be kept."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -98,7 +99,7 @@ class AffineLayer(ABC):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._is_made and name not in vars(self) and not name.startswith("_"):
-            checks.layers.attribute(self, name, value, self._state_names)
+            checks.layers.attribute(self, name, value, PARAMETERS)
         super().__setattr__(name, value)
 
     @property
@@ -152,24 +153,42 @@ class AffineLayer(ABC):
                 checks.memory.writeable(name, a, "a backward writes it; assign a copy")
         return any(a is not None for a in held.values())
 
-    def _kept(self, x: Array, y: Array, out: Any) -> tuple[Array | None, Array | None]:
+    def _options(self) -> dict[str, Any]:
+        """What forward and backward are told alike."""
+        return {"eps": self.eps, "layout": self.layout, "activation": self.activation}
+
+    def _saved(self, options: dict[str, Any], x: Array, y: Array, out: Any, *others: Any) -> Saved:
         """What of a forward a backward needs: x, if y was not written over it, and y, if its slope
         is asked for."""
         is_lost = out is not None and checks.memory.share(out, x)
-        return None if is_lost else x, None if self.activation is None else y
+        x_kept, y_kept = None if is_lost else x, None if options["activation"] is None else y
+        of_layer = self._identity, type(self).__name__, options
+        return Saved(*of_layer, x.shape, x_kept, y_kept, *others)
 
     def backward(
-        self, dy: Array, *, dresidual: bool | Array = False, out: Array | None = None
+        self,
+        dy: Array,
+        saved: Saved | None = None,
+        *,
+        dresidual: bool | Array = False,
+        accumulate: bool = False,
+        out: Array | None = None,
     ) -> Array:
-        """The gradient of the last call with respect to x; leaves `dgamma` and `dbeta`.
+        """The gradient of a forward with respect to x; leaves `dgamma` and `dbeta`.
 
         Parameters
         ----------
         dy : ndarray
             Gradient with respect to y, of its shape and dtype.
+        saved : Saved, optional
+            Which forward: what `forward` gave beside y. It serves any number of backwards, until
+            one writes dx over x. None: the last call, if it was kept.
         dresidual, out
             As given to `fastbn.batch_norm_backward`; the residual's gradient is left in
             `dresidual`.
+        accumulate : bool
+            Add to `dgamma` and `dbeta`, in their dtype, instead of overwriting them. `dresidual` is
+            this backward's in any case.
 
         Returns
         -------
@@ -179,31 +198,45 @@ class AffineLayer(ABC):
         Raises
         ------
         TypeError, ValueError
-            An argument has a wrong type, shape or value, or there was no forward to go back
-            through. Nothing has been written.
+            An argument has a wrong type, shape or value, `saved` is of another layer, or there was
+            no forward to go back through. Nothing has been written.
         """
         params = self._wants_parameters()
-        last = checks.layers.last_call(self._forward, dy, params)
-        options = {"eps": self.eps, "layout": self.layout, "params": params, "out": out}
-        options |= {"activation": self.activation, "y": last.y, "dresidual": dresidual}
-        found = self._gradients(dy, last, options)
-        pairs = [(self.dgamma, found.dgamma), (self.dbeta, found.dbeta)]
-        wanted = [(held, a) for held, a in pairs if held is not None]
+        accumulate = checks.options.flag("accumulate", accumulate)
+        if saved is None:
+            saved = checks.layers.last_call(self._last)
+        saved = checks.layers.saved(saved, Saved, self._identity)
+        checks.layers.gone_through(saved, dy, params)
+        options = saved.options | {"params": params, "y": saved.y}
+        found = self._gradients(dy, saved, options | {"dresidual": dresidual, "out": out})
+        if out is not None and saved.x is not None and checks.memory.share(out, saved.x):
+            saved.x = None
         self.dresidual = getattr(found, "dresidual", None)
-        write([held for held, _ in wanted], [a for _, a in wanted])
+        self._leave([(self.dgamma, found.dgamma), (self.dbeta, found.dbeta)], accumulate)
         dx: Array = found.dx
         return dx
 
+    @quiet
+    def _leave(self, pairs: Sequence[tuple[Array | None, Any]], accumulate: bool) -> None:
+        """Write gradients into the arrays that are held, or add them."""
+        wanted = [(held, a) for held, a in pairs if held is not None]
+        values = [held + a if accumulate else a for held, a in wanted]
+        write([held for held, _ in wanted], values)
+
     @abstractmethod
-    def _gradients(self, dy: Array, last: Any, options: dict[str, Any]) -> Any:
-        """What a backward function gives for the last call, by these options of it."""
+    def _gradients(self, dy: Array, saved: Saved, options: dict[str, Any]) -> Any:
+        """What a backward function gives for a forward, by these options of it."""
 
     def _arrays(self) -> dict[str, Array]:
-        own = {ours: getattr(self, ours) for ours in self._state_names.values()}
-        held = checks.states.arrays(
-            {ours: array for ours, array in own.items() if array is not None}
-        )
-        return {name: held[ours] for name, ours in self._state_names.items() if ours in held}
+        """The layer's arrays, by the names that they have in a state."""
+        held = checks.states.arrays(self._held())
+        outside = {ours: name for name, ours in PARAMETERS.items()}
+        return {outside.get(ours, ours): a for ours, a in held.items()}
+
+    def _held(self) -> dict[str, Any]:
+        """What there is of a state, by the layer's own names."""
+        own = {"gamma": self.gamma, "beta": self.beta}
+        return {name: a for name, a in own.items() if a is not None}
 
     def _copied(self) -> dict[str, Array]:
         """The layer's state."""
@@ -216,7 +249,7 @@ class AffineLayer(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is of the layer, not of the arrays of its last call.
-        return self.__dict__ | {"_forward": None}
+        return self.__dict__ | {"_last": None}
 
     def _described(self, kind: type[AffineLayer], *sizes: int, **others: Any) -> str:
         """A call of `kind` that makes such a layer, with the options that are not the default."""

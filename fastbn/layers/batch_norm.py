@@ -12,30 +12,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastbn import _run, checks
+from fastbn import checks
 from fastbn._batch import Batch
-from fastbn._call import Call
 from fastbn.backends.base import quiet
-from fastbn.config import current
 from fastbn.functional import (
     ActivationName,
-    batch_norm,
     batch_norm_backward,
-    moments,
-    normalize,
     normalize_backward,
 )
-from fastbn.layers.base import PARAMETERS, AffineLayer
+from fastbn.layers import passes
+from fastbn.layers.base import AffineLayer
 from fastbn.layers.frozen import FrozenBatchNorm
 from fastbn.layers.renormalization import Correction, Renormalization, correction
-from fastbn.layers.running import MOMENTUM, NAMES, RunningStatistics
-from fastbn.results import BatchNormResult, Statistics
+from fastbn.layers.running import MOMENTUM, Rule, Running, group_counts, over_groups
+from fastbn.layers.saved import Saved
+from fastbn.results import BatchNormResult, RunningStatistics
 from fastbn.statistics import Moments
 
 Array = NDArray[Any]
@@ -47,27 +44,6 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
     "onnx": {"eps": 1e-5, "decay": 0.9, "unbiased": False, "layout": "NCHW"},
 }
 """What those libraries do where they are told nothing."""
-
-
-class _Forward(NamedTuple):
-    """What the backward of a forward needs."""
-
-    shape: tuple[int, ...]
-    x: Array | None
-    """None where y was written over it."""
-    mean: Array
-    var: Array
-    y: Array | None
-    is_frozen: bool
-    """Whether the statistics were fixed, and let no gradient through."""
-    where: Array | None
-    weights: Array | None
-    virtual_batch: int | None
-    correction: Correction | None
-
-    def needs_x(self, params: bool) -> bool:
-        """Whether a backward, of the parameters too or not, reads x."""
-        return params or not self.is_frozen
 
 
 class BatchNorm(AffineLayer):
@@ -96,6 +72,9 @@ class BatchNorm(AffineLayer):
         Whether there is a gamma, a beta.
     track_running_stats : bool
         Whether there are running statistics; without, evaluation too uses the batch's own.
+    domains : sequence of str, optional
+        Names of sets of running statistics, one for each kind of data, under the same gamma and
+        beta; each call names the one that it is about.
     one_value : {"raise", "running", "skip"}
         What happens where a batch is normalized by its own statistics (in training; without
         running statistics in evaluation, too) and has one value a channel, which has no variance:
@@ -131,6 +110,8 @@ class BatchNorm(AffineLayer):
         or it is frozen.
     dresidual : ndarray or None
         The residual's gradient, where the last `backward` was asked for it.
+    domains : tuple of str, or None
+        As given; it cannot be set. With domains, `running` has what follows, of each.
     running_mean, running_var : ndarray of `dtype`, shape (C,), or None
         At first 0 and 1.
     num_batches_tracked : ndarray of int64, shape ()
@@ -165,8 +146,6 @@ class BatchNorm(AffineLayer):
     (True, 1)
     """
 
-    _state_names: ClassVar[Mapping[str, str]] = PARAMETERS | {name: name for name in NAMES}
-
     def __init__(
         self,
         channels: int,
@@ -178,6 +157,7 @@ class BatchNorm(AffineLayer):
         scale: bool = True,
         shift: bool = True,
         track_running_stats: bool = True,
+        domains: Sequence[str] | None = None,
         one_value: str = "raise",
         nonfinite: str = "update",
         virtual_batch: int | None = None,
@@ -192,8 +172,12 @@ class BatchNorm(AffineLayer):
         common |= {"frozen_affine": frozen_affine, "activation": activation, "dtype": dtype}
         super().__init__(channels, **common)
         tracks = checks.options.flag("track_running_stats", track_running_stats)
-        kept = self.channels, self._dtype_name, tracks
-        self._running = RunningStatistics(*kept, momentum, decay)
+        self._rule = Rule(*checks.layers.momentum(momentum, decay, MOMENTUM))
+        self._domains = checks.layers.domains(domains, tracks)
+        self._running = {
+            domain: Running(self.channels, self._dtype_name, tracks=tracks, domain=domain)
+            for domain in self._domains or (None,)
+        }
         self.unbiased = checks.options.flag("unbiased", unbiased)
         self.virtual_batch = checks.options.virtual_batch(virtual_batch)
         self.renormalization = checks.layers.renormalization(
@@ -229,46 +213,87 @@ class BatchNorm(AffineLayer):
 
     @property
     def momentum(self) -> float | None:
-        return self._running.momentum
+        return self._rule.momentum
 
     @momentum.setter
     def momentum(self, value: float | None) -> None:
-        momentum, decay = checks.layers.momentum(value, None, MOMENTUM)
-        self._running.momentum, self._running.decay = momentum, decay
+        self._rule = Rule(*checks.layers.momentum(value, None, MOMENTUM))
 
     @property
     def decay(self) -> float | None:
-        return self._running.decay
+        return self._rule.decay
 
     @decay.setter
     def decay(self, value: float | None) -> None:
         if value is None and self.decay is None:
             return  # as where a layer's options are copied to another
-        self._running.momentum, self._running.decay = None, checks.layers.weight_of_old(value)
+        self._rule = Rule(None, checks.layers.weight_of_old(value))
+
+    @property
+    def domains(self) -> tuple[str, ...] | None:
+        return self._domains
+
+    def running(self, domain: str) -> RunningStatistics:
+        """The running statistics of a domain.
+
+        Parameters
+        ----------
+        domain : str
+            One of `domains`.
+
+        Returns
+        -------
+        mean, var : ndarray of `dtype`, shape (C,)
+        num_batches_tracked : ndarray of int64, shape ()
+            The layer's own arrays, to be read, or written in place.
+
+        Raises
+        ------
+        TypeError, ValueError
+            There is no such domain.
+
+        Examples
+        --------
+        >>> import fastbn
+        >>> bn = fastbn.BatchNorm(3, domains=("day", "night"))
+        >>> bn.running("night").var
+        array([1., 1., 1.], dtype=float32)
+        """
+        held: Any = self._running_of(domain).held
+        return RunningStatistics(*held.values())
+
+    def _running_of(self, domain: Any, owner: str = "the layer") -> Running:
+        return self._running[checks.layers.domain(domain, self._domains, owner)]
+
+    def _only_running(self, name: str) -> Running:
+        """The one set of running statistics, where there are no domains."""
+        checks.layers.no_domains(name, self._domains)
+        return self._running[None]
 
     @property
     def running_mean(self) -> Array | None:
-        return self._running.mean
+        return self._only_running("running_mean").mean
 
     @running_mean.setter
     def running_mean(self, value: Array | None) -> None:
-        self._running.mean = value
+        self._only_running("running_mean").mean = value
 
     @property
     def running_var(self) -> Array | None:
-        return self._running.var
+        return self._only_running("running_var").var
 
     @running_var.setter
     def running_var(self, value: Array | None) -> None:
-        self._running.var = value
+        self._only_running("running_var").var = value
 
     @property
     def num_batches_tracked(self) -> Array | None:
-        return self._running.batches
+        return self._only_running("num_batches_tracked").batches
 
     @num_batches_tracked.setter
     def num_batches_tracked(self, value: Array | int | None) -> None:
-        self._running.batches = None if value is None else checks.layers.counter(value)
+        running = self._only_running("num_batches_tracked")
+        running.batches = None if value is None else checks.layers.counter(value)
 
     @property
     def frozen_statistics(self) -> bool:
@@ -294,20 +319,32 @@ class BatchNorm(AffineLayer):
         where: Array | None = None,
         weights: Array | None = None,
         out: Array | None = None,
+        domain: str | None = None,
+        update: bool = True,
+        keep: bool = True,
     ) -> Array:
         """Normalize `x`, and in training renew the running statistics.
 
         Parameters
         ----------
         x : ndarray
-            Of C channels, as `fastbn.batch_norm` takes it. It is kept for the backward, not copied.
+            Of C channels, as `fastbn.batch_norm` takes it.
         residual, where, weights, out : ndarray, optional
             As given to `fastbn.batch_norm`. After ``out=x`` there is no backward.
+        domain : str, optional
+            One of `domains`, where the layer has some: whose running statistics the call goes by,
+            and renews.
+        update : bool
+            False: y is the same, and the running statistics stay as they are, by which
+            `renormalization` goes. `nonfinite` then looks at the batch's own statistics alone.
+        keep : bool
+            Whether the layer keeps the call for `backward`: x and, where there is an activation, y,
+            neither copied. False: it keeps none, an earlier one neither.
 
         Returns
         -------
         y : ndarray
-            As `fastbn.batch_norm` returns it; kept for the backward where there is an activation.
+            As `fastbn.batch_norm` returns it.
 
         Raises
         ------
@@ -315,121 +352,133 @@ class BatchNorm(AffineLayer):
             An argument has a wrong type, shape or value, the running statistics are no statistics,
             or a policy says so. Nothing has been written.
         """
-        batch = Batch(x, self.layout, where, weights, made_for=("BatchNorm", self.channels))
-        x, effective = batch.array, batch.effective
-        fused: dict[str, Any] = {"activation": self.activation, "residual": residual, "out": out}
-        k, corrected = None, None
-        if by_running := self._by_running(effective):
-            mean, var = (a.copy() for a in self._running.checked(writes=False))
-            given = mean, var, self.gamma, self.beta
-            if batch.counts_all:
-                y = normalize(x, *given, eps=self.eps, layout=self.layout, **fused)
-            else:
-                y = self._normalized(batch, None, given, fused, is_fixed=True)
-        else:
-            if self.training or self._running.observe is not None:
-                k = checks.options.virtual_batch(self.virtual_batch)
-            (y, mean, var), corrected = self._by_batch(batch, effective, k, fused)
-        x_kept, y_kept = self._kept(x, y, out)
-        statistics = mean, var, y_kept, by_running
-        self._forward = _Forward(x.shape, x_kept, *statistics, where, weights, k, corrected)
+        keep = checks.options.flag("keep", keep)
+        y, saved = self._forward(x, residual, where, weights, out, domain, update)
+        self._last = saved if keep else None
         return y
 
+    def forward(
+        self,
+        x: Array,
+        *,
+        residual: Array | None = None,
+        where: Array | None = None,
+        weights: Array | None = None,
+        out: Array | None = None,
+        domain: str | None = None,
+        update: bool = True,
+    ) -> tuple[Array, Saved]:
+        """A call of the layer that leaves what `backward` needs to the caller; of the layer only
+        running statistics are written, in training.
+
+        Parameters
+        ----------
+        x, residual, where, weights, out, domain, update
+            As a call takes them.
+
+        Returns
+        -------
+        y : ndarray
+            As a call returns it.
+        saved : Saved
+            To be passed to `backward`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As of a call.
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> bn, x = fastbn.BatchNorm(3), np.eye(3)
+        >>> hidden, first = bn.forward(x)
+        >>> y, second = bn.forward(hidden)
+        >>> dhidden = bn.backward(np.ones_like(y), second)
+        >>> dx = bn.backward(dhidden, first, accumulate=True)
+        """
+        return self._forward(x, residual, where, weights, out, domain, update)
+
+    def _forward(
+        self, x: Any, residual: Any, where: Any, weights: Any, out: Any, domain: Any, update: Any
+    ) -> tuple[Array, Saved]:
+        running = self._running_of(domain)
+        update = checks.options.flag("update", update)
+        batch = Batch(x, self.layout, where, weights, made_for=("BatchNorm", self.channels))
+        x, effective, options = batch.array, batch.effective, self._options()
+        fused: dict[str, Any] = {"activation": self.activation, "residual": residual, "out": out}
+        k, corrected = None, None
+        if by_running := self._by_running(running, effective):
+            mean, var = (a.copy() for a in running.checked(writes=False))
+            vectors = {"mean": mean, "var": var, "gamma": self.gamma, "beta": self.beta}
+            y = passes.normalize(batch, None, vectors, self.eps, fused, is_fixed=True)
+        else:
+            if self.training or running.observe is not None:
+                k = checks.options.virtual_batch(self.virtual_batch)
+            (y, mean, var), corrected = self._by_batch(running, batch, k, fused, update)
+        kept = mean, var, by_running, where, weights, k, corrected
+        return y, self._saved(options, x, y, out, *kept)
+
     def _by_batch(
-        self, batch: Batch, effective: float, k: int | None, fused: dict[str, Any]
+        self, running: Running, batch: Batch, k: int | None, fused: dict[str, Any], update: bool
     ) -> tuple[BatchNormResult, Correction | None]:
         """Normalize by the batch's own statistics, and see to the running ones."""
         nonfinite = checks.options.option("nonfinite", self.nonfinite, checks.layers.NONFINITE)
         checks.layers.renormalization(self.renormalization, Renormalization, True, k)
-        counts = _counts(len(batch.array), effective, k)
-        updates, corrected = self._updates(counts), None
-        renormalizes = updates and self.renormalization is not None
+        counts = group_counts(len(batch.array), batch.effective, k)
+        fits, corrected = self._fits(running, counts, update), None
+        updates, renormalizes = fits and update, fits and self.renormalization is not None
         if renormalizes or (nonfinite == "raise" and fused["out"] is not None and counts.any()):
-            mean, var = self._moments(batch, k)
-            renewed = self._renewed(mean, var, counts, updates)  # before y is written
+            mean, var = passes.moments(batch, k)
+            renewed = self._renewed(running, mean, var, counts, updates)  # before y is written
             gamma, beta = self.gamma, self.beta
             if renormalizes:
-                corrected = self._correction(mean, var)
-                gamma, beta = self._parameters(corrected)
-            given = mean, var, gamma, beta
-            y = self._normalized(batch, k, given, fused, is_fixed=False)
+                corrected = self._correction(running, mean, var, update)
+                gamma, beta = corrected.parameters(gamma, beta)
+            vectors = {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
+            y = passes.normalize(batch, k, vectors, self.eps, fused, is_fixed=False)
             result = BatchNormResult(y, mean, var)
         else:
-            result = self._batch_norm(batch, k, fused)
-            renewed = self._renewed(result.mean, result.var, counts, updates)
-        self._running.renew(renewed)
-        if self._running.observe is not None:
-            mean, var = result[1:] if k is None else moments(batch.array, layout=self.layout)
-            self._running.observe(Moments(batch.count, mean, var, effective_count=effective))
+            result = passes.batch_norm(batch, k, self.gamma, self.beta, self.eps, fused)
+            renewed = self._renewed(running, result.mean, result.var, counts, updates)
+        running.renew(renewed)
+        if update and running.observe is not None:
+            mean, var = result[1:] if k is None else passes.moments(batch, None)
+            running.observe(Moments(batch.count, mean, var, effective_count=batch.effective))
         return result, corrected
 
-    # The verbs on a batch that is checked: where all of it counts, by their plain entries.
-
-    def _moments(self, batch: Batch, k: int | None) -> Statistics:
-        if batch.counts_all:
-            return moments(batch.array, layout=self.layout, virtual_batch=k)
-        return _run.moments(Call(current(), batch, virtual_batch=k))
-
-    def _batch_norm(self, batch: Batch, k: int | None, fused: dict[str, Any]) -> BatchNormResult:
-        if batch.counts_all:
-            given = batch.array, self.gamma, self.beta
-            return batch_norm(*given, eps=self.eps, layout=self.layout, virtual_batch=k, **fused)
-        vectors: dict[str, Any] = {"gamma": self.gamma, "beta": self.beta}
-        call = Call(current(), batch, virtual_batch=k, **vectors)
-        return _run.batch_norm(call, self.eps, **fused)
-
-    def _normalized(
-        self, batch: Batch, k: int | None, given: Any, fused: dict[str, Any], *, is_fixed: bool
-    ) -> Array:
-        """By mean, var, gamma and beta as given; NaN stays in its channel where they are the
-        batch's own."""
-        names = "mean", "var", "gamma", "beta"
-        vectors: dict[str, Any] = dict(zip(names, given, strict=True))
-        kind: dict[str, Any] = {"virtual_batch": k, "is_fixed": is_fixed}
-        call = Call(current(), batch.unweighed(), **kind, **vectors)
-        return _run.normalize(call, self.eps, **fused)
-
-    def _correction(self, mean: Array, var: Array) -> Correction:
+    def _correction(self, running: Running, mean: Array, var: Array, update: bool) -> Correction:
         """r and d of a batch with these statistics, by the running ones as they are."""
         assert self.renormalization is not None
-        running = self._running.checked(writes=True, nan=self.nonfinite == "update")
-        limits = self.renormalization.at(checks.layers.batches(self.num_batches_tracked))
-        return correction(mean, var, *running, self.eps, limits)
+        known = running.checked(writes=update, nan=self.nonfinite == "update")
+        limits = self.renormalization.at(checks.layers.batches(running.batches))
+        return correction(mean, var, *known, self.eps, limits)
 
-    @quiet
-    def _parameters(self, corrected: Correction) -> tuple[Array, Array]:
-        """Scale and shift of a renormalized batch, in float64."""
-        gamma = 1.0 if self.gamma is None else self.gamma.astype(np.float64)
-        beta = 0.0 if self.beta is None else self.beta
-        return gamma * corrected.r, gamma * corrected.d + beta
-
-    @quiet
-    def _corrected(self, by: Correction, dgamma: Array, dbeta: Array) -> tuple[Array, Array]:
-        """The gradients of gamma and beta from those of a renormalized batch's scale and shift."""
-        dgamma = by.r * dgamma + by.d * dbeta
-        return dgamma.astype(self._dtype_name), dbeta.astype(self._dtype_name)
-
-    def _gradients(self, dy: Array, last: _Forward, options: dict[str, Any]) -> Any:
-        given: Any = dy, last.x, last.mean, last.var
-        options |= {"where": last.where}
+    def _gradients(self, dy: Array, saved: Saved, options: dict[str, Any]) -> Any:
+        given: Any = dy, saved.x, saved.mean, saved.var
+        options |= {"where": saved.where}
         backward: Callable[..., Any] = normalize_backward
-        if not last.is_frozen:
+        if not saved.is_fixed:
             backward = batch_norm_backward
-            options |= {"weights": last.weights, "virtual_batch": last.virtual_batch}
-        if last.correction is None:
+            options |= {"weights": saved.weights, "virtual_batch": saved.virtual_batch}
+        if saved.correction is None:
             return backward(*given, self._scale(), **options)
-        gamma, _ = self._parameters(last.correction)
+        gamma, _ = saved.correction.parameters(self.gamma, self.beta)
         found = backward(*given, gamma, **options)
         if found.dgamma is None:
             return found
-        dgamma, dbeta = self._corrected(last.correction, found.dgamma, found.dbeta)
-        return found._replace(dgamma=dgamma, dbeta=dbeta)
+        of_parameters = saved.correction.gradients(found.dgamma, found.dbeta, self._dtype_name)
+        return found._replace(**of_parameters)
+
+    def _held(self) -> dict[str, Any]:
+        running = (pair for each in self._running.values() for pair in each.held.items())
+        return super()._held() | {name: a for name, a in running if a is not None}
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of the layer's arrays, by PyTorch's names; what the layer has not is left out.
 
         "weight" is gamma, "bias" is beta; then "running_mean", "running_var" and
-        "num_batches_tracked".
+        "num_batches_tracked"; with domains these of each, as "running_mean.day".
 
         Examples
         --------
@@ -458,60 +507,68 @@ class BatchNorm(AffineLayer):
         """
         self._restore(checks.states.state(state, self._arrays()))
 
-    def to_frozen(self) -> FrozenBatchNorm:
+    def to_frozen(self, *, domain: str | None = None) -> FrozenBatchNorm:
         """A `FrozenBatchNorm` that does what the layer does in evaluation; it has copies of all.
+
+        Parameters
+        ----------
+        domain : str, optional
+            One of `domains`, where the layer has some.
 
         Raises
         ------
-        ValueError
-            There are no running statistics, or they are no statistics.
+        TypeError, ValueError
+            There is no such domain, there are no running statistics, or they are no statistics.
         """
-        mean, var = self._running.checked(writes=False)
+        mean, var = self._running_of(domain).checked(writes=False)
         options: dict[str, Any] = {"eps": self.eps, "layout": self.layout}
         return FrozenBatchNorm(
             mean, var, self.gamma, self.beta, activation=self.activation, **options
         )
 
-    def _by_running(self, n: float) -> bool:
+    def _by_running(self, running: Running, n: float) -> bool:
         """Whether this call normalizes by the running statistics."""
-        if self._running.observe is not None:
+        if running.observe is not None:
             return False
-        if self.frozen_statistics:
+        if self.frozen_statistics or running.is_frozen:
             return True
-        tracks = self._running.exist
         one = n > 0 and self._is_one(n)
-        return tracks and (not self.training or (one and self.one_value == "running"))
+        return running.exist and (not self.training or (one and self.one_value == "running"))
 
     def _is_one(self, n: Any) -> Any:
         """Whether an effective number of values is that of one or, where n / (n - 1) is asked for,
         cannot be told from it."""
         return n <= (1 + checks.statistics.ROUNDING if self.unbiased else 1)
 
-    def _updates(self, counts: Array) -> bool:
-        """Whether this call, by the batch's own statistics, may renew the running ones."""
-        if self._running.observe is not None or not counts.any():
+    def _fits(self, running: Running, counts: Array, update: bool) -> bool:
+        """Whether the batch's own statistics are fit for the running ones, and these, where it is
+        to `update` them, for the batch's."""
+        if running.observe is not None or not counts.any():
             return False
         one = self._is_one(counts)
         if one.any():
-            tracks = self._running.exist
-            checks.layers.several_values(self.one_value, counts, tracks, self.virtual_batch)
-        if one.all() or not (self._running.exist or self.renormalization):
+            options = running.exist, self.virtual_batch
+            checks.layers.several_values(self.one_value, counts, *options)
+        if one.all() or not (running.exist or self.renormalization):
             return False
-        self._running.checked(writes=True, nan=self.nonfinite == "update")
+        if update:
+            running.checked(writes=True, nan=self.nonfinite == "update")
         return True
 
     @quiet
-    def _renewed(self, mean: Array, var: Array, counts: Array, updates: bool) -> dict[str, Array]:
+    def _renewed(
+        self, running: Running, mean: Array, var: Array, counts: Array, updates: bool
+    ) -> dict[str, Array]:
         """The running arrays after a batch with these statistics; none where they stay.
 
         The policy looks at both: what is finite here may be infinite in the layer's type.
         """
-        if self._running.observe is not None:
+        if running.observe is not None:
             return {}
         each = var.reshape(len(counts), -1)
         unbiased = each * (counts / (counts - 1))[:, None] if self.unbiased else each
-        mean, var, unbiased = (_over_groups(a, counts) for a in (mean, each, unbiased))
-        renewed = self._running.average(mean, unbiased) if updates else {}
+        mean, var, unbiased = (over_groups(a, counts) for a in (mean, each, unbiased))
+        renewed = running.average(mean, unbiased, self._rule) if updates else {}
         if self.nonfinite == "raise":
             checks.layers.finite({"mean": mean, "variance": var}, renewed)
         elif self.nonfinite == "skip":
@@ -520,28 +577,8 @@ class BatchNorm(AffineLayer):
         return renewed
 
     def __repr__(self) -> str:
-        tracks = self._running.exist
+        tracks = all(running.exist for running in self._running.values())
         momentum = self.momentum if self.decay is None else MOMENTUM
         return self._described(
             BatchNorm, self.channels, track_running_stats=tracks, momentum=momentum
         )
-
-
-def _counts(samples: int, n: float, k: int | None) -> Array:
-    """Effective numbers of values of a channel in each group, of so many in the batch."""
-    if k is None or not n:
-        return np.array([n], np.float64)
-    sizes = np.full(-(-samples // k), float(k))
-    sizes[-1] -= len(sizes) * k - samples
-    return sizes * (n / samples)
-
-
-@quiet
-def _over_groups(statistic: Array, counts: Array) -> Array:
-    """The mean over groups, by their counts; those of one value are left out where there are
-    others."""
-    if len(counts) == 1:
-        return statistic.reshape(-1)
-    kept = counts > 1 if (counts > 1).any() else counts > 0
-    weights = counts[kept] / counts[kept].sum()
-    return np.asarray((weights[:, None] * statistic.reshape(len(counts), -1)[kept]).sum(0))

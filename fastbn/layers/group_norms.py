@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from numpy.typing import DTypeLike, NDArray
 
@@ -26,26 +25,12 @@ from fastbn.group_norms import (
     layer_norm_backward,
 )
 from fastbn.layers.base import AffineLayer
+from fastbn.layers.saved import Saved
 from fastbn.results import BatchNormResult, Gradients, ResidualGradients
 
 Array = NDArray[Any]
 Forward = Callable[..., BatchNormResult]
 Backward = Callable[..., Gradients | ResidualGradients]
-
-
-class _Forward(NamedTuple):
-    """What the backward of a forward needs."""
-
-    shape: tuple[int, ...]
-    x: Array | None
-    """None where y was written over it."""
-    mean: Array
-    var: Array
-    y: Array | None
-
-    def needs_x(self, params: bool) -> bool:
-        """Every backward reads x."""
-        return True
 
 
 class SampleNorm(AffineLayer):
@@ -84,48 +69,86 @@ class SampleNorm(AffineLayer):
         return self.train(False)
 
     def __call__(
-        self, x: Array, *, residual: Array | None = None, out: Array | None = None
+        self,
+        x: Array,
+        *,
+        residual: Array | None = None,
+        out: Array | None = None,
+        keep: bool = True,
     ) -> Array:
         """Normalize `x`, in training and in evaluation alike.
 
         Parameters
         ----------
         x : ndarray
-            Of C channels, as `fastbn.batch_norm` takes it. It is kept for the backward, not copied.
+            Of C channels, as `fastbn.batch_norm` takes it.
         residual, out : ndarray, optional
             As given to `fastbn.batch_norm`. After ``out=x`` there is no backward.
+        keep : bool
+            Whether the layer keeps the call for `backward`: x and, where there is an activation, y,
+            neither copied. False: it keeps none, an earlier one neither.
 
         Returns
         -------
         y : ndarray
-            As `fastbn.group_norm` returns it; kept for the backward where there is an activation.
+            As `fastbn.group_norm` returns it.
 
         Raises
         ------
         TypeError, ValueError
             An argument has a wrong type, shape or value. Nothing has been written.
         """
-        x = Batch(x, self.layout, made_for=(type(self).__name__, self.channels)).array
-        forward, _ = self._verbs
-        y, mean, var = forward(
-            x,
-            gamma=self.gamma,
-            beta=self.beta,
-            eps=self.eps,
-            layout=self.layout,
-            activation=self.activation,
-            residual=residual,
-            out=out,
-        )
-        x_kept, y_kept = self._kept(x, y, out)
-        self._forward = _Forward(x.shape, x_kept, mean, var, y_kept)
+        keep = checks.options.flag("keep", keep)
+        y, saved = self._forward(x, residual, out)
+        self._last = saved if keep else None
         return y
 
+    def forward(
+        self, x: Array, *, residual: Array | None = None, out: Array | None = None
+    ) -> tuple[Array, Saved]:
+        """A call of the layer that leaves what `backward` needs to the caller; of the layer nothing
+        is written.
+
+        Parameters
+        ----------
+        x, residual, out
+            As a call takes them.
+
+        Returns
+        -------
+        y : ndarray
+            As a call returns it.
+        saved : Saved
+            To be passed to `backward`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As of a call.
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> layer, x = fastbn.LayerNorm(3), np.eye(3)
+        >>> hidden, first = layer.forward(x)
+        >>> y, second = layer.forward(hidden)
+        >>> dhidden = layer.backward(np.ones_like(y), second)
+        >>> dx = layer.backward(dhidden, first, accumulate=True)
+        """
+        return self._forward(x, residual, out)
+
+    def _forward(self, x: Any, residual: Any, out: Any) -> tuple[Array, Saved]:
+        x = Batch(x, self.layout, made_for=(type(self).__name__, self.channels)).array
+        (forward, _), options = self._verbs, self._options()
+        given: dict[str, Any] = {"gamma": self.gamma, "beta": self.beta, "residual": residual}
+        y, mean, var = forward(x, **given, out=out, **options)
+        return y, self._saved(options, x, y, out, mean, var)
+
     def _gradients(
-        self, dy: Array, last: _Forward, options: dict[str, Any]
+        self, dy: Array, saved: Saved, options: dict[str, Any]
     ) -> Gradients | ResidualGradients:
         _, backward = self._verbs
-        return backward(dy, last.x, last.mean, last.var, gamma=self._scale(), **options)
+        return backward(dy, saved.x, saved.mean, saved.var, gamma=self._scale(), **options)
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of gamma, as "weight", and beta, as "bias", PyTorch's names; what the layer has
@@ -229,10 +252,10 @@ class GroupNorm(SampleNorm):
 
     @property
     def _verbs(self) -> tuple[Forward, Backward]:
-        return (
-            partial(group_norm, groups=self.groups),
-            partial(group_norm_backward, groups=self.groups),
-        )
+        return group_norm, group_norm_backward
+
+    def _options(self) -> dict[str, Any]:
+        return super()._options() | {"groups": self.groups}
 
     def __repr__(self) -> str:
         return self._described(GroupNorm, self.groups, self.channels)

@@ -34,6 +34,19 @@ class Correction(NamedTuple):
     r: Array
     d: Array
 
+    @quiet
+    def parameters(self, gamma: Array | None, beta: Array | None) -> tuple[Array, Array]:
+        """Scale and shift of a renormalized batch, in float64."""
+        scale = 1.0 if gamma is None else gamma.astype(np.float64)
+        shift = 0.0 if beta is None else beta
+        return scale * self.r, scale * self.d + shift
+
+    @quiet
+    def gradients(self, dgamma: Array, dbeta: Array, dtype: str) -> dict[str, Array]:
+        """The gradients of gamma and beta from those of a renormalized batch's scale and shift."""
+        dgamma = self.r * dgamma + self.d * dbeta
+        return {"dgamma": dgamma.astype(dtype), "dbeta": dbeta.astype(dtype)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Renormalization:

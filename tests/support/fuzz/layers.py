@@ -29,6 +29,7 @@ from support.fuzz.right import (
     weighed,
 )
 from support.judge import Judged
+from support.memory import dense_in_its_order
 from support.random_arrays import Array, Source
 
 PARAMETERS = {"weight": "gamma", "bias": "beta"}
@@ -63,13 +64,38 @@ def _put_out(d: Drawn) -> None:
         d.put("out", np.full(d.shape, 77, d.dtype), written=True)
 
 
-def _ran(layer: Any, a: dict[str, Any], *selected: str) -> Results:
+def _put_way(d: Drawn) -> None:
+    """By a call or by forward; whether the backward adds to what an earlier one left."""
+    d.arguments["by_forward"] = d.s.chance(0.4)
+    d.arguments["accumulates"] = d.s.chance(0.3)
+
+
+def _ran(layer: Any, a: dict[str, Any], *names: str) -> Results:
     """What a layer's forward and backward give."""
-    given = {name: a[name] for name in ("residual", "out", *selected) if name in a}
-    y = layer(a["x"], **given)
-    dx = layer.backward(a["dy"], dresidual=a["dresidual"], out=a.get("into"))
+    given = {name: a[name] for name in ("residual", "out", *names) if name in a}
+    saved, into = None, {"dresidual": a["dresidual"], "out": a.get("into")}
+    if a["by_forward"]:
+        y, saved = layer.forward(a["x"], **given)
+    else:
+        y = layer(a["x"], **given)
+    if a["accumulates"]:
+        layer.backward(dense_in_its_order(a["dy"]), saved)
+        once = _gradients(layer)
+        dx = layer.backward(a["dy"], saved, accumulate=True, **into)
+        with np.errstate(all="ignore"):
+            assert_same_bits(_gradients(layer), {name: 2 * g for name, g in once.items()})
+        for name, g in once.items():
+            getattr(layer, name)[...] = g
+    else:
+        dx = layer.backward(a["dy"], saved, **into)
     gradients = {n: getattr(layer, n) for n in ("dgamma", "dbeta", "dresidual")}
     return {"y": y, "dx": dx, **gradients}
+
+
+def _gradients(layer: Any) -> dict[str, Array]:
+    """Copies of those that there are."""
+    held = {name: getattr(layer, name) for name in ("dgamma", "dbeta")}
+    return {name: a.copy() for name, a in held.items() if a is not None}
 
 
 def _own(a: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -114,6 +140,8 @@ def _batch_norm_options(s: Source) -> dict[str, Any]:
         options["renormalization"] = fastbn.Renormalization(**limits)
     elif tracks and s.chance(0.2):
         options["one_value"] = "running"
+    if tracks and s.chance(0.25):
+        options["domains"] = ("day", "night")
     return options
 
 
@@ -162,7 +190,11 @@ def batch_norm_layer(s: Source) -> Case:
     d.residual()
     _put_out(d)
     _put_backward(d)
+    _put_way(d)
     d.arguments |= {"options": options, "mode": mode, "layout": d.layout}
+    d.arguments["update"] = s.chance(0.8)
+    if "domains" in options:
+        d.arguments["domain"] = s.choice(options["domains"])
     k = options.get("virtual_batch") if mode == "training" else None
     plain = {n: d.plain(n) for n in ("where", "weights")} | {"layout": d.layout}
     counts = _values(plain, d.shape, k)
@@ -179,14 +211,20 @@ def _batch_norm_call(**a: Any) -> Results:
     channels = a["x"].shape[channel_axis(a["x"].ndim, a["layout"])]
     told = {n: a[n] for n in ("eps", "layout", "activation")}
     bn = fastbn.BatchNorm(channels, **a["options"], **told)
-    bn.load_state_dict({name: a[name] for name in STATE if name in a})
+    before, names = bn.state_dict(), {name: name for name in STATE}
+    if "domain" in a:
+        names |= {name: f"{name}.{a['domain']}" for name in STATE[2:]}
+    bn.load_state_dict(before | {names[name]: a[name] for name in STATE if name in a})
     bn.train(a["mode"] != "evaluation")
     bn.frozen_statistics, bn.frozen_affine = a["mode"] == "frozen", a["frozen_affine"]
     k = a["options"].get("virtual_batch") if a["mode"] == "training" else None
     selected = {n: a[n] for n in ("where", "weights") if n in a}
     mean, var = fastbn.moments(a["x"], layout=a["layout"], virtual_batch=k, **selected)
-    found = _ran(bn, a, *selected) | {"mean": mean, "var": var}
-    return found | {name: a for name, a in bn.state_dict().items() if name in STATE[2:]}
+    found = _ran(bn, a, *selected, "domain", "update") | {"mean": mean, "var": var}
+    after = bn.state_dict()
+    others = [name for name in after if name not in names.values()]
+    assert_same_bits(*({name: state[name] for name in others} for state in (after, before)))
+    return found | {name: after[names[name]] for name in STATE[2:] if names[name] in after}
 
 
 def _judge_batch_norm(results: Results, a: dict[str, Any]) -> None:
@@ -200,7 +238,7 @@ def _judge_batch_norm(results: Results, a: dict[str, Any]) -> None:
     runs = tracks and (not trains or (one and options["one_value"] == "running"))
     verb = _as_verb(a, own, dtype, channels)
     of_y = a | {n: own[n] for n in PARAMETERS.values() if n in own}
-    updates = tracks and not runs and bool((counts > 1).any())
+    fits = tracks and not runs and bool((counts > 1).any())
     if runs:
         fixed = {"mean": own["running_mean"], "var": own["running_var"]}
         judge_fixed(results, of_y | fixed)
@@ -209,7 +247,7 @@ def _judge_batch_norm(results: Results, a: dict[str, Any]) -> None:
             verb | fixed | {"virtual_batch": None, "weights": None} | _y(results, a),
             frozen=True,
         )
-    elif updates and "renormalization" in options:
+    elif fits and "renormalization" in options:
         judge_normalized({n: results[n] for n in ("mean", "var")}, a)
         _judge_renormalized(results, verb, own)
     else:
@@ -217,7 +255,7 @@ def _judge_batch_norm(results: Results, a: dict[str, Any]) -> None:
         statistics = {n: results[n] for n in ("mean", "var")}
         judge_gradients(results, verb | statistics | _y(results, a))
     if tracks:
-        _judge_running(results, a, own, counts, updates)
+        _judge_running(results, a, own, counts, fits and a["update"])
 
 
 def _y(results: Results, a: dict[str, Any]) -> dict[str, Any]:
@@ -331,6 +369,7 @@ def sample_norm_layer(s: Source) -> Case:
     d.residual()
     _put_out(d)
     _put_backward(d)
+    _put_way(d)
     d.arguments |= {"options": options}
 
     def call(**a: Any) -> Results:
