@@ -284,9 +284,9 @@ class Call:
 
     def moves(self, y: Array, epilogue: Epilogue | None) -> bool:
         """Whether y is of another type than x, or in another order of memory that it can be brought
-        into on the way."""
+        into on the way; or whether a curve follows, which is applied there."""
         x, layout = self.array, self.batch.layout
-        if y.dtype != x.dtype.newbyteorder("="):
+        if y.dtype != x.dtype.newbyteorder("=") or (epilogue and epilogue.activation.curve):
             return True
         if self.batch.where is not None or (epilogue and epilogue.residual is not None):
             return False
@@ -333,14 +333,19 @@ class Call:
         return known._replace(count=self._scaled_count(known.count))
 
     def epilogue(
-        self, activation: Any, residual: Any, dtype: np.dtype[Any] | None = None
+        self,
+        activation: Any,
+        residual: Any,
+        dtype: np.dtype[Any] | None = None,
+        *,
+        curves: bool = False,
     ) -> Epilogue | None:
         """What follows normalization, on arrays; None for nothing. `dtype`: a residual's, if not
-        x's."""
+        x's. `curves`: activations of inference too."""
         if residual is not None:
             of = self.batch.name, self.array, dtype
             residual = checks.arrays.companion("residual", residual, *of)
-        asked = checks.options.activation(activation)
+        asked = checks.options.activation(activation, curves=curves)
         return None if residual is None and asked == LINEAR else Epilogue(asked, residual)
 
     def backward_outputs(

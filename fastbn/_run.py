@@ -32,7 +32,7 @@ from fastbn.backends.base import (
     quiet,
 )
 from fastbn.backends.tuning import CHANNEL_BYTES, SUM_BYTES
-from fastbn.elements import SINGLE, arithmetic
+from fastbn.elements import SINGLE
 from fastbn.integers import Totals
 from fastbn.layouts import channel_axis, frame, moved
 from fastbn.results import (
@@ -86,7 +86,7 @@ def normalize(
     layout = checks.options.out_layout(out_layout, batch.layout, **apart)
     dtype = checks.options.result_dtype(dtype, checks.arrays.as_ndarray(out), batch.name, x)
     own = dtype == x.dtype.newbyteorder("=")
-    epilogue = call.epilogue(activation, residual, None if own else dtype)
+    epilogue = call.epilogue(activation, residual, None if own else dtype, curves=True)
     y = call.result(out, epilogue and epilogue.residual, dtype, layout)
     if call.is_empty:
         y.fill(0)
@@ -113,18 +113,9 @@ def _normalize(call: Call, eps: float, epilogue: Epilogue | None, y: Array) -> N
 
 
 def _normalize_into(call: Call, eps: float, epilogue: Epilogue | None, y: Array) -> None:
-    """Write y of another type than x, or in another order of memory, in one pass; where there is a
-    mask, of x in y's arithmetic."""
+    """Write y of another type than x, in another order of memory, or along a curve, in one pass;
+    and 0 where a mask says so."""
     x, layout = call.array, call.batch.layout
-    if call.batch.where is not None:
-        wide = call.widened(arithmetic(y.dtype))
-        into = call.arrangement.fresh(x.shape, wide.array.dtype)
-        if epilogue is not None and epilogue.residual is not None:
-            epilogue = epilogue._replace(residual=epilogue.residual.astype(into.dtype))
-        _normalize(wide, eps, epilogue, into)
-        with np.errstate(all="ignore"):
-            y[...] = into
-        return
     of_x, of_y = frame(x, layout), frame(y, layout)
     residual = None if epilogue is None else epilogue.residual
     beside = None if residual is None else frame(residual, layout)
@@ -138,6 +129,8 @@ def _normalize_into(call: Call, eps: float, epilogue: Epilogue | None, y: Array)
     if not np.may_share_memory(y, of_y):
         there = moved(y, channel_axis(layout, y.ndim), 1)
         there[...] = of_y.reshape(there.shape)
+    if call.batch.where is not None:
+        np.copyto(y, 0, where=~call.batch.where)
 
 
 def _scale(call: Call, eps: float, *at: Any) -> Table:

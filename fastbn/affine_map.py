@@ -49,12 +49,12 @@ class AffineMap(Immutable):
         layout = checks.options.layout(layout)
         mine: dict[str, Any] = {
             "layout": layout,
-            "activation": checks.options.activation_name(activation),
+            "activation": checks.options.activation_name(activation, curves=True),
             "dtype": None if dtype is None else checks.options.result_type(dtype),
             "out_layout": None
             if out_layout is None
             else checks.options.out_layout(out_layout, layout),
-            "_activation": checks.options.activation(activation),
+            "_activation": checks.options.activation(activation, curves=True),
             "_affine": affine,
             "_plain": {},
         }

@@ -148,8 +148,12 @@ def normalize(
     ----------
     x : ndarray of float32, float64, float16, bfloat16, uint8, int8, uint16 or int16
         As in `batch_norm`. Integers are computed in float32, which holds them.
-    gamma, beta, eps, layout, activation, where
+    gamma, beta, eps, layout, where
         As in `batch_norm`.
+    activation : {None, "relu", "relu6", "hard_sigmoid", "hard_swish", "silu"} or ("leaky_relu", a)
+        What is done last; 0 < a < 1. With v the value before: hard_sigmoid is
+        ``min(max(v + 3, 0), 6) / 6`` and hard_swish v times that (Howard et al. 2019), silu is
+        ``v / (1 + exp(-v))`` (Elfwing et al. 2018). These three have no backward here.
     mean, var : ndarray of float32, float64, float16 or bfloat16, shape (C,)
         Statistics of each channel; no variance may be negative or NaN.
     residual : ndarray, optional

@@ -85,6 +85,17 @@ def bound_fused(dtype: Any, bound: Wide, v: Wide, y: Wide) -> Wide:
     return fused
 
 
+STEEPEST = {"hard_sigmoid": 1 / 6, "hard_swish": 1.5, "silu": 1.1}
+"""The largest slopes."""
+
+
+def bound_curve(dtype: Any, bound: Wide, y: Wide, kind: str) -> Wide:
+    """How far y may be off, a curve of what was within a bound."""
+    steepest, roundings = np.longdouble(STEEPEST[kind]), np.longdouble(4 * unit(dtype))
+    around: Wide = steepest * bound + roundings * np.abs(y) + 2048 * smallest(dtype)
+    return around
+
+
 def bound_gated(dtype: Any, dy: Wide, bound: Wide) -> Wide:
     """How far a gated dy may be off, or what was made of it within a bound times |dy|."""
     return bound + unit(dtype) * np.abs(dy)

@@ -9,6 +9,8 @@ import numpy as np
 from oracle.arrays import Array, Wide, channel_axis
 
 ACTIVATIONS: tuple[Any, ...] = (None, "relu", "relu6", ("leaky_relu", 0.1))
+CURVES = ("hard_sigmoid", "hard_swish", "silu")
+"""Activations of inference."""
 
 
 # --- batch norm -----------------------------------------------------------------------------------
@@ -123,6 +125,15 @@ def fused(bn: Wide, activation: Any, residual: Wide | None) -> Wide:
     slope, top = _bends(activation)
     negative = v * np.longdouble(slope) if slope else np.zeros_like(v)
     return np.where(v <= 0, negative, np.minimum(v, top))
+
+
+def curve(v: Wide, kind: str) -> Wide:
+    """An activation of inference."""
+    one = np.longdouble(1)
+    share: Wide = one / (one + np.exp(-v))
+    if kind != "silu":
+        share = np.minimum(np.maximum(v + 3 * one, 0 * one), 6 * one) / (6 * one)
+    return share if kind == "hard_sigmoid" else v * share
 
 
 def gated(dy: Wide, y: Wide, activation: Any) -> Wide:

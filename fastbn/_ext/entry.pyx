@@ -258,12 +258,15 @@ cdef class Engine:
     # Arrays of other types, or in another order: (N, C, S), of which channels or values lie together
 
     def normalize_into(self, cnp.ndarray x, affine, cnp.ndarray out, int threads, epilogue=None):
-        cdef int element = element_of_frames(x, out)
+        cdef int element
         cdef Task t
         memset(&t, 0, sizeof(Task))
-        t.arriving, t.leaving, t.slope, t.top = frame(x, element), frame(out, element), 1, INFINITY
+        t.slope, t.top = 1, INFINITY
         if epilogue is not None:
-            t.slope, t.top = epilogue.activation
+            t.slope, t.top, t.curve = epilogue.activation
+        element = element_of_frames(x, out, t.curve)
+        t.arriving, t.leaving = frame(x, element), frame(out, element)
+        if epilogue is not None:
             if epilogue.residual is not None:
                 t.beside = frame(epilogue.residual, element)
         set_frames(&t, cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2), element)
@@ -353,12 +356,14 @@ cdef class Engine:
             memset(&t, 0, sizeof(Task))
         if residual is not None:
             return None
+        if not set_activation(&t, activation, True):
+            return None
         y = set_plain_frames(&t, x, layout, dtype, out_layout, out)
         if y is None or not (set_plain_constants(&t, mean, var)
-                             and set_plain_parameters(&t, gamma, beta, eps, activation)
+                             and set_plain_parameters(&t, gamma, beta, eps)
                              and all_apart(y, mean, var, gamma, beta)):
             return None
-        self.run_pieces(&t, element_of_frames(x, y), threads)
+        self.run_pieces(&t, element_of_frames(x, y, t.curve), threads)
         return y
 
     def plain_frozen(self, affine, str layout, activation, dtype, out_layout):
@@ -492,7 +497,7 @@ cdef void fuse_epilogue(Task* t, object epilogue):
     t.slope, t.top = 1, INFINITY
     if epilogue is None:
         return
-    t.slope, t.top = epilogue.activation
+    t.slope, t.top, _ = epilogue.activation
     if epilogue.residual is not None:
         t.residual = operand(t, epilogue.residual)
 
@@ -502,7 +507,7 @@ cdef void fuse_activation_grad(Task* t, object activation_grad, bint maps):
     t.slope, t.top = 1, INFINITY
     if activation_grad is None:
         return
-    t.slope, t.top = activation_grad.activation
+    t.slope, t.top, _ = activation_grad.activation
     t.y = operand(t, activation_grad.y)
     if maps and activation_grad.dresidual is not None:
         t.dresidual = operand(t, activation_grad.dresidual)
@@ -560,6 +565,7 @@ cdef class Frozen:
     cdef str layout
     cdef object dtype, out_layout
     cdef double slope, top
+    cdef int curve
     cdef object memory
     cdef char* single
     cdef char* double
@@ -571,7 +577,7 @@ cdef class Frozen:
         cdef char* free
         self.engine, self.channels, self.layout = engine, channels, layout
         self.dtype, self.out_layout = dtype, out_layout
-        self.slope, self.top = activation
+        self.slope, self.top, self.curve = activation
         self.memory = bytearray(2 * bytes_of_reals + LINE)
         free = self.memory
         self.single = free + (-<size_t> free & (LINE - 1))
@@ -579,7 +585,7 @@ cdef class Frozen:
 
     def normalize(self, x, residual, out, int threads):
         y = None
-        if self.dtype is None and self.out_layout is None:
+        if self.dtype is None and self.out_layout is None and self.curve == 0:
             y = self.normalize_alike(x, residual, out, threads)
         if y is None and residual is None:
             y = self.normalize_into(x, out, threads)
@@ -608,11 +614,12 @@ cdef class Frozen:
         """y of another type or in another layout, or None."""
         cdef Task t
         memset(&t, 0, sizeof(Task))
+        t.curve = self.curve
         y = set_plain_frames(&t, x, self.layout, self.dtype, self.out_layout, out)
         if y is None or t.channels != self.channels:
             return None
         self.set_coefficients(&t, x)
-        self.engine.run_pieces(&t, element_of_frames(x, y), threads)
+        self.engine.run_pieces(&t, element_of_frames(x, y, t.curve), threads)
         return y
 
     cdef void set_coefficients(self, Task* t, object x):

@@ -28,10 +28,11 @@ cdef stored stored_of(object a, int element):
     return STORED_BFLOAT16 if own == BF16 else integer_of(a)
 
 
-cdef int element_of_frames(cnp.ndarray x, cnp.ndarray out):
-    """Whose kernels write one from the other: float32's, where they are of different types."""
+cdef int element_of_frames(cnp.ndarray x, cnp.ndarray out, int curve):
+    """Whose kernels write one from the other: float32's, where they are of different types, or
+    where a curve is applied before a half type is rounded to."""
     cdef int own = element_of(x)
-    return own if element_of(out) == own else F32
+    return own if element_of(out) == own and (own == F64 or curve == 0) else F32
 
 
 cdef Frame new_frame(cnp.ndarray a, int element, Py_ssize_t S, Py_ssize_t n, Py_ssize_t c,

@@ -111,7 +111,10 @@ cdef extern from "tiles.h" nogil:
     void read_tile(int type, element* to, long to_step, const char* source, long step, long rows,
                    long columns, bint turned)
     void write_tile(int type, char* to, long to_step, const element* tile, long step, long rows,
-                    long columns)
+                    long columns, bint stream)
+
+cdef extern from "curves.h" nogil:
+    void apply_curve(int kind, element* tile, long n)
 
 cdef extern from "integers.h" nogil:
     void add_integers(int type, const char* data, bint by_rows, long c_step, long s_step, long C,

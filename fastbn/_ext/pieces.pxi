@@ -7,7 +7,7 @@
 # 2. A tile stays in the core's own cache, and is large enough that a piece costs little beside it.
 #    Planes: of a piece's channels, parts of planes. Rows: some rows, of all samples together.
 # 3. y goes straight to its place, streamed if that is large; half types, which these loops do not
-#    write, go from the tile.
+#    write, go from the tile, and so does what a curve is applied to (curves.h).
 # 4. Sums of integers are taken in integer lanes of 32 or 64 bits, which go to 64 bits before they
 #    are full: they are exact in any order (integers.h).
 
@@ -55,13 +55,16 @@ cdef void read_piece(const Frame* a, const Piece* p, bint by_rows, element* tile
         tile += C * S
 
 
-cdef void write_piece(const Frame* a, const Piece* p, const element* tile) noexcept nogil:
+cdef void write_piece(const Frame* a, const Piece* p, const element* tile,
+                      bint stream) noexcept nogil:
     cdef Py_ssize_t n, C = p.c1 - p.c0, S = p.s1 - p.s0
     for n in range(p.n0, p.n1):
         if a.by_rows:
-            write_tile(a.type, in_frame(a, n, p.c0, p.s0), a.s // a.itemsize, tile, C, S, C)
+            write_tile(a.type, in_frame(a, n, p.c0, p.s0), a.s // a.itemsize, tile, C, S, C,
+                       stream)
         else:
-            write_tile(a.type, in_frame(a, n, p.c0, p.s0), a.c // a.itemsize, tile, S, C, S)
+            write_tile(a.type, in_frame(a, n, p.c0, p.s0), a.c // a.itemsize, tile, S, C, S,
+                       stream)
         tile += C * S
 
 
@@ -99,7 +102,7 @@ cdef void shape_of_piece(Task* own, const Task* t, const Piece* p) noexcept nogi
 
 cdef void map_piece(Task* own, const Task* t, const Piece* p, element* tile) noexcept nogil:
     """y of a piece."""
-    cdef bint direct = t.leaving.type == STORED_ELEMENT
+    cdef bint direct = t.leaving.type == STORED_ELEMENT and t.curve == 0
     shape_of_piece(own, t, p)
     own.source = tile_operand(own, tile)
     if t.as_is:
@@ -113,8 +116,10 @@ cdef void map_piece(Task* own, const Task* t, const Piece* p, element* tile) noe
     own.out = frame_operand(&t.leaving, p, own) if direct else tile_operand(own, tile)
     own.dresidual = own.out
     map_chunk(own, 0, 0, own.C, 0, 0)
+    if t.curve != 0:
+        apply_curve(t.curve, tile, (p.n1 - p.n0) * (p.c1 - p.c0) * (p.s1 - p.s0))
     if not direct:
-        write_piece(&t.leaving, p, tile)
+        write_piece(&t.leaving, p, tile, t.stream)
 
 
 cdef void map_pieces(const Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept nogil:
@@ -123,7 +128,7 @@ cdef void map_pieces(const Task* t, Py_ssize_t thread, Py_ssize_t team) noexcept
     cdef Piece p
     cdef element* tile = <element*> (t.tiles + thread * t.tile_bytes)
     own.fetch, own.planes_ahead = False, 0
-    own.stream = t.stream and t.leaving.type == STORED_ELEMENT
+    own.stream = t.stream and t.leaving.type == STORED_ELEMENT and t.curve == 0
     for i in range(pieces * thread // team, pieces * (thread + 1) // team):
         p = piece_at(t, i)
         map_piece(&own, t, &p, tile)

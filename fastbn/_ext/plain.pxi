@@ -208,16 +208,16 @@ cdef bint all_apart(object out, object a, object b=None, object c=None, object d
     return True
 
 
-cdef bint set_activation(Task* t, object activation):
-    """The activation, by its public name."""
+cdef bint set_activation(Task* t, object activation, bint curves=False):
+    """The activation, by its public name; `curves` too, where these are applied."""
     if activation is None:
         t.slope, t.top = 1, INFINITY
         return True
     known = activations.of(activation)
     if known is None:
         return False
-    t.slope, t.top = known
-    return True
+    t.slope, t.top, t.curve = known
+    return curves or t.curve == 0
 
 
 cdef bint set_residual(Task* t, object residual, object x):
@@ -258,7 +258,7 @@ cdef void keep_dresidual(Task* t, Operand dresidual) noexcept:
         t.y = t.dy
 
 
-cdef bint set_plain_parameters(Task* t, object gamma, object beta, object eps, object activation):
+cdef bint set_plain_parameters(Task* t, object gamma, object beta, object eps):
     """Whether what a forward is given beside arrays is plain: then it is set."""
     if not is_valid_eps(eps):
         return False
@@ -266,7 +266,7 @@ cdef bint set_plain_parameters(Task* t, object gamma, object beta, object eps, o
         return False
     t.eps = eps
     set_parameters(t, gamma, beta)
-    return set_activation(t, activation)
+    return True
 
 
 cdef bint set_plain_constants(Task* t, object mean, object var):
@@ -280,9 +280,9 @@ cdef bint set_plain_constants(Task* t, object mean, object var):
 cdef object set_plain_forward(Task* t, object x, object gamma, object beta, object eps,
                               object activation, object residual, object out):
     """A training forward on a shape that is set: its output, or None."""
-    if not set_plain_parameters(t, gamma, beta, eps, activation):
+    if not set_plain_parameters(t, gamma, beta, eps):
         return None
-    if not set_residual(t, residual, x):
+    if not set_activation(t, activation) or not set_residual(t, residual, x):
         return None
     if out is None:
         out = empty_like(x)
@@ -365,7 +365,7 @@ cdef object set_plain_frames(Task* t, object x, object layout, object dtype, obj
         out = new_array(ndim, shape, (<cnp.dtype> result_type).type_num)
     elif not is_plain_target(out, x, ndim, shape, result_type):
         return None
-    N, C, element = shape[0], shape[there], element_of_frames(x, out)
+    N, C, element = shape[0], shape[there], element_of_frames(x, out, t.curve)
     S = cnp.PyArray_SIZE(x) // (N * C)
     t.arriving = dense_frame(x, element, C, S, axis == ndim - 1)
     t.leaving = dense_frame(out, element, C, S, there == ndim - 1)

@@ -88,8 +88,9 @@ cdef struct Task:
     bint about_zero
     const unsigned char* row_mask
     Operand skip, sum
-    # The activation, 1 and infinity for none.
+    # The activation, 1 and infinity for none; in pieces perhaps a curve of curves.h instead.
     double slope, top
+    int curve
     # The kernels' own: what a map takes its main values from (dy, else x), and beside them (y, or
     # the residual), and what the loops do.
     Operand source, other

@@ -155,15 +155,32 @@ static void read_tile(int type, element *to, long to_step, const char *from, lon
     READ_TILE(element, element, turned)
 }
 
-/* A tile to where a half type is. */
+/* A row of elements, past the caches but for its ends. */
+static void stream_row(element *to, const element *from, long n) {
+    long i = (-(uintptr_t)to & (BOUND - 1)) / sizeof(element);
+    i = i < n ? i : n;
+    memcpy(to, from, i * sizeof(element));
+    for (; i + LANES <= n; i += LANES) vstream(to + i, vload(from + i));
+    memcpy(to + i, from + i, (n - i) * sizeof(element));
+}
+
+/* A tile to where it belongs, as elements or a half type. */
 static void write_tile(int type, char *to, long to_step, const element *from, long from_step,
-                       long rows, long columns) {
+                       long rows, long columns, int stream) {
     join_rows(&rows, &columns, from_step, to_step);
+    if (type == STORED_ELEMENT) {
+        element *row = (element *)to;
+        for (long r = 0; r < rows; r++, row += to_step, from += from_step)
+            if (stream)
+                stream_row(row, from, columns);
+            else
+                memcpy(row, from, columns * sizeof(element));
+        return;
+    }
 #ifdef FASTBN_F32
     (type == STORED_FLOAT16 ? untile_float16 : untile_bfloat16)((uint16_t *)to, to_step, from,
                                                                from_step, rows, columns);
 #else
-    (void)type, (void)to, (void)from;
 #endif
 }
 

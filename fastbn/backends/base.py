@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn.activations import Activation
+from fastbn.activations import LINEAR, Activation, apply_curve
 from fastbn.elements import arithmetic
 
 Array = NDArray[Any]
@@ -329,7 +329,9 @@ class Backend(ABC):
         """`normalize` of an (N, C, S) array into one of another type or order of memory; channels,
         or values of a channel, are side by side. A residual has the type of out. Here: some samples
         at a time, by way of arrays of planes."""
-        wide = x.dtype if x.dtype == out.dtype else arithmetic(x.dtype)
+        activation = LINEAR if epilogue is None else epilogue.activation
+        alike = x.dtype == out.dtype and not activation.curve
+        wide = x.dtype if alike else arithmetic(x.dtype)
         at_once = max(INTO_BYTES // (x[:1].size * wide.itemsize), 1)
         for start in range(0, len(x), at_once):
             some = slice(start, start + at_once)
@@ -338,8 +340,10 @@ class Backend(ABC):
             if epilogue is not None and epilogue.residual is not None:
                 residual = epilogue.residual[some].astype(wide, order="C")[None]
                 beside = epilogue._replace(residual=residual)
+            if beside is not None and activation.curve:
+                beside = beside._replace(activation=LINEAR)
             self.normalize(tile, affine, tile, threads, beside)
-            out[some] = tile[0]
+            out[some] = apply_curve(activation, tile[0]) if activation.curve else tile[0]
 
     def integer_sums(self, x: Array, threads: int) -> tuple[Array, Array]:
         """The sums of the integers in an (N, C, S) array of at most 2^31 values a channel, and of

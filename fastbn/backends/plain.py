@@ -66,7 +66,7 @@ class PlainCalls(Backend):
         tables = Affine(*(np.ascontiguousarray(vector)[None] for vector in affine))
 
         def normalize(x: Any, residual: Any, out: Any, threads: int) -> Array | None:
-            if entry is None or dtype is not None or out_layout is not None:
+            if entry is None or dtype is not None or out_layout is not None or activation.curve:
                 return None
             found = entry.plain_forward(x, None, None, 0.0, layout, None, residual, out)
             if found is None or found[0][2] != tables.mean.size or not self._fits(found[0], x):

@@ -94,12 +94,18 @@ def result_dtype(value: Any, out: Any, x_name: str, x: NDArray[Any]) -> np.dtype
     )
 
 
-def activation(value: Any) -> Activation:
-    """What is done to y last; `activations.of` knows them."""
+def activation(value: Any, *, curves: bool = False) -> Activation:
+    """What is done to y last; `activations.of` knows them. Curves are for inference alone."""
     known = activations.of(value)
+    if known is not None and known.curve and not curves:
+        raise ValueError(
+            f"activation is {shown(value)}, expected one whose slope follows from y: in training "
+            "and on the way back this one is an operation of its own; leave it out here, apply it "
+            "to y, and multiply dy by its slope before"
+        )
     if known is None:
         error = ValueError if isinstance(value, str | tuple) else TypeError
-        names = ", ".join(repr(name) for name in activations.NAMED)
+        names = ", ".join(repr(name) for name in (*activations.NAMED, *activations.CURVES))
         raise error(
             f"activation is {shown(value)}, expected None, {names} or ('{activations.LEAKY}', "
             "slope) with 0 < slope < 1; apply any other activation to y afterwards"
@@ -107,9 +113,9 @@ def activation(value: Any) -> Activation:
     return known
 
 
-def activation_name(value: Any) -> str | tuple[str, float] | None:
+def activation_name(value: Any, *, curves: bool = False) -> str | tuple[str, float] | None:
     """The same as a layer keeps it: of Python's own types, which print as they are written."""
-    slope = activation(value).slope
+    slope = activation(value, curves=curves).slope
     if isinstance(value, tuple):
         return activations.LEAKY, slope
     return None if value is None else word_of(value)

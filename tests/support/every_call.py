@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import fastbn
 from oracle.arrays import channel_axis
+from oracle.formulas import CURVES
 
 Array = NDArray[Any]
 Place = Callable[[Array], Array]
@@ -145,6 +146,10 @@ def _put_forwards() -> None:
     }.items():
         _put("batch_norm", how, X, AFFINE, *ways)
         _put("normalize", how, X, _statistics, AFFINE, *ways)
+    for curve in CURVES:
+        along: Way = lambda g, curve=curve: {"activation": curve}  # type: ignore[misc] # noqa: E731
+        _put("normalize", curve, X, _statistics, along)
+        _put("normalize", f"{curve}, fused, where", X, _statistics, along, fused, _of("where"))
     for how, way in (SELECTIONS | {"plain": _nothing, "virtual batches": _virtual}).items():
         _put("batch_norm", f"no parameters, {how}", X, way)
         _put("moments", how, X, way)

@@ -210,7 +210,7 @@ def _forward(
     call.array(x, "x", "dy", "other", "dresidual")
     call.array(out, "out")
     if epilogue is not None:
-        call.activate(*epilogue.activation)
+        call.activate(epilogue.activation.slope, epilogue.activation.top)
         if epilogue.residual is not None:
             call.array(epilogue.residual, "other")
             call.set(has_residual=True)
@@ -232,7 +232,7 @@ def _backward(
     if out is not None:
         call.array(out, "out")
     if activation_grad is not None and activation_grad.activation != LINEAR:
-        slope, top = activation_grad.activation
+        slope, top, _ = activation_grad.activation
         call.activate(slope, math.nan if top == math.inf else top)
         call.array(activation_grad.y, "other")
     if activation_grad is not None and activation_grad.dresidual is not None and out is not None:

@@ -17,6 +17,7 @@ import numpy as np
 import fastbn
 from oracle import formulas
 from oracle.arrays import LAYOUTS, by_sample, channel_axis, wide
+from oracle.formulas import CURVES
 from support import sample_norms
 from support.bits import assert_same_bits
 from support.fuzz.right import (
@@ -325,6 +326,8 @@ def normalize_data(s: Source) -> Case:
     dtype = s.choice((SINGLE, HALF, BRAIN)) if single else d.dtype
     to = s.choice(LAYOUTS) if moves else d.layout
     mine["dtype"] = dtype if dtype != d.dtype or s.chance(0.3) else None
+    if s.chance(0.3):
+        mine["activation"] = s.choice(CURVES)
     mine["out_layout"] = to if moves else s.choice((None, d.layout))
     there = channel_axis(len(d.shape), to)
     shape = np.moveaxis(np.empty(d.shape, bool), d.axis, there).shape
