@@ -22,7 +22,7 @@ from support.strategies import layouts, shapes_of_ones, unit_strides
 from support.variants import Variant, each_backend
 
 NO_ARRAYS = {
-    *("BackendError", "Renormalization", "clear_pool", "get_backend", "get_config"),
+    *("BackendError", "Renormalization", "Saved", "clear_pool", "get_backend", "get_config"),
     *(
         "get_num_threads",
         "set_backend",
