@@ -82,6 +82,10 @@ class Span(NamedTuple):
             there, here = self.arrangement.alike(out, result)
             self.backend.copy(here, there, self.threads)
 
+    def selected(self, part: Part) -> Selection | None:
+        """What counts of a part."""
+        return None if self.selection is None else self.selection.part(part)
+
     def epilogue(self, epilogue: Epilogue | None) -> Epilogue | None:
         """An epilogue on views."""
         if epilogue is None or epilogue.residual is None:
@@ -234,15 +238,25 @@ class Call:
             some = self.array[samples]
             order: dict[str, Any] = {"whole": self.array, "runs": runs, "pool": self.pool}
             of_runs = Arrangement.of(some, self.batch.layout, **order)
-            yield Span(samples, slice(run, run + runs), of_runs, None, *on)
+            selection = None if of_runs.by_row else self._selected_of_samples(of_runs)
+            yield Span(samples, slice(run, run + runs), of_runs, selection, *on)
             start, run = samples.stop, run + runs
 
     @property
     def row_mask(self) -> Array | None:
-        """Of rows along the last axis those that count, if not all."""
-        if not self.of_rows or self.batch.where is None:
+        """Of rows those that count, if not all."""
+        where, sharing = self.batch.where, self.sharing
+        if where is None or sharing is None:
             return None
-        return np.ascontiguousarray(self.batch.where).reshape(-1)
+        return np.repeat(where.reshape(-1), sharing.groups)
+
+    @property
+    def hidden_samples(self) -> Array | None:
+        """Samples of which nothing counts, where there may be any."""
+        if self.batch.where is None or self.sharing is None or self.of_rows:
+            return None
+        hidden: Array = ~self.batch.where.any(tuple(range(1, self.array.ndim)))
+        return hidden
 
     @property
     def by_row(self) -> bool:
@@ -317,8 +331,17 @@ class Call:
             where = np.broadcast_to(np.True_, shape)
         mask = self.arrangement.mask(where)
         if batch.scaled_weights is None or not self.count:
-            return Selection(mask, None, batch.places)
-        return Selection(mask, batch.scaled_weights.values[None], self._scaled_count(self.count))
+            return Selection(mask, None, np.array([batch.places], np.float64))
+        count = np.array([self._scaled_count(self.count)])
+        return Selection(mask, batch.scaled_weights.values[None], count)
+
+    def _selected_of_samples(self, arrangement: Arrangement) -> Selection | None:
+        """What counts in samples that have statistics of their own."""
+        if self.batch.where is None:
+            return None
+        mask = arrangement.mask(self.batch.where)
+        counts = np.count_nonzero(mask, axis=(1, 2)).astype(np.float64)
+        return Selection(mask, None, np.maximum(counts, 1))
 
     def _scaled_count(self, count: float) -> float:
         """A sum of weights as given, as one of weights as a backend takes them."""

@@ -67,6 +67,8 @@ def batch_norm(
         mean, var = _forward_rows(call, eps, epilogue, y, is_centred)
     else:
         mean, var = _forward(call, eps, epilogue, y)
+    if call.hidden_samples is not None:
+        mean[call.hidden_samples] = var[call.hidden_samples] = 0
     return BatchNormResult(returned(out, y), call.shaped(mean), call.shaped(var))
 
 
@@ -107,7 +109,7 @@ def _normalize(call: Call, eps: float, epilogue: Epilogue | None, y: Array) -> N
             mean, beta = call.table("mean", 0.0, span, part), call.table("beta", 0.0, span, part)
             affine = Affine(mean, _scale(call, eps, span, part), beta)
             of_part = of_span and of_span.part(part)
-            on = part.of(view), affine, part.of(target), call.threads, of_part, span.selection
+            on = part.of(view), affine, part.of(target), call.threads, of_part, span.selected(part)
             call.backend.normalize(*on)
         span.deliver(target, y)
 
@@ -151,7 +153,7 @@ def moments(call: Call) -> Statistics:
     for span in call.spans:
         view = span.view(call.array)
         for part in span.parts(call.array.nbytes):
-            at, on = span.at(part), (part.of(view), call.threads, span.selection)
+            at, on = span.at(part), (part.of(view), call.threads, span.selected(part))
             mean[at], var[at] = call.backend.moments(*on)
     return Statistics(call.shaped(mean), call.shaped(var))
 
@@ -229,7 +231,7 @@ def gradient_sums(call: Call, dy: Any, eps: Any, activation: Any, y: Any) -> Gra
     for part in span.parts(x.nbytes, CHANNEL_BYTES):
         arrays = part.of(dy_view), part.of(x_view), call.table("mean", 0.0, span, part)
         of_part = grad and grad.part(part)
-        found = call.backend.gradient_moments(*arrays, call.threads, of_part, span.selection)
+        found = call.backend.gradient_moments(*arrays, call.threads, of_part, span.selected(part))
         rstd = inverse_deviation(call.table("var", 1.0, span, part), eps)
         sum_dy, sum_dy_xmu = found
         dgamma[part.channels], dbeta[part.channels] = (sum_dy_xmu * rstd)[0], sum_dy[0]
@@ -250,7 +252,7 @@ def _forward(call: Call, eps: float, epilogue: Epilogue | None, y: Array) -> tup
         for part in span.parts(call.array.nbytes, pool=call.pool):
             gamma, beta = (call.given(name, span, part) for name in ("gamma", "beta"))
             tables = ForwardTables(gamma, beta, eps, call.pool)
-            fused = of_span and of_span.part(part), span.selection
+            fused = of_span and of_span.part(part), span.selected(part)
             at, on = span.at(part, call.pool), (part.of(view), tables, part.of(target))
             mean[at], var[at] = call.backend.forward(*on, call.threads, *fused)
         span.deliver(target, y)
@@ -368,7 +370,7 @@ def _is_fused(work: _Work) -> bool:
 def _part_backward(call: Call, work: _Work, span: Span, part: Part, dx: Array) -> tuple[Table, ...]:
     """Write dx and dresidual of a part; gives dgamma and dbeta, if x was read for them."""
     dy, x, total = part.of(work.dy), part.of(work.x), work.total
-    fused = work.activation_grad and work.activation_grad.part(part), span.selection
+    fused = work.activation_grad and work.activation_grad.part(part), span.selected(part)
     if _is_fused(work):
         given: dict[str, Any] = {
             name: call.given(name, span, part) for name in ("mean", "var", "gamma")

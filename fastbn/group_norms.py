@@ -35,6 +35,7 @@ def group_norm(
     layout: str = "NCHW",
     activation: ActivationName = None,
     residual: Array | None = None,
+    where: Array | None = None,
     out: Array | None = None,
 ) -> BatchNormResult:
     """Normalize each sample by the statistics of its groups of channels.
@@ -49,6 +50,9 @@ def group_norm(
         As in `fastbn.batch_norm`; gamma and beta are of channels, (C,).
     groups : int
         A divisor of C.
+    where : ndarray of bool, optional
+        Which places count, the same for all channels, as in `fastbn.batch_norm`. y is 0 elsewhere;
+        a sample of which nothing counts has statistics of 0.
 
     Returns
     -------
@@ -70,7 +74,7 @@ def group_norm(
     >>> mean.shape, bool(abs(y[1, 3:].mean()) < 1e-6), round(float(y[1, 3:].std()), 4)
     ((4, 2), True, 1.0)
     """
-    fused = eps, layout, activation, residual, out
+    fused = eps, layout, activation, residual, where, out
     return _forward(x, checks.options.groups(groups), gamma, beta, *fused)
 
 
@@ -83,6 +87,7 @@ def instance_norm(
     layout: str = "NCHW",
     activation: ActivationName = None,
     residual: Array | None = None,
+    where: Array | None = None,
     out: Array | None = None,
 ) -> BatchNormResult:
     """Normalize each channel of each sample by its own statistics.
@@ -94,6 +99,8 @@ def instance_norm(
     ----------
     x, gamma, beta, eps, layout, activation, residual, out
         As in `fastbn.batch_norm`.
+    where : ndarray of bool, optional
+        As in `group_norm`.
 
     Returns
     -------
@@ -114,7 +121,8 @@ def instance_norm(
     array([[[-1.,  1.],
             [-1.,  1.]]], dtype=float32)
     """
-    return _forward(x, EACH_CHANNEL, gamma, beta, eps, layout, activation, residual, out)
+    fused = eps, layout, activation, residual, where, out
+    return _forward(x, EACH_CHANNEL, gamma, beta, *fused)
 
 
 @overload
@@ -178,8 +186,8 @@ def layer_norm(
         With ``axes="last"``, added to x before: y is that of ``x + skip``, which is returned too.
         Of x's shape and dtype. (A `residual` is added to y.)
     where : ndarray of bool, optional
-        With ``axes="last"``, the rows that count, of shape (..., 1) or what broadcasts to it; y of
-        others is 0, and so are their statistics.
+        As in `group_norm`; with ``axes="last"`` the rows that count, of shape (..., 1) or what
+        broadcasts to it. y of others is 0, and so are their statistics.
 
     Returns
     -------
@@ -206,8 +214,9 @@ def layer_norm(
     >>> mean.shape, bool(abs(y.mean(-1)).max() < 1e-12)
     ((8, 128), True)
     """
-    if checks.options.axes(axes, skip=skip, where=where) == "sample":
-        return _forward(x, ALL_CHANNELS, gamma, beta, eps, layout, activation, residual, out)
+    if checks.options.axes(axes, skip=skip) == "sample":
+        fused = eps, layout, activation, residual, where, out
+        return _forward(x, ALL_CHANNELS, gamma, beta, *fused)
     checks.options.layout(layout)
     options = eps, skip, where, activation, residual, out
     y, mean, var, total = row_norms.forward(x, gamma, beta, *options, is_centred=True)
@@ -228,6 +237,7 @@ def group_norm_backward(
     activation: ActivationName = None,
     y: Array | None = None,
     dresidual: bool | Array = False,
+    where: Array | None = None,
     out: Array | None = None,
 ) -> Gradients | ResidualGradients:
     """Gradient of `group_norm`, through the samples' own statistics.
@@ -242,7 +252,7 @@ def group_norm_backward(
     ----------
     dy : ndarray
         Gradient with respect to y, of x's shape and dtype.
-    x, groups, gamma, eps, layout
+    x, groups, gamma, eps, layout, where
         As given to `group_norm`.
     mean, var : ndarray of float64, shape (N, groups)
         As `group_norm` returned them. No variance may be negative.
@@ -269,7 +279,7 @@ def group_norm_backward(
     >>> bool(np.allclose(dbeta, dy.sum((0, 2, 3)))), bool(abs(dx[0, :2].sum()) < 1e-12)
     (True, True)
     """
-    arguments = dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual, out
+    arguments = dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual, where, out
     return _backward(checks.options.groups(groups), *arguments)
 
 
@@ -286,6 +296,7 @@ def instance_norm_backward(
     activation: ActivationName = None,
     y: Array | None = None,
     dresidual: bool | Array = False,
+    where: Array | None = None,
     out: Array | None = None,
 ) -> Gradients | ResidualGradients:
     """Gradient of `instance_norm`, through the samples' own statistics.
@@ -298,7 +309,7 @@ def instance_norm_backward(
     ----------
     dy : ndarray
         Gradient with respect to y, of x's shape and dtype.
-    x, gamma, eps, layout
+    x, gamma, eps, layout, where
         As given to `instance_norm`.
     mean, var : ndarray of float64, shape (N, C)
         As `instance_norm` returned them. No variance may be negative.
@@ -323,7 +334,7 @@ def instance_norm_backward(
     >>> bool(abs(fastbn.instance_norm_backward(dy, x, mean, var).dx[0, 0].sum()) < 1e-12)
     True
     """
-    arguments = dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual, out
+    arguments = dy, x, mean, var, gamma, eps, layout, params, activation, y, dresidual, where, out
     return _backward(EACH_CHANNEL, *arguments)
 
 
@@ -384,35 +395,39 @@ def layer_norm_backward(
     >>> bool(abs(fastbn.layer_norm_backward(dy, x, mean, var).dx[0].sum()) < 1e-12)
     True
     """
-    fused = params, activation, y, dresidual, out
-    if checks.options.axes(axes, dsum=dsum, where=where) == "sample":
-        return _backward(ALL_CHANNELS, dy, x, mean, var, gamma, eps, layout, *fused)
+    fused = params, activation, y, dresidual
+    if checks.options.axes(axes, dsum=dsum) == "sample":
+        return _backward(ALL_CHANNELS, dy, x, mean, var, gamma, eps, layout, *fused, where, out)
     checks.options.layout(layout)
     statistics = {"mean": mean, "var": var}
-    return row_norms.backward(dy, x, statistics, gamma, eps, where, dsum, *fused)
+    return row_norms.backward(dy, x, statistics, gamma, eps, where, dsum, *fused, out)
 
 
 def _forward(x: Array, groups: int, gamma: Any, beta: Any, *options: Any) -> BatchNormResult:
     """All forward functions; the groups of channels are what tells them apart."""
     backend, threads = on = current()
-    plain = backend.plain_samples(x, groups, 1, gamma, beta, *options, threads)
-    if plain is not None:
-        return BatchNormResult(*plain)
-    eps, layout, activation, residual, out = options
-    call = Call(on, Batch(x, layout), groups=groups, gamma=gamma, beta=beta)
+    eps, layout, activation, residual, where, out = options
+    if where is None:
+        fused = eps, layout, activation, residual, out
+        plain = backend.plain_samples(x, groups, 1, gamma, beta, *fused, threads)
+        if plain is not None:
+            return BatchNormResult(*plain)
+    call = Call(on, Batch(x, layout, where), groups=groups, gamma=gamma, beta=beta)
     return _run.batch_norm(call, eps, activation, residual, out)
 
 
 def _backward(groups: int, dy: Any, x: Any, *options: Any) -> Gradients | ResidualGradients:
     """All backward functions."""
     backend, threads = on = current()
-    plain = backend.plain_samples_backward(dy, x, groups, 1, *options, threads)
-    if plain is not None:
-        return named(*plain)
-    mean, var, gamma, eps, layout, params, activation, y, dresidual, out = options
+    *given, where, out = options
+    if where is None:
+        plain = backend.plain_samples_backward(dy, x, groups, 1, *given, out, threads)
+        if plain is not None:
+            return named(*plain)
+    mean, var, gamma, eps, layout, params, activation, y, dresidual = given
     params = checks.options.flag("params", params)
     vectors = {"gamma": gamma, "mean": mean, "var": var}
-    call = Call(on, Batch(x, layout), groups=groups, is_fixed=False, **vectors)
+    call = Call(on, Batch(x, layout, where), groups=groups, is_fixed=False, **vectors)
     return _run.gradients(
         call, dy, _run.BackwardOptions(eps, params, activation, y, dresidual, out)
     )

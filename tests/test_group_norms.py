@@ -76,6 +76,68 @@ def test_everything_is_within_its_bound(
     check(norm, x, dy, gamma.astype(np.float32), None, layout=layout, eps=0.5, **fused)
 
 
+MASKED = ((7, 4), (3, 6, 5), (5, 12, 9, 8), (3, 3, 30, 31), (2, 48, 1, 1), (4, 64, 3), (40, 6, 17))
+
+
+@pytest.mark.usefixtures("variant")
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", MASKED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_masks(layout: str, shape: tuple[int, ...], dtype: str) -> None:
+    """Each sample is as if what does not count were not there, whatever it holds; a sample of which
+    nothing counts is 0, with statistics of 0."""
+    x, dy, z, gamma, beta = made(shape, layout, TYPES[dtype])
+    kind = EVERY[(len(shape) + shape[1]) % len(EVERY)]
+    norm, activation = norm_of(kind, shape[1]), ACTIVATIONS[shape[0] % 4]
+    rng = np.random.default_rng(1)
+    where = rng.random((shape[0], 1, *shape[2:])) < 0.6
+    where[0], where[1] = False, True
+    hidden = np.broadcast_to(~where, shape)
+    if layout == "NHWC":
+        hidden, where = np.moveaxis(hidden, 1, -1), np.moveaxis(where, 1, -1)
+    x[hidden], dy[hidden], z[hidden] = np.nan, np.inf, np.nan
+    fused: dict[str, Any] = {"activation": activation, "layout": layout, "where": where}
+    result = norm.forward(x, gamma=gamma, beta=beta, residual=z, **fused)
+    y, mean, var = result
+    assert not y[hidden].any()
+    assert not mean[0].any()
+    assert not var[0].any()
+    kept = None if activation is None else y
+    fused |= {"y": kept, "dresidual": True}
+    got = norm.backward(dy, x, mean, var, gamma=gamma, **fused)
+    assert not got.dx[hidden].any()
+    assert not got.dresidual[hidden].any()
+    groups, told = norm.groups(shape[1]), {"gamma": gamma, "activation": activation}
+    sums = np.zeros((4, shape[1]), np.longdouble)
+    for i in range(1, shape[0]):
+        seen = where[i].reshape(-1)
+
+        def of(a: Any, i: int = i, seen: Any = seen) -> Any:
+            """What counts of a sample, as (1, C, P)."""
+            some = np.moveaxis(a[i], -1, 0) if layout == "NHWC" else a[i]
+            return np.ascontiguousarray(some.reshape(shape[1], -1)[:, seen])[None]
+
+        if seen.any():
+            some = fastbn.BatchNormResult(of(y), mean[i : i + 1], var[i : i + 1])
+            judged = judge_forward(some, groups, of(x), residual=of(z), beta=beta, **told)
+            gradients = got._replace(dx=of(got.dx), dresidual=of(got.dresidual))
+            given = of(dy), of(x), mean[i : i + 1], var[i : i + 1]
+            back = judge_backward(
+                gradients, groups, *given, y=kept if kept is None else of(y), **told
+            )
+            of_sums = {j.what: j for j in back if j.what in ("dgamma", "dbeta")}
+            sums += [
+                of_sums["dgamma"].expected,
+                of_sums["dgamma"].bound,
+                of_sums["dbeta"].expected,
+                of_sums["dbeta"].bound,
+            ]
+            for each in (*judged, *(j for j in back if j.what not in of_sums)):
+                assert_within(*each)
+    assert_within(got.dgamma, sums[0], sums[1], "dgamma")
+    assert_within(got.dbeta, sums[2], sums[3], "dbeta")
+
+
 @pytest.mark.usefixtures("variant")
 @given(recipes((*DTYPES, *HALVES)), st.integers(0, 99), st.sampled_from(ACTIVATIONS))
 def test_any_problem(problem: Any, chosen: int, activation: Any) -> None:
@@ -161,7 +223,7 @@ def test_gradients_are_the_derivatives(dtype: Any, layout: str) -> None:
 def run(
     norm: Norm, x: Array, dy: Array, gamma: Array, beta: Array, z: Array, **options: Any
 ) -> dict[str, Array]:
-    """What both functions give, plain and fused, by name."""
+    """What both functions give, plain, fused and masked, by name."""
     y, mean, var = norm.forward(x, gamma=gamma, beta=beta, **options)
     found = {"y": y, "mean": mean, "var": var}
     got = norm.backward(dy, x, mean, var, gamma=gamma, **options)
@@ -169,7 +231,15 @@ def run(
     fused = options | {"activation": "relu6"}
     y = norm.forward(x, gamma=gamma, beta=beta, residual=z, **fused).y
     got = norm.backward(dy, x, mean, var, gamma=gamma, y=y, dresidual=True, **fused)
-    return found | {"fused y": y} | {f"fused {name}": a for name, a in got._asdict().items()}
+    found |= {"fused y": y} | {f"fused {name}": a for name, a in got._asdict().items()}
+    single = list(x.shape)
+    single[channel_axis(x.ndim, options.get("layout", "NCHW"))] = 1
+    places = np.arange(np.prod(single[1:])) * 7 % 10 < 7  # of every sample the same
+    where = np.tile(places, len(x)).reshape(single)
+    y, mean, var = norm.forward(x, gamma=gamma, beta=beta, where=where, **options)
+    found |= {"masked y": y, "masked mean": mean, "masked var": var}
+    got = norm.backward(dy, x, mean, var, gamma=gamma, where=where, **options)
+    return found | {f"masked {name}": a for name, a in got._asdict().items()}
 
 
 BITS: list[tuple[tuple[int, ...], Any, str, str]] = [
@@ -436,7 +506,10 @@ def test_one_is_another(dtype: str, layout: str) -> None:
             expected, found = (
                 run(Norm(n), x, dy, gamma, beta, z, layout=layout) for n in (kind, groups)
             )
-            tables = {name: found[name].reshape(expected[name].shape) for name in ("mean", "var")}
+            tables = {
+                name: found[name].reshape(expected[name].shape)
+                for name in ("mean", "var", "masked mean", "masked var")
+            }
             assert_same_bits(found | tables, expected)
         options: dict[str, Any] = {"layout": layout, "virtual_batch": 1}
         y, mean, var = fastbn.batch_norm(x, gamma, beta, **options)

@@ -34,9 +34,9 @@ EXTRAS = {"cython": {"isa", "calls"}}
 
 SECOND = "ddx ddgamma ddbeta dy x mean var gamma=None * eps=1e-05 layout='NCHW' activation=None"
 
-OF_SAMPLES = "eps=1e-05 layout='NCHW' activation=None residual=None out=None"
+OF_SAMPLES = "eps=1e-05 layout='NCHW' activation=None residual=None where=None out=None"
 OF_SAMPLES_BACKWARD = (
-    "eps=1e-05 layout='NCHW' params=True activation=None y=None dresidual=False out=None"
+    "eps=1e-05 layout='NCHW' params=True activation=None y=None dresidual=False where=None out=None"
 )
 LAYER_OF_SAMPLES = (
     "channels * eps=1e-05 scale=True shift=True frozen_affine=False layout='NCHW' activation=None "

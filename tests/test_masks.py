@@ -236,7 +236,7 @@ def test_nothing_is_read_past_the_end(variant: Variant, shape: tuple[int, ...]) 
     one, out = np.ones((runs, channels)), np.empty_like(x)
     for run in range(runs):
         weights[run] *= 100 / (mask[run].sum(1) @ weights[run])
-    selection = Selection(mask, weights, 100.0)
+    selection = Selection(mask, weights, np.full(len(mask), 100.0))
     tables = ForwardTables(one, one, 1e-5)
     mean, var = variant.backend.forward(x, tables, out, 1, selection=selection)
     counted = np.broadcast_to((mask * weights[..., None])[:, :, None], shape) / 100

@@ -135,7 +135,7 @@ cdef void move_to_block(Task* own, const Task* t, const Block* k) noexcept nogil
     own.phase = k.c0
     own.starts = t.starts + k.g
     if t.mask != NULL:
-        own.mask = t.mask + k.g * t.mask_g
+        own.mask, own.counts = t.mask + k.g * t.mask_g, t.counts + k.g
         own.G = t.G - k.g   # by which selection_at finds the end of the mask and of weights
     if t.weights != NULL:
         own.weights = t.weights + k.g * t.weights_g

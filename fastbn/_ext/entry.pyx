@@ -523,7 +523,7 @@ cdef Task new_task(cnp.ndarray x, int reduce, int map, object selection, Py_ssiz
     if reduce == MOMENTS or (reduce != NO_REDUCE and t.map != NO_MAP):
         t.verb_bytes = sum_bytes
     if selection is not None:
-        select_places(&t, selection.mask, selection.weights, selection.count)
+        select_places(&t, selection.mask, selection.weights, selection.counts)
     return t
 
 
@@ -539,10 +539,10 @@ cdef Task new_row_task(cnp.ndarray x, object tables, int reduce, int map, object
     return t
 
 
-cdef int select_places(Task* t, cnp.ndarray mask, object weights, double count) except -1:
+cdef int select_places(Task* t, cnp.ndarray mask, object weights, cnp.ndarray counts) except -1:
     """Which places count, and how much."""
     t.mask, t.mask_g = <unsigned char*> cnp.PyArray_DATA(mask), cnp.PyArray_STRIDE(mask, 0)
-    t.count = count
+    t.counts = <double*> cnp.PyArray_DATA(counts)
     if weights is not None:
         t.weights = <double*> cnp.PyArray_DATA(weights)
         t.weights_g = cnp.PyArray_DIM(weights, 1)

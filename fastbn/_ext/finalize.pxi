@@ -202,7 +202,7 @@ cdef inline bint is_doubtful(const Task* t, Py_ssize_t g, Py_ssize_t c,
 cdef void sum_again(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
     """Sum the doubtful channels about the mean just found; the others come out as they were."""
     cdef Py_ssize_t c, v, j
-    cdef double m, per_value = 1 / t.count
+    cdef double m, count = count_at(t, g), per_value = 1 / count
     cdef bint any_doubtful = False
     for c in range(c0, channels_of_run(t, c1)):
         any_doubtful |= is_doubtful(t, g, c, per_value)
@@ -210,7 +210,7 @@ cdef void sum_again(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t c1) n
         return
     for c in range(c0, channels_of_run(t, c1)):
         if is_doubtful(t, g, c, per_value):
-            m = t.total[g * 2 * t.pitch + c] / t.count
+            m = t.total[g * 2 * t.pitch + c] / count
             for v in range(t.fold):
                 t.shift[g * t.pitch + v * t.channels + c] += m
                 if not is_finite(t.total[(g * 2 + 1) * t.pitch + c]):
@@ -236,7 +236,7 @@ cdef void finish_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t 
     cdef const double* square
     cdef const double* shift
     cdef const double* unit
-    cdef double inverse = exact_inverse(t.count)
+    cdef double values = count_at(t, g), inverse = exact_inverse(values)
     cdef doubles m, v, u
     sum_again(t, g, c0, c1)
     for c in range(c0, end, 64):
@@ -246,9 +246,9 @@ cdef void finish_moments(const Task* t, Py_ssize_t g, Py_ssize_t c0, Py_ssize_t 
         shift = padded(t, t.shift + g * t.pitch, c, count, shifts)
         unit = padded(t, t.unit + g * t.pitch, c, count, units)
         for i in range(registers(count)):
-            m = divide(load(sum, i), t.count, inverse)
+            m = divide(load(sum, i), values, inverse)
             u = inverse_of_power(load(unit, i))
-            v = not_negative(divide(load(square, i), t.count, inverse) - m * m) * u * u
+            v = not_negative(divide(load(square, i), values, inverse) - m * m) * u * u
             m = load(shift, i) + m * u
             store(mean, i, splat(0) if t.about_zero else m)
             store(var, i, v + m * m if t.about_zero else v)
@@ -406,7 +406,7 @@ cdef bint pack_gradient(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t co
     cdef const double* mean = gather(&t.mean, g, c, count, zeros, means)
     cdef Variances rstd = gather_variances(t, &t.var, g, c, count, vars)
     cdef const double* gamma = gather(&t.gamma, g, c, count, ones, gammas)
-    cdef double inverse = exact_inverse(t.count)
+    cdef double values = count_at(t, g), inverse = exact_inverse(values)
     cdef lane_mask usual = all_lanes()
     cdef doubles dy_xhat, dy
     cdef Gradient k
@@ -420,8 +420,8 @@ cdef bint pack_gradient(const Task* t, Py_ssize_t g, Py_ssize_t c, Py_ssize_t co
         store(dgamma, i, dy_xhat)
         k.a, k.mean = load(gamma, i) * k.rstd, load(mean, i)
         if t.map == INPUT_GRADIENT:
-            k.b = -k.a * divide(dy_xhat, t.count, inverse)
-            k.dy_mean = splat(0) if t.about_zero else divide(dy, t.count, inverse)
+            k.b = -k.a * divide(dy_xhat, values, inverse)
+            k.dy_mean = splat(0) if t.about_zero else divide(dy, values, inverse)
             usual &= put_gradient(&rows, i, extreme, k)
         elif t.map == AFFINE:
             usual &= put_affine(&rows, i, extreme, splat(0), k.a, splat(0))
@@ -501,7 +501,7 @@ cdef void pool_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c0) noexcept no
     cdef double* total = t.total + g * 2 * t.pitch
     cdef double[STEP] gammas
     cdef const double* gamma
-    cdef double dy_xhat = 0, dy = 0
+    cdef double dy_xhat = 0, dy = 0, values = count_at(t, g)
     cdef Py_ssize_t c, i, count, end = c0 + t.pool
     for c in range(c0, end, 64):
         count = min(STEP, end - c)
@@ -509,7 +509,7 @@ cdef void pool_gradients(const Task* t, Py_ssize_t g, Py_ssize_t c0) noexcept no
         for i in range(count):
             dy_xhat += gamma[i] * total[c + i]
             dy += gamma[i] * total[t.pitch + c + i]
-    dy_xhat, dy = dy_xhat / (t.count * t.pool), dy / (t.count * t.pool)
+    dy_xhat, dy = dy_xhat / (values * t.pool), dy / (values * t.pool)
     for c in range(c0, end):
         total[c], total[t.pitch + c] = dy_xhat, dy
 

@@ -62,6 +62,11 @@ cdef inline double table_value(const Table* t, Py_ssize_t g, Py_ssize_t c,
     return (<const double*> (t.data + g * t.g + c * t.c))[0]
 
 
+cdef inline double count_at(const Task* t, Py_ssize_t g) noexcept nogil:
+    """How many values of a channel of run g count."""
+    return t.count if t.counts == NULL else t.counts[g]
+
+
 cdef inline double* chunk_sums(const Task* t, Py_ssize_t g, Py_ssize_t j) noexcept nogil:
     """Chunk j's two rows of sums; all chunks share one pair where n_partials is 1."""
     return t.partial + (g * t.n_partials + min(j, t.n_partials - 1)) * 2 * t.pitch

@@ -128,6 +128,7 @@ cdef Task part_of(Task* t, Py_ssize_t g, Py_ssize_t G, Py_ssize_t c, Py_ssize_t 
         shift_table(tables[i], g, c)
     if t.mask != NULL:
         part.mask += g * t.mask_g
+        part.counts += g
     if t.row_mask != NULL:
         part.row_mask += c
     if t.weights != NULL:

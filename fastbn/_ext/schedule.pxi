@@ -73,7 +73,8 @@ cdef void set_groups(Task* t) noexcept nogil:
     channels of a sample) they are summed as one plane, in chunks of its own."""
     cdef Task groups = t[0]
     t.group_chunks = 0
-    t.grouped = t.pool > 1 and t.reduce == MOMENTS and (not t.channels_last or t.pool == t.channels)
+    t.grouped = t.pool > 1 and t.reduce == MOMENTS and t.mask == NULL and (
+        not t.channels_last or t.pool == t.channels)
     if t.grouped:
         t.group_size = t.N * t.C + t.rest_columns if t.channels_last else t.S * t.pool
         groups.S, groups.N = t.group_size, 1 if t.channels_last else t.N

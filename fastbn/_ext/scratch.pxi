@@ -76,10 +76,10 @@ cdef void set_starts(Task* t) noexcept nogil:
     memset(t.starts, 0, t.G * sizeof(Py_ssize_t))
     for g in range(t.G if t.mask != NULL else 0):
         mask, place = t.mask + g * t.mask_g, 0
-        # There is such a place: the count is more than 0.
-        while mask[place] == 0 or (each > 0 and t.weights[g * t.weights_g + place // each] == 0):
+        while place < t.mask_g and (mask[place] == 0 or (
+                each > 0 and t.weights[g * t.weights_g + place // each] == 0)):
             place += 1
-        t.starts[g] = place
+        t.starts[g] = place if place < t.mask_g else 0
 
 
 cdef Py_ssize_t columns_of_samples(Task* t) noexcept nogil:

@@ -70,8 +70,10 @@ cdef struct Task:
     Operand x, dy, out, residual, y, dresidual
     # Which places count, a byte each; NULL: all. Planes: byte s of sample n at n*S + s. Channels
     # last: byte n for sample n. weights: one for each `weight_samples` samples; NULL: all 1.
+    # counts: values of a channel that count, or the sums of their weights, of each run.
     const unsigned char* mask
     Py_ssize_t mask_g
+    const double* counts
     const double* weights
     Py_ssize_t weights_g, weight_samples
     # By column: plane c goes by row (c + phase) % period of gamma, as doubles, and of gamma and

@@ -148,8 +148,14 @@ class Selection(NamedTuple):
     weights: Table | None
     """(G, M), contiguous: a weight for each N / M consecutive entries of N (channels-last views
     have a sample's places there). Only statistics are weighted; what weighs 0 is not read."""
-    count: float  # type: ignore[assignment]  # in place of tuple.count, which nobody misses
-    """Of a channel: the sum of the weights of its places; more than 0."""
+    counts: Table
+    """(G,), contiguous: of a channel, the sum of the weights of its places; more than 0. A run
+    without any has 1, and statistics that mean nothing."""
+
+    def part(self, part: Part) -> Selection:
+        """The same of some runs."""
+        weights = None if self.weights is None else self.weights[part.runs]
+        return Selection(self.mask[part.runs], weights, self.counts[part.runs])
 
     def sample_weights(self, run: int) -> Table | None:
         """A run's weights, (N, 1)."""
@@ -180,7 +186,7 @@ def normal_scale(gamma: Table, var: Table, eps: float) -> Table:
 
 @quiet
 def gradient_coefficients(
-    sum_dy: Table, sum_dy_xhat: Table, count: float, mean: Table, rstd: Table, gamma: Table
+    sum_dy: Table, sum_dy_xhat: Table, count: float | Table, mean: Table, rstd: Table, gamma: Table
 ) -> GradientCoefficients:
     """dx = gamma * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)).
 
@@ -212,7 +218,7 @@ def pooled_moments(mean: Table, var: Table, pool: int) -> tuple[Table, Table]:
 def pooled_coefficients(
     sum_dy: Table,
     sum_dy_xhat: Table,
-    count: float,
+    count: float | Table,
     mean: Table,
     rstd: Table,
     gamma: Table,
@@ -456,7 +462,7 @@ class Backend(ABC):
         rstd = inverse_deviation(var, eps)
         sum_dy, sum_dy_xmu = self.gradient_moments(dy, x, mean, threads, activation_grad, selection)
         dgamma = sum_dy_xmu * rstd
-        count = x.shape[1] * x.shape[3] if selection is None else selection.count
+        count = x.shape[1] * x.shape[3] if selection is None else selection.counts[:, None]
         sums = sum_dy, dgamma, count, mean, rstd, gamma
         if pool > 1:
             coefficients = pooled_coefficients(*sums, pool)

@@ -44,6 +44,9 @@ class ReferenceBackend(Backend):
         mean, var = _table(x), _table(x)
         for channel in _channels(x):
             values, weights = _weighed(x, channel, selection)
+            if not values.size:
+                mean[channel] = var[channel] = 0
+                continue
             shift = values.flat[0]
             centred = values - shift
             offset = _mean(centred, weights)

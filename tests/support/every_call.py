@@ -226,6 +226,8 @@ def _put_group_norms() -> None:
         _put(forward, "fused", X, AFFINE, groups, _of("residual", "out"), _relu)
         _put(backward, "plain", BACK, statistics, groups)
         _put(backward, "gated", BACK, statistics, groups, _gated, _of("out"))
+        _put(forward, "where", X, AFFINE, groups, _of("residual", "out", "where"), _relu)
+        _put(backward, "where", BACK, statistics, groups, _gated, _of("where"))
 
 
 def _put_row_norms() -> None:

@@ -122,8 +122,8 @@ class Call:
             self._words[_PLACE[name]] = value
 
     def _select(self, selection: Selection) -> None:
-        mask, weights, self._numbers[0] = selection
-        self.set(mask=mask.ctypes.data)
+        mask, weights, counts = selection
+        self.set(mask=mask.ctypes.data, counts=counts.ctypes.data)
         if weights is not None:
             weight_samples = mask.shape[1] // weights.shape[1]
             self.set(weights=weights.ctypes.data, weight_samples=weight_samples)

@@ -101,20 +101,20 @@ def finish_forward(
     The mean of d * d is (1 + (mean / s)**2) variances: beyond 16 deviations digits get lost.
     """
     job, unit, again = jobs.job_at(job_address), jobs.unit_at(unit_address), 0
-    table, sums = jobs.table_of(job), jobs.sums_of(job)
+    table, sums, count = jobs.table_of(job), jobs.sums_of(job), jobs.count_at(job, unit.run)
     _merge(job, unit, sums)
     first, last = _channels(job, unit)
     for c in range(first, last):
         column = c * job.spread
         shift, factor = table[jobs.SHIFT, unit.run, column], table[jobs.UNIT, unit.run, column]
         a, b = _of_channel(job, sums, unit.run, c)
-        offset = a / job.count
+        offset = a / count
         doubtful = not (a * offset * (257.0 / 256.0) <= b < math.inf) and math.isfinite(a)
         if unit.index == 0 and doubtful:
             again = 1
             table[jobs.SHIFT, unit.run, column] = shift + offset / factor
             table[jobs.UNIT, unit.run, column] = factor if math.isfinite(b) else 2.0**-600
-        var = b / job.count - offset * offset
+        var = b / count - offset * offset
         var = 0.0 if var < 0.0 else var / factor / factor
         mean = shift + offset / factor
         if job.about_zero:
@@ -156,7 +156,7 @@ def finish_backward(
     dx = gamma * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)) (Ioffe & Szegedy 2015, section 3).
     """
     job, unit = jobs.job_at(job_address), jobs.unit_at(unit_address)
-    table, sums = jobs.table_of(job), jobs.sums_of(job)
+    table, sums, count = jobs.table_of(job), jobs.sums_of(job), jobs.count_at(job, unit.run)
     _merge(job, unit, sums)
     first, last = _channels(job, unit)
     for c in range(first, last):
@@ -167,8 +167,8 @@ def finish_backward(
         table[jobs.DBETA, unit.run, column] = dbeta
         table[jobs.DGAMMA, unit.run, column] = dgamma
         table[jobs.SCALE, unit.run, column] = scale
-        table[jobs.B, unit.run, column] = -scale * (dgamma / job.count)
-        table[jobs.DY_MEAN, unit.run, column] = 0.0 if job.about_zero else dbeta / job.count
+        table[jobs.B, unit.run, column] = -scale * (dgamma / count)
+        table[jobs.DY_MEAN, unit.run, column] = 0.0 if job.about_zero else dbeta / count
         table[jobs.REST, unit.run, column] = 0.0
     _spread_out(job, unit, table)
     return 0

@@ -60,10 +60,10 @@ JOB = np.dtype(
         *((name, np.int64) for name in ("itemsize", "map_rows", "map_chunks")),
         # Addresses, 0 of what there is not: (ROWS, runs, columns) and (chunks, 2, runs, columns) of
         # float64, (runs, rows, size) of bytes, (runs, rows / weight_samples) of
-        # float64, and of each run the first place that counts.
+        # float64, and of each run the first place that counts, and how many do.
         *(
             (name, np.int64)
-            for name in ("table", "sums", "mask", "weights", "weight_samples", "starts")
+            for name in ("table", "sums", "mask", "weights", "weight_samples", "starts", "counts")
         ),
         # By column (layer norm): gamma and beta, (period, size) of float64, and for each block of
         # rows its sums for dgamma and dbeta.
@@ -103,6 +103,14 @@ def chunk(job: Any, index: int, chunk_rows: int) -> tuple[int, int, int, int]:
 def at(a: Any, run: int, n: int, c: int) -> int:
     """Address of a value."""
     return int(a.address + run * a.run + n * a.row + c * a.column)
+
+
+@inline
+def count_at(job: Any, run: int) -> float:
+    """How many values of a channel of a run count."""
+    if not job.counts:
+        return float(job.count)
+    return float(array(job.counts, (job.runs,), doubles())[run])
 
 
 @inline
