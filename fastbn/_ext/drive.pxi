@@ -7,6 +7,9 @@
 # 2. By column, backward: one walk over a sample's row takes its own two sums, in registers, and
 #    adds to the sums of every column, in memory. Each `rows_per_sum` rows, fixed by shape alone,
 #    have column sums of their own.
+# 3. With a skip, rows of x + skip are written to `sum`, past the caches where they are many, and for
+#    both passes to a tile that stays in the cache. Rows that a mask hides are computed as the others,
+#    and cleared; only on the way back they are left out, of the sums of columns.
 
 # ---- Elementwise work, by kind ----
 
