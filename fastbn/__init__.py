@@ -36,6 +36,7 @@ from fastbn.layers.batch_norm import BatchNorm
 from fastbn.layers.frozen import FrozenBatchNorm
 from fastbn.layers.group_norms import GroupNorm, InstanceNorm, LayerNorm
 from fastbn.layers.renormalization import Renormalization
+from fastbn.layers.row_norms import RMSNorm
 from fastbn.layers.saved import Saved
 from fastbn.reestimation import reestimate
 from fastbn.results import (
@@ -72,6 +73,7 @@ __all__ = [
     "Moments",
     "PopulationStatistics",
     "RMSGradients",
+    "RMSNorm",
     "RMSNormResult",
     "Renormalization",
     "ResidualGradients",

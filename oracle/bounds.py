@@ -101,6 +101,20 @@ def bound_gated(dtype: Any, dy: Wide, bound: Wide) -> Wide:
     return bound + unit(dtype) * np.abs(dy)
 
 
+def subnormal_terms(dtype: Any, xhat: Wide) -> Wide:
+    """How far dx may be off because terms below the normal numbers are rounded there, each by half
+    of the smallest: two of kernels, two of their constant and, times xhat, the coefficient of xhat.
+    `units` has one whole."""
+    off: Wide = smallest(dtype) * (1 + np.abs(xhat) / 2)
+    return off
+
+
+def bound_added(dtype: Any, total: Wide, bound: Wide) -> Wide:
+    """How far dx + dsum may be off, where dx was within a bound: a sum is rounded."""
+    added: Wide = bound + unit(dtype) / 2 * (np.abs(total) + bound)
+    return added
+
+
 def bound_dx(
     dtype: Any,
     exact: WideGradients,
@@ -112,11 +126,7 @@ def bound_dx(
     *,
     frozen: bool,
 ) -> Wide:
-    """How far each dx may be off; with frozen statistics it is dy scaled, and so is the bound.
-
-    Else terms below the normal numbers are rounded there, each by half of the smallest: two of
-    kernels, two of their constant and, times xhat, the coefficient of xhat. `units` has one whole.
-    """
+    """How far each dx may be off; with frozen statistics it is dy scaled, and so is the bound."""
     rstd = rstd_of(var, eps)
     k = factor(dtype, mean, rstd)
     each: Wide = (2 * k * np.abs(gamma) * rstd)[:, None]
@@ -124,7 +134,7 @@ def bound_dx(
         return each * np.abs(dy)
     xhat = np.abs(exact.xhat)
     size = np.abs(dy) + exact.mean_dy[:, None] + xhat * exact.mean_dy_xhat[:, None]
-    bound: Wide = each * size + smallest(dtype) * (1 + xhat / 2)
+    bound: Wide = each * size + subnormal_terms(dtype, xhat)
     return bound
 
 
@@ -186,7 +196,7 @@ def bound_sample_dx(
     """How far each dx may be off."""
     k = factor(dtype, mean, rstd_of(var, eps))
     bound: Wide = 2 * over_channels(k, exact.dx.shape[1]) * exact.terms
-    return bound
+    return bound + subnormal_terms(dtype, exact.xhat)
 
 
 def bound_sample_sums(
@@ -217,7 +227,7 @@ def bound_rms_y(dtype: Any, of_gamma: Any, y: Wide) -> Wide:
 def bound_rms_dx(dtype: Any, exact: WideRMSGradients) -> Wide:
     """How far each dx may be off."""
     k = 2e-12 if np.dtype(dtype).itemsize == 8 else 4 * unit(dtype)
-    return np.longdouble(k) * exact.terms
+    return np.longdouble(k) * exact.terms + subnormal_terms(dtype, exact.xhat)
 
 
 def bound_rms_dgamma(dtype: Any, exact: WideRMSGradients) -> Wide:

@@ -246,6 +246,7 @@ class WideSampleGradients(NamedTuple):
     dx: Wide
     dgamma: Wide
     dbeta: Wide
+    xhat: Wide
     terms: Wide
     """|gamma dy| + mean|gamma dy| + |xhat| mean|gamma dy xhat|, over s, of each place."""
     sums: Wide
@@ -268,7 +269,7 @@ def sample_backward(
     terms = size + of_group(size) + np.abs(xhat) * of_group(np.abs(scaled * xhat))
     sums = np.abs(dy).sum(2) + np.abs(dy * xhat).sum(2)
     dgamma, dbeta = (dy * xhat).sum((0, 2)), dy.sum((0, 2))
-    return WideSampleGradients(dx * rstd, dgamma, dbeta, terms * rstd, sums)
+    return WideSampleGradients(dx * rstd, dgamma, dbeta, xhat, terms * rstd, sums)
 
 
 # --- RMS norm -------------------------------------------------------------------------------------
@@ -280,6 +281,7 @@ class WideRMSGradients(NamedTuple):
 
     dx: Wide
     dgamma: Wide
+    xhat: Wide
     terms: Wide
     """(|gamma dy| + |xhat| mean|gamma dy xhat|) over the root mean square, of each value."""
     sums: Wide
@@ -298,4 +300,5 @@ def rms_backward(dy: Wide, x: Wide, mean_square: Wide, gamma: Wide, eps: float) 
     dx = scaled - xhat * (scaled * xhat).mean(1, keepdims=True)
     terms = np.abs(scaled) + np.abs(xhat) * np.abs(scaled * xhat).mean(1, keepdims=True)
     products = dy * xhat
-    return WideRMSGradients(dx * inverse, products.sum(0), terms * inverse, np.abs(products).sum(0))
+    sums = np.abs(products).sum(0)
+    return WideRMSGradients(dx * inverse, products.sum(0), xhat, terms * inverse, sums)

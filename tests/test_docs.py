@@ -40,6 +40,9 @@ DOCUMENTED = (
     "GroupNorm",
     "InstanceNorm",
     "LayerNorm",
+    "rms_norm",
+    "rms_norm_backward",
+    "RMSNorm",
 )
 
 

@@ -341,12 +341,12 @@ STATES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"running_mean": ONES, "running_var": ONES, "num_batches_tracked": 3},
         ValueError,
         "state has 'running_mean' and 'running_var', expected parameters alone: a {kind} goes by "
-        "each sample's own statistics, in evaluation too; leave out what runs",
+        "x's own statistics, in evaluation too; leave out what runs",
     ),
     "elementwise": (
         {"weight": np.ones((CHANNELS, 3, 3)), "bias": np.ones((CHANNELS, 3, 3))},
         ValueError,
-        "state['weight'] has shape (6, 3, 3), expected (6,): gamma and beta are of channels, not "
+        "state['weight'] has shape (6, 3, 3), expected (6,): parameters are of channels, not "
         "of elements; make the {kind} with scale=False and shift=False",
     ),
     "channels": (

@@ -96,7 +96,8 @@ SIGNATURES = {
     ),
     "GroupNorm": f"groups {LAYER_OF_SAMPLES}",
     "InstanceNorm": LAYER_OF_SAMPLES,
-    "LayerNorm": LAYER_OF_SAMPLES,
+    "LayerNorm": LAYER_OF_SAMPLES.replace("'NCHW' ", "'NCHW' axes='sample' "),
+    "RMSNorm": "channels * eps=1e-05 scale=True frozen_affine=False dtype='float32'",
     "Renormalization": "* r_max=3.0 d_max=5.0 start=5000 r_end=40000 d_end=25000",
     "Moments": "count mean var * effective_count=None",
     "population_statistics": "batches * layout='NCHW' method='exact'",
@@ -119,7 +120,17 @@ SIGNATURES = {
 
 FORWARDS = {
     "BatchNorm": "x * residual=None where=None weights=None out=None domain=None update=True",
-    **dict.fromkeys(("GroupNorm", "InstanceNorm", "LayerNorm"), "x * residual=None out=None"),
+    **dict.fromkeys(("GroupNorm", "InstanceNorm"), "x * residual=None out=None"),
+    "LayerNorm": "x * residual=None skip=None where=None out=None",
+    "RMSNorm": "x * skip=None where=None out=None",
+}
+BACKWARDS = {
+    **dict.fromkeys(
+        ("BatchNorm", "GroupNorm", "InstanceNorm"),
+        "dy saved=None * dresidual=False accumulate=False out=None",
+    ),
+    "LayerNorm": "dy saved=None * dresidual=False dsum=None accumulate=False out=None",
+    "RMSNorm": "dy saved=None * dsum=None accumulate=False out=None",
 }
 CALLS = {
     **{name: f"{forward} keep=True" for name, forward in FORWARDS.items()},
@@ -187,11 +198,10 @@ def test_call(name: str) -> None:
 
 @pytest.mark.parametrize("name", FORWARDS)
 def test_layers(name: str) -> None:
-    """Of every layer: forward is a call that keeps nothing, and backward the same."""
+    """Of every layer: forward is a call that keeps nothing; and backward."""
     kind = getattr(fastbn, name)
     assert signature(kind.forward).removeprefix("self ") == FORWARDS[name]
-    backward = "dy saved=None * dresidual=False accumulate=False out=None"
-    assert signature(kind.backward).removeprefix("self ") == backward
+    assert signature(kind.backward).removeprefix("self ") == BACKWARDS[name]
 
 
 def test_public_names() -> None:

@@ -151,9 +151,11 @@ def test_data_begin_on_a_page() -> None:
 
 WITHOUT_FRESH_RESULTS = {
     *("moments", "gradient_sums", "population_statistics", "Moments", "ColumnMoments"),
-    *("BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm"),
+    *("BatchNorm", "GroupNorm", "InstanceNorm"),
 }
 """Calls of `every_call` that make none of x's size: layers are given `out` there."""
+WITH_A_SUM = {"LayerNorm", "RMSNorm"}
+"""Calls that make x + skip alone, which is NumPy's own array where no kernel makes it."""
 
 
 @pytest.mark.slow
@@ -175,7 +177,10 @@ def test_no_result_has_anything_of_an_earlier_one(variant: Variant, name: str, l
         for key, a in every_call.results(call(given)).items():
             assert a.tobytes() == expected[key].tobytes(), (how, key)
         reused += facts()[1] - hits
-    assert (reused > 0) == (name not in WITHOUT_FRESH_RESULTS)
+    if name in WITH_A_SUM:
+        assert (reused > 0) == variant.name.startswith("cython")
+    else:
+        assert (reused > 0) == (name not in WITHOUT_FRESH_RESULTS)
 
 
 @each_backend

@@ -2,7 +2,7 @@
 of rows do, and refusals.
 
 Layer norm of rows is that of (N, C), which has an oracle of its own in test_group_norms; RMS norm
-has one here.
+has its own.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import fastbn
-from oracle import bounds, formulas
-from oracle.arrays import DTYPES, HALVES, vector
+from oracle.arrays import DTYPES, HALVES
+from support import rms_norms
 from support.bits import assert_same_bits
 from support.grid import TYPES
 from support.judge import assert_within
@@ -38,11 +38,6 @@ def made(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> tuple[Array, ...]
     return *(a.astype(dtype) for a in (x, dy, skip)), rng.normal(size=shape[-1])
 
 
-def as_rows(a: Array) -> Any:
-    """(R, C) in extended precision."""
-    return a.reshape(-1, a.shape[-1]).astype(np.longdouble)
-
-
 def mask_of(shape: tuple[int, ...], seed: int = 1) -> NDArray[np.bool_]:
     return np.random.default_rng(seed).random((*shape[:-1], 1)) < 0.6
 
@@ -61,22 +56,17 @@ def backward(kind: str, dy: Array, x: Array, found: Any, gamma: Any, **options: 
 
 
 def check_rms(x: Array, dy: Array, gamma: Array | None, eps: float) -> None:
-    dtype, of_gamma = x.dtype, np.float32 if gamma is None else gamma.dtype
     y, mean_square = fastbn.rms_norm(x, gamma, eps=eps)
-    g, wide = vector(gamma, 1, x.shape[-1]), as_rows(x)
-    exact = np.square(wide).mean(1)
     assert mean_square.shape == x.shape[:-1]
-    found = mean_square.reshape(-1)
-    assert_within(found, exact, bounds.bound_mean_square(exact), "mean_square")
-    of_y = formulas.rms_normalize(wide, exact, g, eps)
-    bound = bounds.stored(dtype, of_y, bounds.bound_rms_y(dtype, of_gamma, of_y))
-    assert_within(y.reshape(-1, x.shape[-1]), of_y, bound, "y")
-    dx, dgamma = fastbn.rms_norm_backward(dy, x, mean_square, gamma, eps=eps)
-    back = formulas.rms_backward(as_rows(dy), wide, found.astype(np.longdouble), g, eps)
-    bound = bounds.stored(dtype, back.dx, bounds.bound_rms_dx(dtype, back))
-    assert_within(dx.reshape(-1, x.shape[-1]), back.dx, bound, "dx")
-    assert dgamma is not None
-    assert_within(dgamma, back.dgamma, bounds.bound_rms_dgamma(dgamma.dtype, back), "dgamma")
+    found = fastbn.rms_norm_backward(dy, x, mean_square, gamma, eps=eps)
+    rows, back, of_x, dx = (a.reshape(-1, x.shape[-1]) for a in (y, dy, x, found.dx))
+    assert found.dgamma is not None
+    given: Any = mean_square.reshape(-1), of_x, gamma, eps
+    for judged in rms_norms.judge_forward(rows, *given):
+        assert_within(*judged)
+    given = back, of_x, mean_square.reshape(-1), gamma, eps
+    for judged in rms_norms.judge_backward((dx, found.dgamma), *given):
+        assert_within(*judged)
 
 
 @pytest.mark.usefixtures("variant")

@@ -259,3 +259,15 @@ def made_for(x: NDArray[Any], layout: str, made: str, channels: int) -> None:
             f"x has {x.shape[axis]} channels (axis {axis} of shape {x.shape}, layout {layout!r}), "
             f"expected {channels}, as the {made} has; {remedy}"
         )
+
+
+def rows_made_for(value: Any, made: str, channels: int) -> NDArray[Any]:
+    """An array whose rows along the last axis have the channels of such a thing."""
+    x = batch("x", value, ANY)
+    if x.shape[-1] != channels:
+        raise ValueError(
+            f"x has rows of {x.shape[-1]} values (the last axis of shape {x.shape}), expected "
+            f"{channels}, as the {made} has channels; pass another array, or move the axis of the "
+            "channels to the end"
+        )
+    return x

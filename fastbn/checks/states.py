@@ -77,25 +77,27 @@ def _prefixes(state: Mapping[Any, Any], names: Sequence[str]) -> list[str]:
     return [p for p in found if all(p + name in state for name in names)]
 
 
-def sample_state(value: Any, own: dict[str, NDArray[Any]], made: str) -> None:
-    """A state of a layer that keeps parameters of channels alone; what else is wrong, `state`
-    tells."""
+def own_statistics(
+    value: Any, own: dict[str, NDArray[Any]], made: str, options: Sequence[str]
+) -> None:
+    """A state of a layer that keeps parameters of channels alone, which these options decide; what
+    else is wrong, `state` tells."""
     if not isinstance(value, Mapping):
         return
     running = [name for name in value if name in ("running_mean", "running_var")]
     if running:
         raise ValueError(
             f"state has {' and '.join(map(repr, running))}, expected parameters alone: a {made} "
-            "goes by each sample's own statistics, in evaluation too; leave out what runs, or use "
+            "goes by x's own statistics, in evaluation too; leave out what runs, or use "
             "fastbn.FrozenBatchNorm to normalize by it"
         )
     for name, a in own.items():
         shape = tuple(getattr(value.get(name), "shape", ()))
         if len(shape) > 1:
             raise ValueError(
-                f"state[{name!r}] has shape {shape}, expected {a.shape}: gamma and beta are of "
-                f"channels, not of elements; make the {made} with scale=False and shift=False, and "
-                "multiply and add them yourself"
+                f"state[{name!r}] has shape {shape}, expected {a.shape}: parameters are of "
+                f"channels, not of elements; make the {made} with "
+                f"{' and '.join(f'{name}=False' for name in options)}, and apply them yourself"
             )
 
 

@@ -305,7 +305,7 @@ class BatchNorm(AffineLayer):
 
     def train(self, mode: bool = True) -> Self:
         """Use the batch's own statistics from now on, or the running ones; gives the layer."""
-        return self._set_mode(mode)
+        return super().train(mode)
 
     def eval(self) -> Self:
         """Use the running statistics from now on; gives the layer."""
@@ -416,8 +416,9 @@ class BatchNorm(AffineLayer):
             if self.training or running.observe is not None:
                 k = checks.options.virtual_batch(self.virtual_batch)
             (y, mean, var), corrected = self._by_batch(running, batch, k, fused, update)
-        kept = mean, var, by_running, where, weights, k, corrected
-        return y, self._saved(options, x, y, out, *kept)
+        kept: dict[str, Any] = {"mean": mean, "var": var, "is_fixed": by_running}
+        kept |= {"where": where, "weights": weights, "virtual_batch": k, "correction": corrected}
+        return y, self._saved(options, x, y, out, **kept)
 
     def _by_batch(
         self, running: Running, batch: Batch, k: int | None, fused: dict[str, Any], update: bool
@@ -456,7 +457,7 @@ class BatchNorm(AffineLayer):
 
     def _gradients(self, dy: Array, saved: Saved, options: dict[str, Any]) -> Any:
         given: Any = dy, saved.x, saved.mean, saved.var
-        options |= {"where": saved.where}
+        options |= {"y": saved.y, "where": saved.where}
         backward: Callable[..., Any] = normalize_backward
         if not saved.is_fixed:
             backward = batch_norm_backward
@@ -486,7 +487,7 @@ class BatchNorm(AffineLayer):
         >>> list(fastbn.BatchNorm(3, shift=False, track_running_stats=False).state_dict())
         ['weight']
         """
-        return self._copied()
+        return super().state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over all arrays of a layer with the same channels, and no others.

@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 from numpy.typing import DTypeLike, NDArray
 
@@ -26,10 +26,10 @@ from fastbn.group_norms import (
 )
 from fastbn.layers.base import AffineLayer
 from fastbn.layers.saved import Saved
-from fastbn.results import BatchNormResult, Gradients, ResidualGradients
+from fastbn.results import BatchNormResult, Gradients, ResidualGradients, SkipResult
 
 Array = NDArray[Any]
-Forward = Callable[..., BatchNormResult]
+Forward = Callable[..., BatchNormResult | SkipResult]
 Backward = Callable[..., Gradients | ResidualGradients]
 
 
@@ -52,21 +52,10 @@ class SampleNorm(AffineLayer):
         common |= {"frozen_affine": frozen_affine, "activation": activation, "dtype": dtype}
         super().__init__(channels, **common)
 
-    def __repr__(self) -> str:
-        return self._described(type(self), self.channels)
-
     @property
     @abstractmethod
     def _verbs(self) -> tuple[Forward, Backward]:
         """The two functions that the layer is of."""
-
-    def train(self, mode: bool = True) -> Self:
-        """Set `training`, which changes nothing else; gives the layer."""
-        return self._set_mode(mode)
-
-    def eval(self) -> Self:
-        """Clear `training`, which changes nothing else; gives the layer."""
-        return self.train(False)
 
     def __call__(
         self,
@@ -99,7 +88,8 @@ class SampleNorm(AffineLayer):
             An argument has a wrong type, shape or value. Nothing has been written.
         """
         keep = checks.options.flag("keep", keep)
-        y, saved = self._forward(x, residual, out)
+        y: Array
+        y, saved = self._forward(x, out, residual=residual)
         self._last = saved if keep else None
         return y
 
@@ -135,44 +125,29 @@ class SampleNorm(AffineLayer):
         >>> dhidden = layer.backward(np.ones_like(y), second)
         >>> dx = layer.backward(dhidden, first, accumulate=True)
         """
-        return self._forward(x, residual, out)
+        found: tuple[Array, Saved] = self._forward(x, out, residual=residual)
+        return found
 
-    def _forward(self, x: Any, residual: Any, out: Any) -> tuple[Array, Saved]:
-        x = Batch(x, self.layout, made_for=(type(self).__name__, self.channels)).array
-        (forward, _), options = self._verbs, self._options()
-        given: dict[str, Any] = {"gamma": self.gamma, "beta": self.beta, "residual": residual}
-        y, mean, var = forward(x, **given, out=out, **options)
-        return y, self._saved(options, x, y, out, mean, var)
+    def _fitting(self, x: Any) -> Array:
+        """x as an array, which has the layer's channels."""
+        return Batch(x, self.layout, made_for=(type(self).__name__, self.channels)).array
+
+    def _forward(self, x: Any, out: Any, **given: Any) -> Any:
+        """y; with a skip the sum; and what is saved."""
+        x, options = self._fitting(x), self._options()
+        forward, _ = self._verbs
+        parameters: dict[str, Any] = {"gamma": self.gamma, "beta": self.beta}
+        y, mean, var, *total = forward(x, **parameters, **given, out=out, **options)
+        read = total[0] if total else x
+        kept = {"mean": mean, "var": var, "where": given.get("where")}
+        return y, *total, self._saved(options, read, y, out, **kept)
 
     def _gradients(
         self, dy: Array, saved: Saved, options: dict[str, Any]
     ) -> Gradients | ResidualGradients:
         _, backward = self._verbs
-        return backward(dy, saved.x, saved.mean, saved.var, gamma=self._scale(), **options)
-
-    def state_dict(self) -> dict[str, Array]:
-        """Copies of gamma, as "weight", and beta, as "bias", PyTorch's names; what the layer has
-        not is left out."""
-        return self._copied()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over all arrays of a layer with the same channels, and no others.
-
-        Parameters
-        ----------
-        state : mapping of str to array-like
-            As `state_dict` gives it, or PyTorch's layer. Values, of half types too, are copied into
-            the layer's arrays and rounded to its dtype; what is too large for it becomes infinite.
-
-        Raises
-        ------
-        TypeError, ValueError
-            A name is missing or too many (running statistics are), or an array is of another shape
-            (elementwise ones are) or holds no numbers. Nothing has been changed.
-        """
-        own = self._arrays()
-        checks.states.sample_state(state, own, type(self).__name__)
-        self._restore(checks.states.state(state, own, "scale and shift"))
+        given: Any = dy, saved.x, saved.mean, saved.var
+        return backward(*given, gamma=self._scale(), y=saved.y, **options)
 
 
 class GroupNorm(SampleNorm):
@@ -300,13 +275,16 @@ class LayerNorm(SampleNorm):
     """A layer normalization layer: parameters, and the last call's gradients.
 
     ``y = activation(gamma * (x - mean) / sqrt(var + eps) + beta + residual)``, with mean and
-    variance of each sample, over all axes but the first (Ba et al. 2016). There are no running
-    statistics: training and evaluation are the same.
+    variance of each sample, over all axes but the first, or of each row along the last axis (Ba et
+    al. 2016). There are no running statistics: training and evaluation are the same.
 
     Parameters
     ----------
     channels, eps, scale, shift, frozen_affine, layout, activation, dtype
         As given to `GroupNorm`; gamma and beta are of channels, not of elements.
+    axes : {"sample", "last"}
+        What is normalized together, as given to `fastbn.layer_norm`. With "last" the channels are
+        the last axis, whatever `layout` says.
 
     Attributes
     ----------
@@ -324,8 +302,200 @@ class LayerNorm(SampleNorm):
     >>> fastbn.LayerNorm(2, eps=0.0)(np.float32([[1, 3], [10, 30]]))
     array([[-1.,  1.],
            [-1.,  1.]], dtype=float32)
+    >>> layer = fastbn.LayerNorm(64, axes="last")
+    >>> tokens, attention = np.random.default_rng(0).normal(size=(2, 8, 128, 64))
+    >>> y, stream = layer(tokens, skip=attention)
+    >>> dx = layer.backward(np.ones_like(y), dsum=stream)
+    >>> bool(abs(dx - stream).max() < 1e-12)  # of a constant added to y
+    True
     """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        eps: float = 1e-5,
+        scale: bool = True,
+        shift: bool = True,
+        frozen_affine: bool = False,
+        layout: str = "NCHW",
+        axes: Literal["sample", "last"] = "sample",
+        activation: ActivationName = None,
+        dtype: DTypeLike = "float32",
+    ) -> None:
+        common: dict[str, Any] = {"eps": eps, "scale": scale, "shift": shift, "layout": layout}
+        common |= {"frozen_affine": frozen_affine, "activation": activation, "dtype": dtype}
+        super().__init__(channels, **common)
+        self.axes = checks.options.axes(axes)
+
+    @overload
+    def __call__(
+        self,
+        x: Array,
+        *,
+        residual: Array | None = ...,
+        skip: None = ...,
+        where: Array | None = ...,
+        out: Array | None = ...,
+        keep: bool = ...,
+    ) -> Array: ...
+    @overload
+    def __call__(
+        self,
+        x: Array,
+        *,
+        residual: Array | None = ...,
+        skip: Array,
+        where: Array | None = ...,
+        out: Array | None = ...,
+        keep: bool = ...,
+    ) -> tuple[Array, Array]: ...
+    def __call__(
+        self,
+        x: Array,
+        *,
+        residual: Array | None = None,
+        skip: Array | None = None,
+        where: Array | None = None,
+        out: Array | None = None,
+        keep: bool = True,
+    ) -> Array | tuple[Array, Array]:
+        """Normalize `x`, or `x` + `skip`, in training and in evaluation alike.
+
+        Parameters
+        ----------
+        x : ndarray
+            Of C channels, as `fastbn.layer_norm` takes it.
+        residual, skip, where, out : ndarray, optional
+            As given to `fastbn.layer_norm`. After ``out=x`` without `skip` there is no backward.
+        keep : bool
+            Whether the layer keeps the call for `backward`: x or, with `skip`, the sum; where there
+            is an activation, y; and `where`, none of them copied. False: it keeps none, an earlier
+            one neither.
+
+        Returns
+        -------
+        y : ndarray
+            As `fastbn.layer_norm` returns it.
+        sum : ndarray
+            With `skip`: x + skip. A backward reads it, so it must not be overwritten before.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument has a wrong type, shape or value. Nothing has been written.
+        """
+        keep = checks.options.flag("keep", keep)
+        y, *total, saved = self._forward(x, out, residual=residual, skip=skip, where=where)
+        self._last = saved if keep else None
+        return (y, *total) if total else y
+
+    @overload
+    def forward(
+        self,
+        x: Array,
+        *,
+        residual: Array | None = ...,
+        skip: None = ...,
+        where: Array | None = ...,
+        out: Array | None = ...,
+    ) -> tuple[Array, Saved]: ...
+    @overload
+    def forward(
+        self,
+        x: Array,
+        *,
+        residual: Array | None = ...,
+        skip: Array,
+        where: Array | None = ...,
+        out: Array | None = ...,
+    ) -> tuple[Array, Array, Saved]: ...
+    def forward(
+        self,
+        x: Array,
+        *,
+        residual: Array | None = None,
+        skip: Array | None = None,
+        where: Array | None = None,
+        out: Array | None = None,
+    ) -> tuple[Array, Saved] | tuple[Array, Array, Saved]:
+        """A call of the layer that leaves what `backward` needs to the caller; of the layer nothing
+        is written.
+
+        Parameters
+        ----------
+        x, residual, skip, where, out
+            As a call takes them.
+
+        Returns
+        -------
+        y, sum : ndarray
+            As a call returns them; the sum only with `skip`.
+        saved : Saved
+            To be passed to `backward`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As of a call.
+
+        Examples
+        --------
+        >>> import numpy as np, fastbn
+        >>> layer, x = fastbn.LayerNorm(3, axes="last"), np.eye(3)
+        >>> y, saved = layer.forward(x)
+        >>> y, stream, saved = layer.forward(x, skip=x)
+        >>> dx = layer.backward(np.ones_like(y), saved, dsum=np.ones_like(stream))
+        """
+        found: tuple[Array, Saved] | tuple[Array, Array, Saved]
+        found = self._forward(x, out, residual=residual, skip=skip, where=where)
+        return found
+
+    def _fitting(self, x: Any) -> Array:
+        if self.axes == "last":
+            return checks.arrays.rows_made_for(x, type(self).__name__, self.channels)
+        return super()._fitting(x)
+
+    def backward(
+        self,
+        dy: Array,
+        saved: Saved | None = None,
+        *,
+        dresidual: bool | Array = False,
+        dsum: Array | None = None,
+        accumulate: bool = False,
+        out: Array | None = None,
+    ) -> Array:
+        """The gradient of a forward with respect to x, and to `skip`; leaves `dgamma` and `dbeta`.
+
+        Parameters
+        ----------
+        dy, saved, dresidual, accumulate, out
+            As given to `GroupNorm.backward`.
+        dsum : ndarray, optional
+            As given to `fastbn.layer_norm_backward`: the gradient that reaches x + skip by its
+            other uses, which is added to dx.
+
+        Returns
+        -------
+        dx : ndarray
+            As `fastbn.layer_norm_backward` returns it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As of `GroupNorm.backward`. Nothing has been written.
+        """
+        return self._go_back(dy, saved, accumulate, dresidual=dresidual, dsum=dsum, out=out)
 
     @property
     def _verbs(self) -> tuple[Forward, Backward]:
         return layer_norm, layer_norm_backward
+
+    def _options(self) -> dict[str, Any]:
+        return super()._options() | {"axes": self.axes}
+
+    def _gradients(
+        self, dy: Array, saved: Saved, options: dict[str, Any]
+    ) -> Gradients | ResidualGradients:
+        return super()._gradients(dy, saved, options | {"where": saved.where})

@@ -17,18 +17,21 @@ class Saved:
     """What one forward of a layer leaves for its backward; a layer's `forward` makes it.
 
     It refers to x and y without a copy, so they must not be overwritten before the backward, and
-    holds two values a channel (or a group) besides. gamma is the layer's own, as it is when the
-    backward runs.
+    holds two values a channel (or a group, or a row) besides. gamma is the layer's own, as it is
+    when the backward runs.
 
     Attributes
     ----------
     x : ndarray or None
-        As it was given; None once y or dx has been written over it (``out=x``).
+        As it was given, or x + skip, which the call returned; None once y or dx has been written
+        over it (``out=x``).
     y : ndarray or None
         Where there is an activation, whose slope it tells.
-    mean, var : ndarray
-        What x was normalized by: the statistics of the batch, of each virtual batch or sample, or
-        a copy of the running ones.
+    mean, var : ndarray or None
+        What x was normalized by: the statistics of the batch, of each virtual batch, sample or row,
+        or a copy of the running ones.
+    mean_square : ndarray or None
+        In their place, of an `RMSNorm`.
     where, weights : ndarray or None
         As given.
 
@@ -50,8 +53,9 @@ class Saved:
     shape: tuple[int, ...]
     x: Array | None
     y: Array | None
-    mean: Array
-    var: Array
+    mean: Array | None = None
+    var: Array | None = None
+    mean_square: Array | None = None
     is_fixed: bool = False
     """Whether mean and var are the running ones, and let no gradient through."""
     where: Array | None = None

@@ -20,6 +20,7 @@ REFUSE = (
     "GroupNorm",
     "InstanceNorm",
     "LayerNorm",
+    "RMSNorm",
     "reestimate",
     "population_statistics",
 )

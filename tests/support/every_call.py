@@ -283,6 +283,15 @@ def _both_ways(layer: Any, g: Given, **selected: Any) -> Arguments:
     return {"y": y, "dx": dx, **gradients, **layer.state_dict()}
 
 
+def _row_layer(g: Given, kind: Any, **options: Any) -> Arguments:
+    """The same of rows, with a skip and a mask."""
+    layer = kind(g.shape[-1], **options)
+    where = g.place(np.random.default_rng(4).random((*g.shape[:-1], 1)) < 0.8)
+    y, total = layer(g.x, skip=g.residual, where=where, out=g.out)
+    dx = layer.backward(g.dy, dsum=g.ddx, out=g.out)
+    return {"y": y, "sum": total, "dx": dx, "dgamma": layer.dgamma}
+
+
 def _batch_norm(g: Given, mode: str, **options: Any) -> Arguments:
     told: Any = {"layout": g.layout, "activation": "relu", "one_value": "skip"}
     bn = fastbn.BatchNorm(g.channels, **told, **options)
@@ -346,7 +355,11 @@ def _put_layers() -> None:
     ALL["InstanceNorm"] = {
         "": lambda g: _both_ways(fastbn.InstanceNorm(g.channels, layout=g.layout), g)
     }
-    ALL["LayerNorm"] = {"": lambda g: _both_ways(fastbn.LayerNorm(g.channels, layout=g.layout), g)}
+    ALL["LayerNorm"] = {
+        "": lambda g: _both_ways(fastbn.LayerNorm(g.channels, layout=g.layout), g),
+        "of rows": partial(_row_layer, kind=fastbn.LayerNorm, axes="last"),
+    }
+    ALL["RMSNorm"] = {"": partial(_row_layer, kind=fastbn.RMSNorm)}
     ALL["FrozenBatchNorm"] = {"": _frozen}
     ALL["reestimate"] = {"": _reestimated}
     ALL["Moments"] = {"": _merged}

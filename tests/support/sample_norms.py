@@ -10,6 +10,7 @@ import numpy as np
 import fastbn
 from oracle.arrays import Array, Wide, by_sample, channels_of, to_layout, vector
 from oracle.bounds import (
+    bound_added,
     bound_fused,
     bound_gated,
     bound_mean,
@@ -129,6 +130,7 @@ def judge_backward(
     layout: str = "NCHW",
     activation: Any = None,
     y: Array | None = None,
+    dsum: Array | None = None,
 ) -> list[Judged]:
     """What a backward gave for these arguments, beside what it should."""
     d, values, dtype = by_sample(dy, layout), by_sample(x, layout), np.dtype(x.dtype.type)
@@ -145,8 +147,11 @@ def judge_backward(
     if y is not None:
         scale = g[:, None] * over_channels(rstd_of(v, eps), c)
         bound = bound_gated(dtype, d * scale, bound)
-    dx = by_sample(got.dx, layout).astype(dtype)
-    judged = [Judged(dx, exact.dx, stored(dtype, exact.dx, bound), "dx")]
+    dx, expected = by_sample(got.dx, layout).astype(dtype), exact.dx
+    if dsum is not None:
+        expected = exact.dx + by_sample(dsum, layout)
+        bound = bound_added(dtype, expected, bound)
+    judged = [Judged(dx, expected, stored(dtype, expected, bound), "dx")]
     if got.dgamma is not None:
         of_dgamma, of_dbeta = bound_sample_sums(of_parameters, exact, m, v, eps)
         assert got.dgamma.dtype == got.dbeta.dtype == of_parameters

@@ -72,9 +72,9 @@ LIKE_X = (_longer, _other_type, _no_numbers, _no_array)
 VECTOR = (_longer, _no_numbers, _no_array)
 CORRUPTIONS: dict[str, tuple[Corruption, ...]] = {
     "x": (_flat, _no_numbers, _no_array),
-    **dict.fromkeys(("dy", "residual", "y", "ddx"), LIKE_X),
+    **dict.fromkeys(("dy", "residual", "y", "ddx", "skip", "dsum"), LIKE_X),
     **dict.fromkeys(("gamma", "beta", "mean", "ddgamma", "ddbeta"), VECTOR),
-    "var": (*VECTOR, _one_bad(-1.0, -1e-5)),
+    **dict.fromkeys(("var", "mean_square"), (*VECTOR, _one_bad(-1.0, -1e-5))),
     "out": (_longer, _no_result, _no_numbers, _no_array, _read_only),
     "dtype": (_of_values("i4", "f4x", ">f4", 3, np.int16, "S3"),),
     "out_layout": (_of_values("NCWH", "nchw", 3, b"NCHW"),),
@@ -85,6 +85,7 @@ CORRUPTIONS: dict[str, tuple[Corruption, ...]] = {
     ),
     "weights": (*VECTOR, _one_bad(-1.0, np.nan, np.inf)),
     "layout": (_of_values("NCWH", "nchw", 3, None, b"NCHW"),),
+    "axes": (_of_values("rows", "first", -1, None, b"last"),),
     "eps": (_of_values(-1.0, -1e-300, np.nan, np.inf, True, "1e-5", None, 1j),),
     "activation": (_of_values("gelu", ("leaky_relu", 2.0), ("leaky_relu",), 5, ("relu",)),),
     "virtual_batch": (_of_values(0, -1, 2.5, True, "2"),),
@@ -95,7 +96,7 @@ CORRUPTIONS: dict[str, tuple[Corruption, ...]] = {
 }
 
 
-MAY_BE_NONE = ("layout", "eps", "params", "dresidual", "count_of_sums")
+MAY_BE_NONE = ("axes", "layout", "eps", "params", "dresidual", "count_of_sums")
 """Options for which None is illegal."""
 
 

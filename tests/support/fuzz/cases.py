@@ -31,6 +31,7 @@ from support.fuzz.right import (
     judge_gradient_sums,
     judge_gradients,
     judge_normalized,
+    judge_rows,
     judge_samples,
 )
 from support.memory import dense, dense_in_its_order
@@ -165,8 +166,10 @@ def _same_place(view: Array, memory: Array, own: Array) -> Array:
 class Drawn:
     """Arrays of one problem, as they come to be needed."""
 
-    def __init__(self, s: Source, dtype: np.dtype[Any] | None = None) -> None:
-        self.s, self.layout, self.dtype = s, s.layout(), dtype or s.dtype()
+    def __init__(
+        self, s: Source, dtype: np.dtype[Any] | None = None, layout: str | None = None
+    ) -> None:
+        self.s, self.layout, self.dtype = s, layout or s.layout(), dtype or s.dtype()
         self.shape = s.shape(self.layout)
         self.axis = channel_axis(len(self.shape), self.layout)
         self.channels = self.shape[self.axis]
@@ -225,6 +228,17 @@ class Drawn:
     def residual(self) -> None:
         if self.s.chance(0.35):
             self.like_x("residual", self.s.gradient(self.shape, self.dtype))
+
+    def skip(self) -> None:
+        if self.s.chance(0.4):
+            self.like_x("skip", self.s.gradient(self.shape, self.dtype))
+
+    def dsum(self) -> None:
+        """Where it may be, of any row."""
+        mine = self.arguments
+        alone = mine.get("activation") is None and mine.get("dresidual", False) is False
+        if alone and self.s.chance(0.5):
+            self.put("dsum", self.s.gradient(self.shape, self.dtype))
 
     def out(self, *in_place: str) -> None:
         """Fresh, of its own, or one of the arguments."""
@@ -482,6 +496,70 @@ def sample_norm_backward(s: Source) -> Case:
     return Case(f"{norm} backward", lambda **a: named(norm.backward(**a)), d.arguments, judge)
 
 
+def row_norm(s: Source) -> Case:
+    """Layer norm over the last axis, or RMS norm."""
+    d, is_centred = Drawn(s, layout="NHWC"), s.chance(0.5)
+    d.x()
+    if is_centred:
+        d.vectors("gamma", "beta")
+        d.options("eps", "activation")
+        d.residual()
+        d.arguments |= {"axes": "last", "layout": s.choice(LAYOUTS)}
+    else:
+        d.vectors("gamma")
+        d.arguments["eps"] = s.eps()
+    d.skip()
+    d.out("x", "skip", "residual")
+    verb: Any = fastbn.layer_norm if is_centred else fastbn.rms_norm
+    return Case(
+        f"{verb.__name__} of rows",
+        lambda **a: named(verb(**a)),
+        d.arguments,
+        lambda results, a: judge_rows(results, a, is_centred=is_centred),
+    )
+
+
+def row_norm_backward(s: Source) -> Case:
+    d, is_centred = Drawn(s, layout="NHWC"), s.chance(0.5)
+    for name, a in row_statistics(d, d.x(), is_centred=is_centred).items():
+        d.put(name, a)
+    d.like_x("dy", s.gradient(d.shape, d.dtype))
+    d.vectors("gamma")
+    if is_centred:
+        d.options("eps", "activation")
+        d.gate()
+        d.arguments |= {"axes": "last", "layout": s.choice(LAYOUTS)}
+    else:
+        d.arguments["eps"] = s.eps()
+    d.dsum()
+    if s.chance(0.2):
+        d.arguments["params"] = False
+    _apart(d, "dy", "x")
+    verb: Any = fastbn.layer_norm_backward if is_centred else fastbn.rms_norm_backward
+    return Case(
+        f"{verb.__name__} of rows",
+        lambda **a: named(verb(**a)),
+        d.arguments,
+        lambda results, a: judge_rows(results, a, is_centred=is_centred),
+    )
+
+
+def row_statistics(d: Drawn, x: Array, *, is_centred: bool) -> dict[str, Array]:
+    """Those of the rows that count, as a forward would have given them."""
+    kept = Selected(d.shape, "NHWC", d.plain("where"))
+    found = np.zeros((2, *d.shape[:-1]))
+    if x.size:
+        with np.errstate(all="ignore"):
+            mean, var = formulas.moments(x.reshape(-1, d.channels).astype(np.longdouble))
+            found[0] = mean.reshape(d.shape[:-1])
+            found[1] = (var if is_centred else var + mean**2).reshape(d.shape[:-1])
+    bad = ~(np.isfinite(found).all(0) & (found[1] >= 0))
+    found[0, bad], found[1, bad] = 0.0, 1.0
+    found[:, ~kept.kept] = 0
+    names = ("mean", "var") if is_centred else ("", "mean_square")
+    return {name: a for name, a in zip(names, found, strict=True) if name}
+
+
 def double_backward(s: Source) -> Case:
     d = Drawn(s)
     frozen = s.chance(0.4)
@@ -515,6 +593,8 @@ VERBS: dict[Callable[[Source], Case], int] = {
     gradient_sums: 6,
     sample_norm: 10,
     sample_norm_backward: 10,
+    row_norm: 8,
+    row_norm_backward: 8,
     double_backward: 8,
 }
 """What is drawn, and how often."""

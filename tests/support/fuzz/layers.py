@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 import fastbn
 from oracle import bounds, formulas
-from oracle.arrays import Wide, channel_axis, vector, wide
+from oracle.arrays import LAYOUTS, Wide, channel_axis, vector, wide
 from support.bits import assert_same_bits
 from support.fuzz.cases import Case, Drawn, named, norm_of
 from support.fuzz.right import (
@@ -23,6 +24,7 @@ from support.fuzz.right import (
     judge_fixed,
     judge_gradients,
     judge_normalized,
+    judge_rows,
     judge_samples,
     judge_y_by,
     verify,
@@ -39,19 +41,20 @@ STATE = (*PARAMETERS, "running_mean", "running_var", "num_batches_tracked")
 # --- what all layers have -----------------------------------------------------------------------
 
 
-def _put_parameters(d: Drawn, options: dict[str, Any]) -> None:
-    for name, has in (("weight", "scale"), ("bias", "shift")):
+def _put_parameters(d: Drawn, options: dict[str, Any], *, shift: bool = True) -> None:
+    for name, has in (("weight", "scale"), ("bias", "shift"))[: 1 + shift]:
         options[has] = d.s.chance(0.85)
         if options[has]:
             d.put(name, d.s.vector(d.channels))
 
 
-def _put_backward(d: Drawn) -> None:
+def _put_backward(d: Drawn, *, residual: bool = True) -> None:
     """dy, what is to become of it, and where."""
     d.like_x("dy", d.s.gradient(d.shape, d.dtype))
     mine, kind = d.arguments, d.s.random.random()
-    mine["dresidual"] = kind < 0.3
-    if kind < 0.15:
+    if residual:
+        mine["dresidual"] = kind < 0.3
+    if residual and kind < 0.15:
         d.put("dresidual", np.full(d.shape, 77, d.dtype), written=True)
     if d.s.chance(0.3):
         d.put("into", np.full(d.shape, 77, d.dtype), written=True)
@@ -73,11 +76,14 @@ def _put_way(d: Drawn) -> None:
 def _ran(layer: Any, a: dict[str, Any], *names: str) -> Results:
     """What a layer's forward and backward give."""
     given = {name: a[name] for name in ("residual", "out", *names) if name in a}
-    saved, into = None, {"dresidual": a["dresidual"], "out": a.get("into")}
+    saved, into = None, {"out": a.get("into")}
+    into |= {name: a[name] for name in ("dresidual", "dsum") if name in a}
     if a["by_forward"]:
-        y, saved = layer.forward(a["x"], **given)
+        *found, saved = layer.forward(a["x"], **given)
     else:
-        y = layer(a["x"], **given)
+        found = layer(a["x"], **given)
+        found = found if "skip" in given else [found]
+    y, *total = found
     if a["accumulates"]:
         layer.backward(dense_in_its_order(a["dy"]), saved)
         once = _gradients(layer)
@@ -88,13 +94,14 @@ def _ran(layer: Any, a: dict[str, Any], *names: str) -> Results:
             getattr(layer, name)[...] = g
     else:
         dx = layer.backward(a["dy"], saved, **into)
-    gradients = {n: getattr(layer, n) for n in ("dgamma", "dbeta", "dresidual")}
-    return {"y": y, "dx": dx, **gradients}
+    sums = {"sum": total[0]} if total else {}
+    gradients = {n: getattr(layer, n, None) for n in ("dgamma", "dbeta", "dresidual")}
+    return {"y": y, **sums, "dx": dx, **gradients}
 
 
 def _gradients(layer: Any) -> dict[str, Array]:
     """Copies of those that there are."""
-    held = {name: getattr(layer, name) for name in ("dgamma", "dbeta")}
+    held = {name: getattr(layer, name, None) for name in ("dgamma", "dbeta")}
     return {name: a.copy() for name, a in held.items() if a is not None}
 
 
@@ -396,6 +403,49 @@ def sample_norm_layer(s: Source) -> Case:
     return Case(f"layer of {norm}", call, d.arguments, judge)
 
 
+def row_norm_layer(s: Source) -> Case:
+    """Layer norm over the last axis, or RMS norm."""
+    d, is_centred = Drawn(s, layout="NHWC"), s.chance(0.5)
+    if not d.channels:
+        return row_norm_layer(s)
+    d.x()
+    options: dict[str, Any] = {"dtype": s.choice(("float32", "float64"))}
+    _put_parameters(d, options, shift=is_centred)
+    d.arguments |= {"eps": s.eps(), "activation": None, "options": options}
+    if is_centred:
+        d.residual()
+        d.arguments["activation"] = activation = s.activation()
+        options |= {"axes": "last", "layout": s.choice(LAYOUTS), "activation": activation}
+    d.skip()
+    _put_out(d)
+    _put_backward(d, residual=is_centred)
+    d.dsum()
+    _put_way(d)
+    kind: Any = fastbn.LayerNorm if is_centred else fastbn.RMSNorm
+    verb: Any = partial(fastbn.layer_norm, axes="last") if is_centred else fastbn.rms_norm
+    statistics = ("mean", "var") if is_centred else ("mean_square",)
+
+    def call(**a: Any) -> Results:
+        layer = kind(d.channels, eps=a["eps"], **a["options"])
+        layer.load_state_dict({name: a[name] for name in PARAMETERS if name in a})
+        beside = {name: a[name] for name in ("skip", "where") if name in a}
+        alone = verb(a["x"], eps=a["eps"], **beside)
+        return {n: getattr(alone, n) for n in statistics} | _ran(layer, a, *beside)
+
+    def judge(results: Results, a: dict[str, Any]) -> None:
+        own = _own(a, options["dtype"])
+        of_y = a | {n: own[n] for n in PARAMETERS.values() if n in own}
+        forward = {n: results[n] for n in ("y", "sum", *statistics) if n in results}
+        told = {n: v for n, v in of_y.items() if n not in ("dy", "dsum")}
+        judge_rows(forward, told, is_centred=is_centred)
+        verb = _as_verb(a, own, options["dtype"], d.channels) | {n: results[n] for n in statistics}
+        verb |= _y(results, a) | {"x": results.get("sum", a["x"]), "skip": None}
+        gradients = {n: results[n] for n in ("dx", "dgamma", "dbeta", "dresidual")}
+        judge_rows(gradients, verb, is_centred=is_centred)
+
+    return Case(f"{kind.__name__} of rows", call, d.arguments, judge)
+
+
 def frozen_batch_norm(s: Source) -> Case:
     d = Drawn(s)
     x = d.x()
@@ -527,6 +577,7 @@ def _judge_merged(results: Results, a: dict[str, Any]) -> None:
 LAYERS: dict[Callable[[Source], Case], int] = {
     batch_norm_layer: 14,
     sample_norm_layer: 6,
+    row_norm_layer: 6,
     frozen_batch_norm: 6,
     merged_moments: 5,
 }

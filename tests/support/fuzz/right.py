@@ -23,12 +23,12 @@ from oracle.bounds import (
     bound_y,
     double_backward_terms,
     factor,
-    smallest,
     stored,
+    subnormal_terms,
     unit,
 )
 from oracle.formulas import DoubleBackwardProblem
-from support import sample_norms
+from support import rms_norms, sample_norms
 from support.bits import assert_same_bits
 from support.judge import Judged, assert_within, judge_backward, judge_y
 
@@ -137,11 +137,14 @@ def expected_type(x: Array, gamma: Array | None) -> np.dtype[Any]:
     return np.dtype(x.dtype if x.dtype.itemsize > 2 else np.float32)
 
 
-def assert_parameters(results: Results, x: Array, channels: int, a: dict[str, Any]) -> None:
-    """dgamma and dbeta are there where they are wanted, of a shape and type."""
-    wanted = a.get("wanted", ("dgamma", "dbeta") if a.get("params", True) else ())
+def assert_parameters(
+    results: Results, x: Array, channels: int, a: dict[str, Any], *names: str
+) -> None:
+    """dgamma and dbeta, or those named, are there where they are wanted, of a shape and type."""
+    names = names or ("dgamma", "dbeta")
+    wanted = a.get("wanted", names if a.get("params", True) else ())
     of_gamma = expected_type(x, a.get("gamma"))
-    for name in ("dgamma", "dbeta"):
+    for name in names:
         found = results[name]
         assert (found is not None) == (name in wanted), f"{name} is {found}"
         if found is not None:
@@ -386,7 +389,7 @@ def _dx_by_shares(
     dx = (gamma * rstd)[:, None] * (d - of_sums)
     k = factor(dtype, mean, rstd)
     bound = (2 * k * np.abs(gamma) * rstd)[:, None] * (np.abs(d) + of_sizes)
-    bound += smallest(dtype) * (1 + np.abs(exact.xhat) / 2)
+    bound += subnormal_terms(dtype, exact.xhat)
     if a.get("activation") is not None:
         bound = bound_gated(dtype, d * (gamma * rstd)[:, None], bound)
     return Judged(judged.actual, dx, stored(dtype, dx, bound), "dx")
@@ -430,13 +433,13 @@ def judge_samples(results: Results, a: dict[str, Any]) -> None:
         return
     values = by_sample(x, layout)
     told = {"eps": a["eps"], "layout": layout, "activation": a.get("activation")}
-    beside = a.get("dy", a.get("residual"))
+    beside = [a[n] for n in ("dy", "residual", "dsum") if a.get(n) is not None]
     found: Any
     if "y" in results:
         mean, var = formulas.sample_moments(values, groups)
         found = fastbn.BatchNormResult(*(results[n] for n in ("y", "mean", "var")))
         judged = sample_norms.judge_forward(
-            found, groups, x, a.get("gamma"), a.get("beta"), residual=beside, **told
+            found, groups, x, a.get("gamma"), a.get("beta"), residual=a.get("residual"), **told
         )
     else:
         mean, var = (a[n].astype(np.longdouble).reshape(-1, groups) for n in ("mean", "var"))
@@ -447,12 +450,17 @@ def judge_samples(results: Results, a: dict[str, Any]) -> None:
             found = fastbn.ResidualGradients(results["dx"], dgamma, dbeta, results["dresidual"])
         y = a["y"] if a.get("activation") is not None else None
         judged = sample_norms.judge_backward(
-            found, groups, a["dy"], x, a["mean"], a["var"], a.get("gamma"), y=y, **told
+            found,
+            groups,
+            *(a["dy"], x, a["mean"], a["var"], a.get("gamma")),
+            y=y,
+            dsum=a.get("dsum"),
+            **told,
         )
     each_group = values.reshape(len(x) * groups, -1)
     inside = domain(each_group, mean.reshape(-1), var.reshape(-1), a["eps"], x.dtype.itemsize)
-    if beside is not None:
-        inside &= np.isfinite(by_sample(beside, layout).reshape(len(each_group), -1)).all(1)
+    for array in beside:
+        inside &= np.isfinite(by_sample(array, layout).reshape(len(each_group), -1)).all(1)
     inside &= _fit(each_group, mean, var, a)
     inside = np.asarray(inside.reshape(len(x), groups))
     each = np.asarray(np.repeat(inside, c // groups, 1))
@@ -478,6 +486,63 @@ def _fit(x: Wide, mean: Wide, var: Wide, a: dict[str, Any]) -> Array:
     gamma = a.get("gamma")
     most = 1.0 if gamma is None else float(np.abs(gamma).max(initial=0))
     return np.asarray(size * max(most, 1.0) < limit)
+
+
+def judge_rows(results: Results, a: dict[str, Any], *, is_centred: bool) -> None:
+    """Layer norm over the last axis, or RMS norm, or a gradient: of the rows that count as if they
+    stood alone. x is what a gradient is told of, or a forward before the skip is added."""
+    x, kept = a["x"], Selected(a["x"].shape, "NHWC", a.get("where")).kept
+    assert_types(results, x, "y", "sum", "dx", "dresidual")
+    if a.get("skip") is not None:
+        a = a | {"x": x + a["skip"]}
+        assert_same_bits({"sum": results["sum"]}, {"sum": a["x"]})
+    for name, found in results.items():
+        if name in ROW_STATISTICS:
+            assert found.shape == x.shape[:-1], f"{name} has shape {found.shape}"
+        if name == "dx" and a.get("dsum") is not None:
+            assert_same_bits({name: found[~kept]}, {name: a["dsum"][~kept]})
+        elif name in BY_ROW and found is not None:
+            assert not found[~kept].astype(np.float64).any(), f"{name} is not 0 of other rows"
+
+    def counted(some: dict[str, Any]) -> dict[str, Any]:
+        arrays = {name: value for name, value in arrays_of(some).items() if name in BY_ROW}
+        return some | {name: array[kept] for name, array in arrays.items()}
+
+    results = {name: found for name, found in results.items() if name != "sum"}
+    if is_centred:
+        judge_samples(counted(results), counted(a) | {"groups": 1, "layout": "NHWC"})
+    else:
+        _judge_rms(counted(results), counted(a) | {"layout": "NHWC"})
+
+
+ROW_STATISTICS = ("mean", "var", "mean_square")
+BY_ROW = (*ROW_STATISTICS, "x", "y", "residual", "dy", "dx", "dresidual", "dsum")
+
+
+def _judge_rms(results: Results, a: dict[str, Any]) -> None:
+    """RMS norm of rows, (R, C)."""
+    x, gamma, eps = a["x"], a.get("gamma"), a["eps"]
+    if "dx" in results:
+        assert_parameters(results, x, x.shape[1], a, "dgamma")
+    if not x.size:
+        assert_zeros(results, **{name: array.shape for name, array in arrays_of(results).items()})
+        return
+    values = x.astype(np.longdouble)
+    if "y" in results:
+        mean_square = np.square(values).mean(1)
+        judged = rms_norms.judge_forward(results["y"], results["mean_square"], x, gamma, eps)
+    else:
+        mean_square = a["mean_square"].astype(np.longdouble)
+        found, given = (results["dx"], results["dgamma"]), (a["dy"], x, a["mean_square"])
+        judged = rms_norms.judge_backward(found, *given, gamma, eps, a.get("dsum"))
+    inside = domain(values, 0 * mean_square, mean_square, eps, x.dtype.itemsize)
+    inside &= ((values == 0) | ((np.abs(values) > 1e-150) & (np.abs(values) < 1e150))).all(1)
+    for name in ("dy", "dsum"):
+        if a.get(name) is not None:
+            inside &= np.isfinite(a[name].astype(np.float64)).all(1)
+    inside &= _fit(values, 0 * mean_square, mean_square, a)
+    for one in judged:
+        verify([one], np.full(x.shape[1], inside.all()) if one.what == "dgamma" else inside)
 
 
 def judge_double_backward(results: Results, a: dict[str, Any], *, frozen: bool) -> None:
