@@ -1,7 +1,7 @@
 """PyTorch's own operators on the same memory.
 
-Its backward, group norm and instance norm have no ready output: the environment lets it keep the
-memory of results that were dropped, so that it pays for no new pages either.
+Its backward, group, instance, layer and RMS norm have no ready output: the environment lets it keep
+the memory of results that were dropped, so that it pays for no new pages either.
 """
 
 from __future__ import annotations
@@ -173,11 +173,8 @@ def grouped(cell: Cell, data: Data, gamma: Any) -> Task:
     if kind == "layer" and cell.layout == "NC":
         shape = [cell.channels]
         if forward:
-            out = (tensor(cell, data.out), *(torch.empty(len(x), 1) for _ in range(2)))
-            call = torch.ops.aten.native_layer_norm.out
-            y, *more = out
-            ready = {"out0": y, "out1": more[0], "out2": more[1]}
-            return Task(lambda: call(x, shape, gamma, beta, eps, **ready), results(cell))
+            call = torch.native_layer_norm  # given an output, it makes another and copies that
+            return Task(lambda: call(x, shape, gamma, beta, eps), results(cell))
         call = torch.ops.aten.native_layer_norm_backward
         return Task(lambda: call(dy, x, shape, mean, rstd, gamma, beta, wanted), results(cell))
     if kind == "instance":
