@@ -23,6 +23,7 @@ from benchmarks import compare, fold_or_fuse, report, rounds
 from benchmarks.cells import (
     AWKWARD,
     CURVED,
+    FAMILIES,
     FUSED,
     GHOST,
     GROUPED,
@@ -180,6 +181,8 @@ def test_only_takes_any_of_one_kind_and_all_of_several() -> None:
     masked, libraries = chosen(all_cells(THREADS), ["weighed-backward", UNMASKED])
     assert {c.work for c in masked} == {"weighed-backward"}
     assert libraries == [UNMASKED]
+    for family, works in FAMILIES.items():
+        assert {c.work for c in chosen(all_cells(THREADS), [family])[0]} == set(works)
     with pytest.raises(ValueError, match=r"'sideways' is none of: .*; a library: fastbn cython"):
         chosen(cells, ["sideways"])
     with pytest.raises(ValueError, match="no cell is left by: NCHW, 60x100"):
@@ -282,6 +285,12 @@ def test_a_library_is_right(worker: rounds.Worker, request: pytest.FixtureReques
             assert has_nothing(name, cell), cell.name
         worker.ask(do="release", keep=True)
     assert able
+
+
+@pytest.mark.parametrize("work", [*OF_ROWS, *CURVED])
+def test_rows_and_curves_are_for_fastbn_and_two_peers(work: str) -> None:
+    names = rounds.taking_part(replace(PLAIN[0], work=work), list(LIBRARIES))
+    assert [name for name in names if LIBRARIES[name].is_foreign] == [NUMPY, TORCH]
 
 
 def test_masked_works_are_for_fastbn_and_the_limits() -> None:
