@@ -5,7 +5,7 @@
 3. One thread also where a library might leave cores idle: few or odd channels, one image.
 4. The series: one family of shapes from 1 KB to 400 MB, for the plot of time against size.
 5. Fused works, half types, masked works, virtual batches, group norms, training steps, outputs in
-   another order of memory, and the smallest call.
+   another order of memory, images, tables, rows along the last axis, curves, and the smallest call.
 6. Awkward shapes on one thread: many tiny samples, few samples of many channels, tiny calls.
 """
 
@@ -39,6 +39,15 @@ GROUPED = tuple(
     for kind in ("ghost", "group", "instance", "layer")
     for work in ("forward", "backward")
 )
+OF_ROWS = tuple(
+    f"rows-{norm}-{work}"
+    for norm in ("layer", "rms", "skip-layer", "skip-rms")
+    for work in ("forward", "backward")
+)
+CURVES = ("silu", "hard_swish")
+CURVED = tuple(f"{curve}-inference" for curve in CURVES)
+FAMILIES = {"images": (IMAGES,), "tables": TABLES, "rows": OF_ROWS, "curves": CURVED}
+"""Works that --only takes together."""
 GROUPS = 32
 """Of group norm, or as many of them as divide the channels."""
 GHOST = 8
@@ -63,6 +72,9 @@ class Cell:
     which fit takes. masked-...: of the places
     that a mask selects. weighed-...: of those, with a weight for each sample. ghost-...: of
     virtual batches. group-..., instance-..., layer-...: group, instance and layer norm.
+    rows-layer-..., rows-rms-...: layer and RMS norm of each row along the last axis.
+    rows-skip-...: of x + skip, which is a result too; backward adds dsum, the sum's other gradient.
+    silu-inference, hard_swish-inference: inference, and that activation.
     """
     layout: str
     """NCHW or NHWC; NC for an array of rank 2, which has one layout only."""
@@ -97,9 +109,26 @@ class Cell:
         return self.work in TABLES
 
     @property
-    def data_kind(self) -> str:
-        """What --only calls the data that people begin with."""
-        return IMAGES if self.is_images else "tables" if self.is_table else "arrays"
+    def is_of_rows(self) -> bool:
+        return self.work in OF_ROWS
+
+    @property
+    def has_skip(self) -> bool:
+        return self.work.startswith("rows-skip-")
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether a mean is subtracted: RMS norm has none."""
+        return "-rms-" not in self.work
+
+    @property
+    def curve(self) -> str | None:
+        """The activation of inference, if there is one."""
+        return self.work.partition("-")[0] if self.work in CURVED else None
+
+    @property
+    def family(self) -> str:
+        return next((name for name, works in FAMILIES.items() if self.work in works), "others")
 
     @property
     def is_masked(self) -> bool:
@@ -276,6 +305,10 @@ HALF_SHAPES: tuple[Shape, ...] = (*RESNET[:2], RESNET[3], CACHED[1])
 MASKED_SHAPES: tuple[Shape, ...] = (*RESNET[:4], CACHED[1], (65536, 256))
 GROUPED_SHAPES: tuple[Shape, ...] = RESNET[:4]
 LAYER_ROWS: tuple[Shape, ...] = ((4096, 1024), (16384, 1024), (65536, 256), (8192, 4096))
+TOKENS: Shape = (32, 768, 128)
+"""32 texts of 128 tokens, in NHWC as of a transformer: (32, 128, 768) in memory."""
+HALF_ROWS: Shape = LAYER_ROWS[1]
+CURVED_SHAPES: tuple[Shape, ...] = (RESNET[0], CACHED[1])
 CALL: Shape = (1, 16)
 """The kernel takes some nanoseconds: the time of a call is what the call costs."""
 
@@ -346,18 +379,22 @@ def all_cells(threads: int) -> list[Cell]:
         *step_cells(threads),
         *cells_of(REORDERED_SHAPES, threads=threads, works=WORKS[:3], output="reordered"),
         *data_cells(threads),
+        *row_cells(threads),
+        *cells_of(CURVED_SHAPES, threads=threads, works=CURVED),
         *cells_of([CALL], threads=threads, works=["inference"]),
         *awkward_cells(),
     )
     return list(dict.fromkeys(listed))
 
 
-def half_cells(shapes: Iterable[Shape], threads: int, dtypes: Iterable[str]) -> Iterator[Cell]:
-    """Training and inference in half types, as far as they are here: bfloat16 needs ml_dtypes."""
+def half_cells(
+    shapes: Iterable[Shape], threads: int, dtypes: Iterable[str], works: Iterable[str] = WORKS[:3]
+) -> Iterator[Cell]:
+    """Cells of half types, as far as they are here: bfloat16 needs ml_dtypes."""
     here = [np.dtype(half).name for half in arrays.HALVES]
     for dtype in dtypes:
         if dtype in here:
-            yield from cells_of(shapes, threads=threads, works=WORKS[:3], dtype=dtype)
+            yield from cells_of(shapes, threads=threads, works=works, dtype=dtype)
 
 
 def grouped_cells(shapes: Iterable[Shape], rows: Iterable[Shape], threads: int) -> Iterator[Cell]:
@@ -380,6 +417,14 @@ def data_cells(threads: int) -> Iterator[Cell]:
         for output in ("ready", "fresh"):
             yield Cell(IMAGES, "NHWC", "uint8", shape, output, threads)
     yield from cells_of(TABLE_SHAPES, threads=threads, works=TABLES, output="fresh")
+
+
+def row_cells(threads: int) -> Iterator[Cell]:
+    """Rows along the last axis; one shape in bfloat16 too, if that is here."""
+    yield from cells_of(LAYER_ROWS, threads=threads, works=OF_ROWS)
+    for work in OF_ROWS:
+        yield Cell(work, "NHWC", "float32", TOKENS, "ready", threads)
+    yield from half_cells([HALF_ROWS], threads, HALVES[1:], OF_ROWS)
 
 
 def awkward_cells() -> Iterator[Cell]:

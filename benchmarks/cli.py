@@ -72,8 +72,9 @@ def add_options(add: Callable[..., object]) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="a work, layout, type, shape as 32x64x112x112, output, number of threads as '1 "
-        "thread', or part of a library's name; again for more: of one kind any, of several all",
+        help="a work, a family of works, layout, type, shape as 32x64x112x112, output, number of "
+        "threads as '1 thread', or part of a library's name; again for more: of one kind any, of "
+        "several all",
     )
     add("--rounds", type=positive, help=f"turns of each library (default: {ROUNDS})")
     add(
@@ -162,7 +163,7 @@ def properties(cell: Cell) -> dict[str, str]:
     """What --only can ask for, by kind."""
     return {
         "work": cell.work,
-        "data": cell.data_kind,
+        "family": cell.family,
         "layout": cell.layout,
         "type": cell.dtype,
         "shape": cell.size_name,

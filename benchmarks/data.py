@@ -64,6 +64,7 @@ class Data:
 
     @cached_property
     def residual(self) -> Array:
+        """For rows it is skip, and in their backward dsum."""
         return self._filled(np.random.default_rng(6).standard_normal(BLOCK))
 
     @cached_property
@@ -109,6 +110,8 @@ class Data:
         if cell.is_step:
             forward, backward = cell.forward_and_backward
             return [*self.moved(forward), *self._moved_back(backward, self.dx, self.out)]
+        if cell.has_skip and cell.plain_work == "forward":
+            return [(self.out, self.x), (self.sum, self.residual)]
         if cell.plain_work == "backward":
             return self._moved_back(cell, self.output(cell), self.y)
         if cell.work == "normalize_backward":
@@ -119,7 +122,7 @@ class Data:
     def _moved_back(self, cell: Cell, dx: Array, y: Array) -> list[tuple[Array, ...]]:
         if cell.is_fused:
             return [(self.dresidual, self.dy, y), (dx, self.x)]
-        return [(dx, self.dy, self.x)]
+        return [(dx, self.dy, self.x, self.residual) if cell.has_skip else (dx, self.dy, self.x)]
 
     @cached_property
     def out(self) -> Array:
@@ -146,6 +149,11 @@ class Data:
     @cached_property
     def dx(self) -> Array:
         """The ready output of a step's backward; `out` is that of its forward."""
+        return np.full(self.shape, np.nan, self.dtype)
+
+    @cached_property
+    def sum(self) -> Array:
+        """The ready output for x + skip."""
         return np.full(self.shape, np.nan, self.dtype)
 
     @cached_property
@@ -190,6 +198,8 @@ class Data:
         if cell.is_grouped:
             values = self.grouped(self.x, cell)
             return values.mean(2, dtype=np.float64), values.var(2, dtype=np.float64)
+        if cell.is_of_rows:
+            return statistics_of_rows(self.x, is_centred=cell.is_centred)
         if not cell.is_masked:
             return self.batch_statistics
         places = self.places(cell).take(0, self.axis)
@@ -233,6 +243,8 @@ class Results(NamedTuple):
     dresidual: Array | None = None
     y: Array | None = None
     """Of a step, whose main result is dx."""
+    sum: Array | None = None
+    """x + skip."""
 
 
 def complaint(cell: Cell, data: Data, results: Results) -> str | None:
@@ -273,6 +285,8 @@ def expected(cell: Cell, data: Data, channel: int, y: Array | None = None) -> di
         return {"main": row(data.dy, channel, data.axis) * (gamma / np.sqrt(var + data.eps))}
     if cell.is_grouped:
         return expected_of_group(cell, data, channel)
+    if cell.is_of_rows:
+        return expected_of_row(cell, data, channel)
     x, places = row(data.x, channel, data.axis), row(data.places(cell), 0, data.axis)
     share = places / places.sum()
     if cell.plain_work != "inference":
@@ -283,6 +297,8 @@ def expected(cell: Cell, data: Data, channel: int, y: Array | None = None) -> di
         y = gamma * xhat + beta
         if cell.is_fused:
             y = np.maximum(y + row(data.residual, channel, data.axis), 0)
+        if cell.curve:
+            y *= 1 / (1 + np.exp(-y)) if cell.curve == "silu" else np.clip(y + 3, 0, 6) / 6
         return {"main": np.where(places > 0, y, 0)}
     dy, more = np.where(places > 0, row(data.dy, channel, data.axis), 0), {}
     if cell.is_fused:
@@ -320,6 +336,36 @@ def expected_of_group(cell: Cell, data: Data, channel: int) -> dict[str, Array]:
         return {"main": own(gamma * xhat + beta)}
     sums = {"dgamma": own(dy * xhat).sum(), "dbeta": own(dy).sum()}
     return {"main": own(dx), **sums}
+
+
+def expected_of_row(cell: Cell, data: Data, channel: int) -> dict[str, Array]:
+    """A column, where statistics are of each row along the last axis."""
+    gamma, beta = (float(v[channel]) for v in (data.gamma, data.beta))
+    is_forward = cell.plain_work == "forward"
+    x = data.x + data.residual if cell.has_skip and is_forward else data.x
+    mean, var = (v.ravel() for v in statistics_of_rows(x, is_centred=cell.is_centred))
+    rstd = 1 / np.sqrt(var + data.eps)
+    own = row(x, channel, -1)
+    xhat = (own - mean) * rstd
+    if is_forward:
+        y = gamma * xhat + (beta if cell.is_centred else 0)
+        return {"main": y} | ({"sum": own} if cell.has_skip else {})
+    dy = row(data.dy, channel, -1)
+    g = np.einsum("...c,c->...", data.dy, data.gamma, dtype=np.float64).ravel()
+    gx = np.einsum("...c,...c,c->...", data.dy, x, data.gamma, dtype=np.float64).ravel()
+    g_xhat = (gx - mean * g) * rstd
+    dx = rstd * (gamma * dy - (g * cell.is_centred + xhat * g_xhat) / data.channels)
+    if cell.has_skip:
+        dx += row(data.residual, channel, -1)
+    sums = {"dgamma": (dy * xhat).sum()} | ({"dbeta": dy.sum()} if cell.is_centred else {})
+    return {"main": dx} | sums
+
+
+def statistics_of_rows(x: Array, *, is_centred: bool) -> tuple[Array, Array]:
+    """Mean and variance of each row along the last axis; not centred, 0 and the mean square."""
+    squares = np.einsum("...c,...c->...", x, x, dtype=np.float64) / x.shape[-1]
+    mean = x.mean(-1, dtype=np.float64) if is_centred else np.zeros_like(squares)
+    return mean, np.maximum(squares - mean * mean, 0)
 
 
 def row(a: Array, channel: int, axis: int) -> Array:

@@ -1,6 +1,7 @@
 """The parts of docs/performance.md on more kinds of work, each a function of the run.
 
-Steps and reordered outputs are not in every run: their parts are empty where they are not.
+Steps, reordered outputs, rows, curves, images and tables are not in every run: their parts are
+empty where they are not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from benchmarks.figures import (
     cells,
     figures,
     of_layout,
+    ordinary,
     ratio,
     score,
     table,
@@ -25,6 +27,7 @@ from benchmarks.libraries import (
     BY_COPY,
     COMPILED,
     COPYTO,
+    LIBRARIES,
     NUMPY,
     ONEDNN,
     OURS,
@@ -33,7 +36,7 @@ from benchmarks.libraries import (
     UNFUSED,
     UNMASKED,
 )
-from benchmarks.report import NONE
+from benchmarks.report import NONE, time
 from benchmarks.results import Measured, Run
 
 
@@ -160,3 +163,86 @@ def reordered_ratios(run: Run) -> str:
     headings = ("work", "x in", "by a copy", "copy alone", *others[2:])
     scores = ("ahead of by a copy", "level", "behind")
     return table((*headings, *scores), rows, 2) if rows else ""
+
+
+# --- families of works, cell by cell ------------------------------------------------------------
+
+
+def rows(run: Run) -> str:
+    """What the works of rows are."""
+    return introduction(
+        run,
+        "rows",
+        '**Rows along the last axis**: layer norm (`layer_norm` with `axes="last"`) and RMS norm '
+        "(`rms_norm`), each row by its own statistics; 32x768x128 in NHWC are 32 texts of 128 "
+        "tokens. *skip*: of x + skip, with that sum as a result, and backward with its other "
+        "gradient. PyTorch has an operator for all but the backward of RMS norm, which autograd "
+        "does; where its dgamma is wrong, as 2.13's of layer norm in bfloat16, it has no time. "
+        "fastbn's times, and ratios to each peer:",
+    )
+
+
+def row_times(run: Run) -> str:
+    return cell_by_cell(run, "rows")
+
+
+def curves(run: Run) -> str:
+    """What the works of curves are."""
+    return introduction(
+        run,
+        "curves",
+        "**Activations of inference**: `normalize` with silu or hard_swish in the same pass; "
+        "PyTorch normalizes and then activates in place. fastbn's times, and ratios to each peer:",
+    )
+
+
+def curve_times(run: Run) -> str:
+    return cell_by_cell(run, "curves")
+
+
+def images(run: Run) -> str:
+    """What the work of images is."""
+    return introduction(
+        run,
+        "images",
+        "**Images** (`Standardizer`): bytes, channels last, to normalized float32 by planes, in "
+        "one pass. fastbn's times, and ratios to each peer:",
+    )
+
+
+def image_times(run: Run) -> str:
+    return cell_by_cell(run, "images")
+
+
+def tables(run: Run) -> str:
+    """What the works of tables are."""
+    return introduction(
+        run,
+        "tables",
+        "**Tables**: the columns of (rows, columns) standardized by their own statistics, by "
+        "`fastbn.sklearn.StandardScaler` as by scikit-learn's. fastbn's times, and ratios to each "
+        "peer:",
+    )
+
+
+def table_times(run: Run) -> str:
+    return cell_by_cell(run, "tables")
+
+
+def of_family(run: Run, family: str) -> list[Measured]:
+    return [m for m in ordinary(run) if m.cell.family == family]
+
+
+def introduction(run: Run, family: str, text: str) -> str:
+    return wrapped(text) if of_family(run, family) else ""
+
+
+def cell_by_cell(run: Run, family: str) -> str:
+    """The time of each cell, and the ratios to the peers that any of them has."""
+    members, lines = of_family(run, family), []
+    names = [name for name in run.libraries(members) if LIBRARIES[name].kind == "peer"]
+    for m in members:
+        how = f"{m.cell.layout}, {m.cell.dtype}, {m.cell.output}"
+        found = (average([m], against(name)) for name in names)
+        lines.append((m.cell.work, m.cell.size_name, how, time(m.ours), *found))
+    return table(("work", "shape", "how", "fastbn", *names), lines, 3) if lines else ""

@@ -35,14 +35,22 @@ from benchmarks.figures import (
 )
 from benchmarks.kinds import (
     awkward,
+    curve_times,
+    curves,
     fused,
     grouped,
     halves,
+    image_times,
+    images,
     masked,
     reordered,
     reordered_ratios,
+    row_times,
+    rows,
     step_ratios,
     steps,
+    table_times,
+    tables,
 )
 from benchmarks.libraries import FROZEN, LIBRARIES, NUMPY, ONEDNN, OURS, TORCH
 from benchmarks.plots import NOISE
@@ -318,6 +326,14 @@ PARTS: dict[str, Callable[[Run], str]] = {
         halves,
         masked,
         grouped,
+        rows,
+        row_times,
+        curves,
+        curve_times,
+        images,
+        image_times,
+        tables,
+        table_times,
         reordered,
         reordered_ratios,
         awkward,

@@ -379,7 +379,7 @@ def peers_of(cell: Cell) -> tuple[str, ...]:
         return (TORCH,)
     if cell.is_step:
         return NUMPY, TORCH, COMPILED, ONEDNN
-    if cell.is_reordered:
+    if cell.is_reordered or cell.is_of_rows or cell.curve:
         return NUMPY, TORCH
     if cell.is_images:
         return NUMPY, OPENCV, ALBUMENTATIONS

@@ -102,6 +102,41 @@ def test_sections_of_steps_and_reordered_outputs() -> None:
     assert "<!-- reordered -->\n\n<!-- reordered_ratios -->\n\n**Awkward" in empty
 
 
+def test_sections_of_rows_curves_images_and_tables() -> None:
+    """A line for each cell, a column for each peer that was measured; without cells, nothing."""
+    row = Cell("rows-skip-rms-forward", "NHWC", "float32", (32, 768, 128), "ready", 2)
+    half = replace(row, work="rows-layer-backward", dtype="bfloat16")
+    curve = replace(row, work="silu-inference", shape=(8, 64, 56, 56))
+    image = Cell("images", "NHWC", "uint8", (1, 3, 224, 224), "fresh", 2)
+    scaled = Cell("table-fit", "NC", "float32", (1000, 20), "fresh", 2)
+    run = run_of(
+        timed(row, ours=0.01, NumPy=0.04, PyTorch=0.02),
+        timed(half, ours=0.01, PyTorch=0.03),
+        timed(curve, ours=0.01, PyTorch=0.02),
+        timed(image, ours=0.01, OpenCV=0.02, albumentations=0.05),
+        timed(scaled, ours=0.01, **{"scikit-learn": 0.02}),
+    )
+    assert PARTS["row_times"](run).splitlines() == [
+        "| work | shape | how | fastbn | NumPy | PyTorch |",
+        "| :-- | :-- | :-- | --: | --: | --: |",
+        "| rows-skip-rms-forward | 32x768x128 | NHWC, float32, ready | 10 ms | 4.00 | 2.00 |",
+        "| rows-layer-backward | 32x768x128 | NHWC, bfloat16, ready | 10 ms | - | 3.00 |",
+    ]
+    times = {name: PARTS[name](run) for name in ("curve_times", "image_times", "table_times")}
+    assert [text.splitlines()[2] for text in times.values()] == [
+        "| silu-inference | 8x64x56x56 | NHWC, float32, ready | 10 ms | 2.00 |",
+        "| images | 1x3x224x224 | NHWC, uint8, fresh | 10 ms | 2.00 | 5.00 |",
+        "| table-fit | 1000x20 | NC, float32, fresh | 10 ms | 2.00 |",
+    ]
+    text = page.filled(page.PAGE.read_text(), run)
+    for said in ("**Rows along", "**Activations of inference**", "**Images**", "**Tables**"):
+        assert said in text
+    kinds = ("row", "curve", "image", "table")
+    parts = [part for kind in kinds for part in (f"{kind}s", f"{kind}_times")]
+    nothing = "\n".join(f"<!-- {name} -->\n" for name in parts)
+    assert f"{nothing}\n<!-- reordered -->" in page.filled(text, run_of())
+
+
 def test_a_page_with_other_parts_is_refused() -> None:
     with pytest.raises(ValueError, match="parts of the page"):
         page.filled("<!-- verdict -->\n", run_of())

@@ -1,4 +1,4 @@
-/* The limit that memory sets: out = a, or out = a + b, by all threads.
+/* The limit that memory sets: out = a, a + b or a + b + c, by all threads.
 
    Ordinary stores read a line before they overwrite it; streaming stores pass the caches by. Which
    is faster depends on the size, so both are timed. The vector type is the widest that the compiler
@@ -43,13 +43,16 @@ static inline void stream(float *out, vector v)
 }
 
 /* `out` is at the start of a line, n is a number of whole lines. */
-static inline void lines(float *out, const float *a, const float *b, ptrdiff_t n, int streaming)
+static inline void lines(
+    float *out, const float *a, const float *b, const float *c, ptrdiff_t n, int streaming)
 {
     for (ptrdiff_t i = 0; i < n; i += PER_LINE)
         for (ptrdiff_t j = i; j < i + PER_LINE; j += VALUES) {
             vector v = *(const loose *)(a + j);
             if (b)
                 v += *(const loose *)(b + j);
+            if (c)
+                v += *(const loose *)(c + j);
             if (streaming)
                 stream(out + j, v);
             else
@@ -61,16 +64,17 @@ static inline void lines(float *out, const float *a, const float *b, ptrdiff_t n
 #endif
 }
 
-static inline void singly(float *out, const float *a, const float *b, ptrdiff_t n)
+static inline void singly(
+    float *out, const float *a, const float *b, const float *c, ptrdiff_t n)
 {
     for (ptrdiff_t i = 0; i < n; i++)
-        out[i] = b ? a[i] + b[i] : a[i];
+        out[i] = c ? a[i] + b[i] + c[i] : b ? a[i] + b[i] : a[i];
 }
 
-/* What to copy: n floats; b may be NULL. One argument, because ctypes takes its time for each. */
+/* What to copy: n floats; c, or b and c, may be NULL. One argument, because ctypes takes its time for each. */
 struct job {
     float *out;
-    const float *a, *b;
+    const float *a, *b, *c;
     ptrdiff_t n;
     int threads, streaming;
 };
@@ -78,24 +82,26 @@ struct job {
 void copy(const struct job *job)
 {
     float *out = job->out;
-    const float *a = job->a, *b = job->b;
+    const float *a = job->a, *b = job->b, *c = job->c;
     ptrdiff_t n = job->n;
     int threads = job->threads, streaming = job->streaming;
     ptrdiff_t head = (ptrdiff_t)(-(uintptr_t)out % LINE / sizeof(float));
     if (head > n)
         head = n;
     ptrdiff_t whole = (n - head) / PER_LINE, done = head + whole * PER_LINE;
-    singly(out, a, b, head);
-    singly(out + done, a + done, b ? b + done : NULL, n - done);
+    singly(out, a, b, c, head);
+    singly(out + done, a + done, b ? b + done : NULL, c ? c + done : NULL, n - done);
     if (n * (ptrdiff_t)sizeof(float) < PARALLEL_FROM)
         threads = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int t = 0; t < threads; t++) {
         ptrdiff_t from = head + whole * t / threads * PER_LINE;
         ptrdiff_t to = head + whole * (t + 1) / threads * PER_LINE;
-        if (b)
-            lines(out + from, a + from, b + from, to - from, streaming);
+        if (c)
+            lines(out + from, a + from, b + from, c + from, to - from, streaming);
+        else if (b)
+            lines(out + from, a + from, b + from, NULL, to - from, streaming);
         else
-            lines(out + from, a + from, NULL, to - from, streaming);
+            lines(out + from, a + from, NULL, NULL, to - from, streaming);
     }
 }

@@ -19,6 +19,7 @@ class Job(Structure):
         ("out", c_void_p),
         ("a", c_void_p),
         ("b", c_void_p),
+        ("c", c_void_p),
         ("n", c_ssize_t),
         ("threads", c_int),
         ("streaming", c_int),
@@ -33,7 +34,7 @@ def prepare(cell: Cell, data: Data, *, streaming: bool) -> Task:
     """Every array that the work needs read once, every result written once."""
     jobs = []
     for arrays in data.moved(cell):
-        addresses = dict(zip(("out", "a", "b"), (a.ctypes.data for a in arrays), strict=False))
+        addresses = dict(zip(("out", "a", "b", "c"), (a.ctypes.data for a in arrays), strict=False))
         options = {"n": arrays[0].nbytes // 4, "threads": cell.threads, "streaming": streaming}
         jobs.append(byref(Job(**addresses, **options)))
     job, *more = jobs

@@ -22,6 +22,8 @@ def version() -> str:
 def prepare(cell: Cell, data: Data) -> Task:
     if cell.is_grouped:
         return grouped(cell, data)
+    if cell.is_of_rows:
+        return rows(cell, data)
     if cell.is_step:
         return step(cell, data)
     if cell.is_images:
@@ -36,6 +38,8 @@ def prepare(cell: Cell, data: Data) -> Task:
         named |= fused(cell, data)
     if cell.is_masked:
         named |= selected(cell, data)
+    if cell.curve:
+        named["activation"] = cell.curve
     if cell.plain_work == "forward":
         x = data.x
         return Task(lambda: fastbn.batch_norm(x, gamma, beta, **named), lambda r: Results(r.y))
@@ -74,6 +78,27 @@ def grouped(cell: Cell, data: Data) -> Task:
         mean, var = mean[:, 0], var[:, 0]
     given = dy, x, mean, var, *own, gamma
     return Task(lambda: backward(*given, **named), lambda r: Results(*r))
+
+
+def rows(cell: Cell, data: Data) -> Task:
+    """Layer and RMS norm along the last axis."""
+    verb, named = "rms_norm", options(cell, data)
+    if cell.is_centred:
+        verb, named["axes"] = "layer_norm", "last"
+    else:
+        del named["layout"]
+    forward, backward = getattr(fastbn, verb), getattr(fastbn, f"{verb}_backward")
+    x, dy, gamma, (mean, var) = data.x, data.dy, data.gamma, data.statistics(cell)
+    if cell.plain_work == "forward":
+        named |= {"skip": data.residual} if cell.has_skip else {}
+        vectors = (gamma, data.beta) if cell.is_centred else (gamma,)
+        return Task(
+            lambda: forward(x, *vectors, **named),
+            lambda r: Results(r.y, sum=r.sum if cell.has_skip else None),
+        )
+    named |= {"dsum": data.residual} if cell.has_skip else {}
+    statistics = (mean, var) if cell.is_centred else (var,)
+    return Task(lambda: backward(dy, x, *statistics, gamma, **named), lambda r: Results(*r))
 
 
 def step(cell: Cell, data: Data) -> Task:

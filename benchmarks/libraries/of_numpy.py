@@ -24,6 +24,9 @@ def prepare(cell: Cell, data: Data) -> Task | None:
         return grouped(cell, data)
     if cell.is_images or cell.is_table:
         return images(data) if cell.is_images else table(cell, data)
+    if cell.is_of_rows:
+        is_forward = cell.plain_work == "forward"
+        return rows_forward(cell, data) if is_forward else rows_backward(cell, data)
     gamma, beta = data.column(data.gamma), data.column(data.beta)
     out = None if cell.output == "fresh" else data.output(cell)
     over, eps = tuple(axis for axis in range(len(data.shape)) if axis != data.axis), data.eps
@@ -44,6 +47,9 @@ def prepare(cell: Cell, data: Data) -> Task | None:
     if cell.work == "inference":
         x = data.x
         return Task(lambda: inference(x, mean, var, gamma, beta, eps, out), Results)
+    if cell.curve:
+        x, curve = data.x, silu if cell.curve == "silu" else hard_swish
+        return Task(lambda: curve(inference(x, mean, var, gamma, beta, eps, out), out), Results)
     dy = data.dy
     return Task(lambda: np.multiply(dy, gamma / np.sqrt(var + eps), out=out), Results)
 
@@ -106,6 +112,60 @@ def grouped(cell: Cell, data: Data) -> Task:
         lambda: grouped_backward(dy, x, mean, var, gamma, over, of_channels, eps, out),
         lambda r: Results(r[0].reshape(data.shape), r[1].ravel(), r[2].ravel()),
     )
+
+
+def rows_forward(cell: Cell, data: Data) -> Task:
+    """Layer and RMS norm along the last axis, of x or of x + skip."""
+    x, gamma, beta, eps, out = data.x, data.gamma, data.beta, data.eps, data.out
+
+    def norm(x: Array) -> Array:
+        if cell.is_centred:
+            return forward(x, gamma, beta, (-1,), eps, out)
+        y: Array = np.multiply(gamma, x / root_mean_square(x, eps), out=out)
+        return y
+
+    if not cell.has_skip:
+        return Task(lambda: norm(x), Results)
+    skip, total = data.residual, data.sum
+    return Task(lambda: norm(np.add(x, skip, out=total)), lambda y: Results(y, sum=total))
+
+
+def rows_backward(cell: Cell, data: Data) -> Task:
+    """Their gradients, and what else reaches x + skip."""
+    dy, x, gamma, eps, out = data.dy, data.x, data.gamma, data.eps, data.out
+    dsum, of_columns = data.residual, tuple(range(x.ndim - 1))
+    mean, var = (v.astype(data.dtype)[..., None] for v in data.statistics(cell))
+
+    def gradients() -> tuple[Array, ...]:
+        if cell.is_centred:
+            return grouped_backward(dy, x, mean, var, gamma, (-1,), of_columns, eps, out)
+        rstd = 1 / np.sqrt(var + eps)
+        xhat = x * rstd
+        g = gamma * dy
+        dx = np.multiply(rstd, g - xhat * (g * xhat).mean(-1, keepdims=True), out=out)
+        return dx, (dy * xhat).sum(of_columns)
+
+    def call() -> tuple[Array, ...]:
+        dx, *sums = gradients()
+        return (np.add(dx, dsum, out=out) if cell.has_skip else dx, *sums)
+
+    return Task(call, lambda r: Results(*r))
+
+
+def root_mean_square(x: Array, eps: float) -> Array:
+    """Of rows along the last axis."""
+    root: Array = np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+    return root
+
+
+def silu(v: Array, out: Array | None) -> Array:
+    y: Array = np.divide(v, 1 + np.exp(-v), out=out)
+    return y
+
+
+def hard_swish(v: Array, out: Array | None) -> Array:
+    y: Array = np.multiply(v, np.clip(v + 3, 0, 6) / 6, out=out)
+    return y
 
 
 def inference(

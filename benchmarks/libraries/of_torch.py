@@ -1,13 +1,14 @@
 """PyTorch's own operators on the same memory.
 
-Its backward, group norm and instance norm have no ready output: the environment lets it keep the
-memory of results that were dropped, so that it pays for no new pages either.
+Its backward, group, instance, layer and RMS norm have no ready output: the environment lets it keep
+the memory of results that were dropped, so that it pays for no new pages either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from benchmarks.libraries import Task
 BACKWARD = torch.ops.aten.native_batch_norm_backward.default
 FEW = 16
 """Channels below this are faster as planes, others channels last."""
+CURVES = {"silu": torch.nn.functional.silu, "hard_swish": torch.nn.functional.hardswish}
 GATE = torch.ops.aten.threshold_backward.grad_input
 
 
@@ -32,6 +34,8 @@ def prepare(cell: Cell, data: Data) -> Task:
     gamma, eps = torch.from_numpy(data.gamma), data.eps
     if cell.is_grouped:
         return grouped(cell, data, gamma)
+    if cell.is_of_rows:
+        return rows(cell, data, gamma)
     if cell.is_reordered:
         return reordered(cell, data)
     if cell.is_fused and cell.is_step:
@@ -40,6 +44,11 @@ def prepare(cell: Cell, data: Data) -> Task:
         return step(cell, data, gamma)
     if cell.plain_work in ("forward", "inference"):
         call = normalization(cell, data, gamma)
+        if cell.curve:
+            activate = CURVES[cell.curve]
+            return Task(
+                lambda: activate(call()[0], inplace=True), lambda y: Results(array(cell, y))
+            )
         if not cell.is_fused:
             return Task(call, lambda r: Results(array(cell, r[0])))
         residual = tensor(cell, data.residual)
@@ -164,11 +173,8 @@ def grouped(cell: Cell, data: Data, gamma: Any) -> Task:
     if kind == "layer" and cell.layout == "NC":
         shape = [cell.channels]
         if forward:
-            out = (tensor(cell, data.out), *(torch.empty(len(x), 1) for _ in range(2)))
-            call = torch.ops.aten.native_layer_norm.out
-            y, *more = out
-            ready = {"out0": y, "out1": more[0], "out2": more[1]}
-            return Task(lambda: call(x, shape, gamma, beta, eps, **ready), results(cell))
+            call = torch.native_layer_norm  # given an output, it makes another and copies that
+            return Task(lambda: call(x, shape, gamma, beta, eps), results(cell))
         call = torch.ops.aten.native_layer_norm_backward
         return Task(lambda: call(dy, x, shape, mean, rstd, gamma, beta, wanted), results(cell))
     if kind == "instance":
@@ -179,6 +185,48 @@ def grouped(cell: Cell, data: Data, gamma: Any) -> Task:
         return Task(lambda: call(x, gamma, beta, *shape, eps), results(cell))
     call = torch.ops.aten.native_group_norm_backward
     return Task(lambda: call(dy, x, mean, rstd, gamma, *shape, wanted), results(cell))
+
+
+def rows(cell: Cell, data: Data, gamma: Any) -> Task:
+    """Layer and RMS norm along the last axis, of x or of x + skip."""
+    cell = replace(cell, layout="NC")  # the axes stay where they are in memory
+    x, beta, eps = tensor(cell, data.x), torch.from_numpy(data.beta), data.eps
+    if cell.plain_work == "backward":
+        return rows_backward(cell, data, x, gamma, beta)
+    shape = [cell.channels]
+
+    def norm(x: Any) -> Any:
+        if cell.is_centred:
+            return torch.native_layer_norm(x, shape, gamma, beta, eps)[0]
+        return torch.nn.functional.rms_norm(x, shape, gamma, eps)
+
+    if not cell.has_skip:
+        return Task(lambda: norm(x), lambda y: Results(array(cell, y)))
+    skip, total = tensor(cell, data.residual), tensor(cell, data.sum)
+    return Task(
+        lambda: norm(torch.add(x, skip, out=total)), lambda y: Results(array(cell, y), sum=data.sum)
+    )
+
+
+def rows_backward(cell: Cell, data: Data, x: Any, gamma: Any, beta: Any) -> Task:
+    """Their gradients, and what else reaches x + skip. That of RMS norm has no operator here, and
+    comes from autograd."""
+    dy, dsum, shape = tensor(cell, data.dy), tensor(cell, data.residual), [cell.channels]
+    if cell.is_centred:
+        saved = inverse(data.statistics(cell))
+        mean, rstd = (torch.from_numpy(v[..., None]).to(gamma.dtype) for v in saved)
+        backward = torch.ops.aten.native_layer_norm_backward
+        gradients = partial(backward, dy, x, shape, mean, rstd, gamma, beta, [True] * 3)
+    else:
+        leaves = x.requires_grad_(), gamma.requires_grad_()
+        y = torch.nn.functional.rms_norm(x, shape, gamma, data.eps)
+        gradients = partial(torch.autograd.grad, y, leaves, dy, retain_graph=True)
+
+    def call() -> Any:
+        dx, *sums = gradients()
+        return dx.add_(dsum) if cell.has_skip else dx, *sums
+
+    return Task(call, lambda r: Results(array(cell, r[0]), *(v.numpy() for v in r[1:])))
 
 
 def instance(cell: Cell, x: Any, dy: Any, gamma: Any, beta: Any, statistics: Any) -> Task:
