@@ -445,3 +445,57 @@ def test_pytorch_states_that_say_something_else(torch: Any) -> None:
     tracking = torch.nn.InstanceNorm2d(CHANNELS, affine=True, track_running_stats=True)
     with fails(ValueError, "state has 'running_mean' and 'running_var', expected parameters"):
         made("InstanceNorm").load_state_dict(tracking.state_dict())
+
+
+@each_backend
+@every_kind
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_masks(kind: str, layout: str) -> None:
+    """What the verbs do with them, and the backward is of the same places."""
+    x, dy, _ = batch(SHAPE, layout)
+    where = np.random.default_rng(1).random((SHAPE[0], 1, *SHAPE[2:])) < 0.7
+    where = to_layout(where, layout)
+    layer, norm = made(kind, layout=layout), KINDS[kind]
+    told: dict[str, Any] = {"gamma": layer.gamma, "where": where, "layout": layout}
+    expected = norm.forward(x, beta=layer.beta, **told)
+    gradients = norm.backward(dy, x, expected.mean, expected.var, **told)
+    assert_same_bits({"y": layer(x, where=where)}, {"y": expected.y})
+    assert_same_bits({"dx": layer.backward(dy)}, {"dx": gradients.dx})
+    _, saved = layer.forward(x, where=where)
+    layer(x)
+    assert_same_bits({"dx": layer.backward(dy, saved)}, {"dx": gradients.dx})
+
+
+ONE: dict[str, tuple[dict[str, Any], Any]] = {
+    "InstanceNorm": ({}, np.ones((2, CHANNELS), np.float32)),
+    "GroupNorm": ({}, np.ones((2, 3, 1), np.float32)),
+    "LayerNorm": ({"axes": "last"}, np.ones((2, 4, 1), np.float32)),
+}
+
+
+@pytest.mark.parametrize("kind", ONE)
+def test_one_value(kind: str) -> None:
+    """y = beta, or an error if the layer was made so."""
+    options, x = ONE[kind]
+    channels = 1 if kind == "LayerNorm" else x.shape[1]
+    sizes = (3, channels) if kind == "GroupNorm" else (channels,)
+    layer = getattr(fastbn, kind)(*sizes, **options)
+    layer.beta[...] = 5
+    np.testing.assert_array_equal(layer(x), 5)
+    layer = getattr(fastbn, kind)(*sizes, one_value="raise", **options)
+    assert "one_value='raise'" in repr(layer)
+    with pytest.raises(ValueError, match=r"^x has one value in each group of sample 0"):
+        layer(x)
+    assert layer(x[:0]).shape == x[:0].shape
+
+
+def test_one_value_of_what_counts() -> None:
+    """A sample of which one place counts; none is fine."""
+    layer = fastbn.InstanceNorm(2, one_value="raise")
+    x, where = np.ones((3, 2, 4), np.float32), np.ones((3, 1, 4), bool)
+    where[1], where[2, 0, 1:] = False, False
+    with pytest.raises(ValueError, match=r"^x has one value in each group of sample 2"):
+        layer(x, where=where)
+    layer(x[:2], where=where[:2])
+    with pytest.raises(ValueError, match=r"^one_value is 'running', expected one of"):
+        fastbn.InstanceNorm(2, one_value="running")  # type: ignore[arg-type]

@@ -39,8 +39,8 @@ OF_SAMPLES_BACKWARD = (
     "eps=1e-05 layout='NCHW' params=True activation=None y=None dresidual=False where=None out=None"
 )
 LAYER_OF_SAMPLES = (
-    "channels * eps=1e-05 scale=True shift=True frozen_affine=False layout='NCHW' activation=None "
-    "dtype='float32'"
+    "channels * eps=1e-05 scale=True shift=True one_value='skip' frozen_affine=False "
+    "layout='NCHW' activation=None dtype='float32'"
 )
 
 SIGNATURES = {
@@ -120,7 +120,7 @@ SIGNATURES = {
 
 FORWARDS = {
     "BatchNorm": "x * residual=None where=None weights=None out=None domain=None update=True",
-    **dict.fromkeys(("GroupNorm", "InstanceNorm"), "x * residual=None out=None"),
+    **dict.fromkeys(("GroupNorm", "InstanceNorm"), "x * residual=None where=None out=None"),
     "LayerNorm": "x * residual=None skip=None where=None out=None",
     "RMSNorm": "x * skip=None where=None out=None",
 }

@@ -276,6 +276,16 @@ def several_values(
     )
 
 
+def several_values_a_sample(counts: NDArray[Any]) -> None:
+    """More than one value in what shares statistics in each sample, or none."""
+    sample = first_bad(counts == 1)
+    if sample is not None:
+        raise ValueError(
+            f"x has one value in each group of sample {sample}, expected two or more: one value "
+            "has no variance to normalize by; make the layer with one_value='skip' (y = beta)"
+        )
+
+
 def finite(found: dict[str, NDArray[Any]], renewed: dict[str, NDArray[Any]]) -> None:
     """Statistics of a batch, and running ones renewed by them, without NaN and infinity."""
     for name, a in found.items():

@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
+import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fastbn import checks
@@ -43,6 +44,7 @@ class SampleNorm(AffineLayer):
         eps: float = 1e-5,
         scale: bool = True,
         shift: bool = True,
+        one_value: Literal["skip", "raise"] = "skip",
         frozen_affine: bool = False,
         layout: str = "NCHW",
         activation: ActivationName = None,
@@ -51,6 +53,7 @@ class SampleNorm(AffineLayer):
         common: dict[str, Any] = {"eps": eps, "scale": scale, "shift": shift, "layout": layout}
         common |= {"frozen_affine": frozen_affine, "activation": activation, "dtype": dtype}
         super().__init__(channels, **common)
+        self.one_value = checks.options.option("one_value", one_value, ("skip", "raise"))
 
     @property
     @abstractmethod
@@ -62,6 +65,7 @@ class SampleNorm(AffineLayer):
         x: Array,
         *,
         residual: Array | None = None,
+        where: Array | None = None,
         out: Array | None = None,
         keep: bool = True,
     ) -> Array:
@@ -71,8 +75,8 @@ class SampleNorm(AffineLayer):
         ----------
         x : ndarray
             Of C channels, as `fastbn.batch_norm` takes it.
-        residual, out : ndarray, optional
-            As given to `fastbn.batch_norm`. After ``out=x`` there is no backward.
+        residual, where, out : ndarray, optional
+            As given to `fastbn.group_norm`. After ``out=x`` there is no backward.
         keep : bool
             Whether the layer keeps the call for `backward`: x and, where there is an activation, y,
             neither copied. False: it keeps none, an earlier one neither.
@@ -89,19 +93,24 @@ class SampleNorm(AffineLayer):
         """
         keep = checks.options.flag("keep", keep)
         y: Array
-        y, saved = self._forward(x, out, residual=residual)
+        y, saved = self._forward(x, out, residual=residual, where=where)
         self._last = saved if keep else None
         return y
 
     def forward(
-        self, x: Array, *, residual: Array | None = None, out: Array | None = None
+        self,
+        x: Array,
+        *,
+        residual: Array | None = None,
+        where: Array | None = None,
+        out: Array | None = None,
     ) -> tuple[Array, Saved]:
         """A call of the layer that leaves what `backward` needs to the caller; of the layer nothing
         is written.
 
         Parameters
         ----------
-        x, residual, out
+        x, residual, where, out
             As a call takes them.
 
         Returns
@@ -125,8 +134,21 @@ class SampleNorm(AffineLayer):
         >>> dhidden = layer.backward(np.ones_like(y), second)
         >>> dx = layer.backward(dhidden, first, accumulate=True)
         """
-        found: tuple[Array, Saved] = self._forward(x, out, residual=residual)
+        found: tuple[Array, Saved] = self._forward(x, out, residual=residual, where=where)
         return found
+
+    @property
+    @abstractmethod
+    def _pool(self) -> int:
+        """How many channels share statistics."""
+
+    def _counts(self, x: Array, where: Any) -> Array:
+        """How many values what shares statistics has in each sample."""
+        batch = Batch(x, self.layout, where)
+        if batch.where is None:
+            return np.full(len(x), batch.places // max(len(x), 1) * self._pool)
+        seen = np.count_nonzero(batch.where, axis=tuple(range(1, x.ndim)))
+        return np.asarray(seen * self._pool)
 
     def _fitting(self, x: Any) -> Array:
         """x as an array, which has the layer's channels."""
@@ -135,6 +157,8 @@ class SampleNorm(AffineLayer):
     def _forward(self, x: Any, out: Any, **given: Any) -> Any:
         """y; with a skip the sum; and what is saved."""
         x, options = self._fitting(x), self._options()
+        if self.one_value == "raise":
+            checks.layers.several_values_a_sample(self._counts(x, given["where"]))
         forward, _ = self._verbs
         parameters: dict[str, Any] = {"gamma": self.gamma, "beta": self.beta}
         y, mean, var, *total = forward(x, **parameters, **given, out=out, **options)
@@ -147,7 +171,7 @@ class SampleNorm(AffineLayer):
     ) -> Gradients | ResidualGradients:
         _, backward = self._verbs
         given: Any = dy, saved.x, saved.mean, saved.var
-        return backward(*given, gamma=self._scale(), y=saved.y, **options)
+        return backward(*given, gamma=self._scale(), y=saved.y, where=saved.where, **options)
 
 
 class GroupNorm(SampleNorm):
@@ -167,6 +191,9 @@ class GroupNorm(SampleNorm):
         Added to the variance, zero or more.
     scale, shift : bool
         Whether there is a gamma, a beta.
+    one_value : {"skip", "raise"}
+        What happens where a group of a sample has one value, and so no variance: y = beta, or an
+        error.
     frozen_affine : bool
         Compute no dgamma and dbeta.
     layout, activation
@@ -215,6 +242,7 @@ class GroupNorm(SampleNorm):
         eps: float = 1e-5,
         scale: bool = True,
         shift: bool = True,
+        one_value: Literal["skip", "raise"] = "skip",
         frozen_affine: bool = False,
         layout: str = "NCHW",
         activation: ActivationName = None,
@@ -222,12 +250,16 @@ class GroupNorm(SampleNorm):
     ) -> None:
         common: dict[str, Any] = {"eps": eps, "scale": scale, "shift": shift, "layout": layout}
         common |= {"frozen_affine": frozen_affine, "activation": activation, "dtype": dtype}
-        super().__init__(channels, **common)
+        super().__init__(channels, one_value=one_value, **common)
         self.groups = checks.options.divisor(checks.options.groups(groups), self.channels)
 
     @property
     def _verbs(self) -> tuple[Forward, Backward]:
         return group_norm, group_norm_backward
+
+    @property
+    def _pool(self) -> int:
+        return self.channels // self.groups
 
     def _options(self) -> dict[str, Any]:
         return super()._options() | {"groups": self.groups}
@@ -245,7 +277,7 @@ class InstanceNorm(SampleNorm):
 
     Parameters
     ----------
-    channels, eps, scale, shift, frozen_affine, layout, activation, dtype
+    channels, eps, scale, shift, one_value, frozen_affine, layout, activation, dtype
         As given to `GroupNorm`.
 
     Attributes
@@ -270,6 +302,10 @@ class InstanceNorm(SampleNorm):
     def _verbs(self) -> tuple[Forward, Backward]:
         return instance_norm, instance_norm_backward
 
+    @property
+    def _pool(self) -> int:
+        return 1
+
 
 class LayerNorm(SampleNorm):
     """A layer normalization layer: parameters, and the last call's gradients.
@@ -280,7 +316,7 @@ class LayerNorm(SampleNorm):
 
     Parameters
     ----------
-    channels, eps, scale, shift, frozen_affine, layout, activation, dtype
+    channels, eps, scale, shift, one_value, frozen_affine, layout, activation, dtype
         As given to `GroupNorm`; gamma and beta are of channels, not of elements.
     axes : {"sample", "last"}
         What is normalized together, as given to `fastbn.layer_norm`. With "last" the channels are
@@ -317,6 +353,7 @@ class LayerNorm(SampleNorm):
         eps: float = 1e-5,
         scale: bool = True,
         shift: bool = True,
+        one_value: Literal["skip", "raise"] = "skip",
         frozen_affine: bool = False,
         layout: str = "NCHW",
         axes: Literal["sample", "last"] = "sample",
@@ -325,7 +362,7 @@ class LayerNorm(SampleNorm):
     ) -> None:
         common: dict[str, Any] = {"eps": eps, "scale": scale, "shift": shift, "layout": layout}
         common |= {"frozen_affine": frozen_affine, "activation": activation, "dtype": dtype}
-        super().__init__(channels, **common)
+        super().__init__(channels, one_value=one_value, **common)
         self.axes = checks.options.axes(axes)
 
     @overload
@@ -492,10 +529,14 @@ class LayerNorm(SampleNorm):
     def _verbs(self) -> tuple[Forward, Backward]:
         return layer_norm, layer_norm_backward
 
+    @property
+    def _pool(self) -> int:
+        return self.channels
+
+    def _counts(self, x: Array, where: Any) -> Array:
+        if self.axes == "last":
+            return np.full(1, self.channels)
+        return super()._counts(x, where)
+
     def _options(self) -> dict[str, Any]:
         return super()._options() | {"axes": self.axes}
-
-    def _gradients(
-        self, dy: Array, saved: Saved, options: dict[str, Any]
-    ) -> Gradients | ResidualGradients:
-        return super()._gradients(dy, saved, options | {"where": saved.where})
