@@ -535,7 +535,7 @@ class LayerNorm(SampleNorm):
 
     def _counts(self, x: Array, where: Any) -> Array:
         if self.axes == "last":
-            return np.full(1, self.channels)
+            return np.full(min(x.size, 1), self.channels)
         return super()._counts(x, where)
 
     def _options(self) -> dict[str, Any]:
