@@ -47,6 +47,7 @@ WRONG = {
         "    if x.flags.writeable: x[...] = 0\n    return found\nfastbn.moments = wrong"
     ),
     "an illegal argument that is taken": (
+        "runner.DRAWS = {runner.bad: 1}  # few would be of this verb and of eps\n"
         "of = fastbn.batch_norm_backward\ndef wrong(eps, **a):\n"
         "    return of(eps=abs(eps) if type(eps) is float else eps, **a)\n"
         "fastbn.batch_norm_backward = wrong"
