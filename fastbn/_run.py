@@ -82,13 +82,8 @@ def normalize(
     out_layout: Any = None,
 ) -> Array:
     """Normalize by given statistics, or by a given scale in place of gamma, var and eps."""
-    eps = 0.0 if "scale" in call.vectors else checks.options.epsilon(eps)
+    eps, layout, dtype, epilogue = form(call, eps, activation, residual, out, dtype, out_layout)
     x, batch = call.array, call.batch
-    apart = {"residual": residual, "where": batch.where}
-    layout = checks.options.out_layout(out_layout, batch.layout, **apart)
-    dtype = checks.options.result_dtype(dtype, checks.arrays.as_ndarray(out), batch.name, x)
-    own = dtype == x.dtype.newbyteorder("=")
-    epilogue = call.epilogue(activation, residual, None if own else dtype, curves=True)
     y = call.result(out, epilogue and epilogue.residual, dtype, layout)
     if call.is_empty:
         y.fill(0)
@@ -99,6 +94,37 @@ def normalize(
     axes = channel_axis(batch.layout, x.ndim), channel_axis(layout, x.ndim)
     result: Array = returned(out, moved(y, *axes))
     return result
+
+
+class Form(NamedTuple):
+    """How a batch is normalized by given statistics, checked."""
+
+    eps: float
+    layout: str
+    """y's."""
+    dtype: np.dtype[Any]
+    """y's."""
+    epilogue: Epilogue | None
+
+
+def form(
+    call: Call,
+    eps: Any,
+    activation: Any,
+    residual: Any,
+    out: Any,
+    dtype: Any = None,
+    out_layout: Any = None,
+) -> Form:
+    """Check what `normalize` is given beside a call; a given scale needs no eps."""
+    eps = 0.0 if "scale" in call.vectors else checks.options.epsilon(eps)
+    x, batch = call.array, call.batch
+    apart = {"residual": residual, "where": batch.where}
+    layout = checks.options.out_layout(out_layout, batch.layout, **apart)
+    dtype = checks.options.result_dtype(dtype, checks.arrays.as_ndarray(out), batch.name, x)
+    own = dtype == x.dtype.newbyteorder("=")
+    epilogue = call.epilogue(activation, residual, None if own else dtype, curves=True)
+    return Form(eps, layout, dtype, epilogue)
 
 
 def _normalize(call: Call, eps: float, epilogue: Epilogue | None, y: Array) -> None:

@@ -33,7 +33,8 @@ class StandardScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # 
     What differs: `mean_` and `var_` are right where the mean is large beside the deviation, in
     float32 too; `scale_` is 1 where `var_` is exactly 0, and only there (scikit-learn's is also
     where its own roundings could explain the variance); fitted scalers merge; sparse tables are
-    refused.
+    refused. dask arrays of known chunk sizes are taken chunk by chunk: fits compute at once, what
+    transforms gives a lazy dask array, which looks for no infinity and is never in place.
 
     Parameters
     ----------
@@ -92,7 +93,8 @@ class StandardScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # 
         check_is_fitted(self)
         writes = not (self.copy if copy is None else copy)
         table = self._checked(X, reset=False, writes=writes)
-        _refuse_infinity(table, moments(table).mean)
+        if not checks.dask.is_lazy(table):
+            _refuse_infinity(table, moments(table).mean)
         return self._scaled(table, table if writes else None)
 
     def inverse_transform(self, X: Any, copy: bool | None = None) -> Array:
@@ -100,11 +102,14 @@ class StandardScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # 
         check_is_fitted(self)
         _refuse_sparse(X)
         writes = not (self.copy if copy is None else copy)
-        table = check_array(X, dtype=FLOATS, force_writeable=writes, ensure_all_finite="allow-nan")
-        zero, one = np.zeros(table.shape[1]), np.ones(table.shape[1])
+        if checks.dask.is_lazy(X):
+            table = _lazy_table(X)
+        else:
+            options = {"force_writeable": writes, "ensure_all_finite": "allow-nan"}
+            table = check_array(X, dtype=FLOATS, **options)
         gamma = self.scale_ if self.with_std else None
         beta = self.mean_ if self.with_mean else None
-        return normalize(table, zero, one, gamma, beta, eps=0.0, out=table if writes else None)
+        return _mapped(table, np.zeros(table.shape[1]), gamma, beta, table if writes else None)
 
     def merge(self, other: StandardScaler) -> StandardScaler:
         """What a fit of both's tables, one after the other, would have given: a new scaler."""
@@ -122,6 +127,8 @@ class StandardScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # 
         for name in ("copy", "with_mean", "with_std"):
             checks.options.flag(name, getattr(self, name))
         options = {"dtype": FLOATS, "force_writeable": writes, "ensure_all_finite": False}
+        if checks.dask.is_lazy(X):
+            X, options = _lazy_table(X), {"skip_check_array": True}
         table: Array = validate_data(self, X, reset=reset, **options)
         return table
 
@@ -129,7 +136,7 @@ class StandardScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # 
         weights = sample_weight
         if weights is not None:
             weights = _check_sample_weight(weights, table, dtype=np.float64)
-        found = ColumnMoments.of(table, weights=weights)
+        found = _columns(table, weights)
         _refuse_infinity(table, found.mean)
         is_first = not hasattr(self, "n_samples_seen_")
         weighs = weights is not None or (not is_first and self._weighs)
@@ -146,10 +153,10 @@ class StandardScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # 
         self.scale_ = np.sqrt(np.where(columns.var == 0, 1, columns.var)) if self.with_std else None
 
     def _scaled(self, table: Array, out: Array | None) -> Array:
-        one = np.ones(table.shape[1])
-        mean = np.zeros_like(one) if self.mean_ is None or not self.with_mean else self.mean_
-        gamma = None if self.scale_ is None else one / self.scale_
-        return normalize(table, mean, one, gamma, eps=0.0, out=out)
+        zero = np.zeros(table.shape[1])
+        mean = zero if self.mean_ is None or not self.with_mean else self.mean_
+        gamma = None if self.scale_ is None else 1 / self.scale_
+        return _mapped(table, mean, gamma, None, out)
 
     def _forget(self) -> None:
         for name in [name for name in vars(self) if name.endswith("_") or name.startswith("_c")]:
@@ -170,6 +177,39 @@ class StandardScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # 
         tags.input_tags.allow_nan = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32", "float16"]
         return tags
+
+
+def _columns(table: Array, weights: Array | None) -> ColumnMoments:
+    if checks.dask.is_lazy(table):
+        from fastbn.dask import columns
+
+        return columns(table, weights)
+    return ColumnMoments.of(table, weights=weights)
+
+
+def _mapped(
+    table: Array, mean: Array, gamma: Array | None, beta: Array | None, out: Array | None
+) -> Array:
+    """``(table - mean) * gamma + beta``; `out` is for what is not lazy."""
+    given = table, mean, np.ones(len(mean)), gamma, beta
+    if checks.dask.is_lazy(table):
+        from fastbn.dask import normalize as lazily
+
+        y: Array = lazily(*given, eps=0.0)
+        return y
+    return normalize(*given, eps=0.0, out=out)
+
+
+def _lazy_table(X: Any) -> Any:
+    """A dask array of floats; what is none is seen before anything is computed."""
+    checks.dask.some_values("X", X)
+    if X.dtype.kind not in "fiub":
+        raise ValueError(
+            f"X has dtype {X.dtype}, expected numbers; convert it with X.astype(float)"
+        )
+    table = X if X.dtype in FLOATS else X.astype(np.float64)
+    checks.arrays.table("X", checks.dask.stand_in("X", table))
+    return table
 
 
 def _refuse_sparse(X: Any) -> None:

@@ -20,7 +20,7 @@ from fastbn.backends.base import Affine
 from fastbn.config import current
 from fastbn.elements import arithmetic
 from fastbn.immutable import locked
-from fastbn.statistics import Population
+from fastbn.statistics import Moments, Population
 
 Array = NDArray[Any]
 Vector = NDArray[np.float64]
@@ -115,10 +115,10 @@ class Standardizer(AffineMap):
 
         Parameters
         ----------
-        batches : ndarray, or iterable of ndarray
+        batches : ndarray, dask.array.Array, or iterable of ndarray
             All of the data, or batches of it: memory maps, a generator; of one type and rank.
         progress : callable, optional
-            Is given the number of samples so far, after each batch.
+            Is given the number of samples so far, after each batch; a dask array is one.
         divisor, layout, out_layout, dtype
             As given to `Standardizer`.
 
@@ -138,21 +138,15 @@ class Standardizer(AffineMap):
         divisor = checks.standardizer.divisor(divisor)
         layout = checks.options.layout(layout)
         checks.standardizer.progress(progress)
-        population, samples, first = Population("exact"), 0, None
-        for batch in _batches(batches, layout):
-            first = batch if first is None else first
-            checks.standardizer.like_the_first(batch, first)
-            population.add_batch(batch)
-            samples += len(batch.array)
-            if progress is not None:
-                progress(samples)
-        checks.statistics.population("batches", population.batches)
-        merged = population.merged
-        assert merged is not None
-        std = np.sqrt(merged.var) / divisor
-        mean, std = merged.mean / divisor, np.where(merged.var == 0, 1.0, std)
+        merged = _merged(batches, layout, progress)
         options: dict[str, Any] = {"layout": layout, "out_layout": out_layout, "dtype": dtype}
-        return cls(mean, std, divisor=divisor, **options)
+        return cls._by(merged, divisor, options)
+
+    @classmethod
+    def _by(cls, data: Moments, divisor: float, options: dict[str, Any]) -> Standardizer:
+        """By the moments of some data."""
+        std = np.where(data.var == 0, 1.0, np.sqrt(data.var) / divisor)
+        return cls(data.mean / divisor, std, divisor=divisor, **options)
 
     def __call__(self, x: Array, *, out: Array | None = None) -> Array:  # type: ignore[override]
         """Standardize `x`.
@@ -160,33 +154,45 @@ class Standardizer(AffineMap):
         Parameters
         ----------
         x : ndarray of float32, float64, float16, bfloat16, uint8, int8, uint16 or int16
-            Of C channels on the layout's axis.
+            Of C channels on the layout's axis; or a dask.array.Array of them.
         out : ndarray, optional
-            As given to `normalize`.
+            As given to `normalize`; not with a dask array.
 
         Returns
         -------
         y : ndarray
-            As `normalize` returns it.
+            As `normalize` returns it, and of a dask array as `fastbn.dask.normalize` does: lazy.
 
         Raises
         ------
         TypeError, ValueError
             An argument has a wrong type, shape or value; nothing has been written.
         """
+        if checks.dask.is_lazy(x):
+            checks.dask.no_output(out)
+            options = {"dtype": self.dtype, "out_layout": self.out_layout}
+            return self._lazily("x", x, self._affine, {"layout": self.layout, **options})
         return super().__call__(x, out=out)
+
+    def _lazily(self, name: str, x: Any, affine: Affine, options: dict[str, Any]) -> Array:
+        """A map of a dask array: lazy."""
+        from fastbn.dask import mapped
+
+        made_for = self._called, len(self.mean)
+        y: Array = mapped(name, x, affine, made_for, options)
+        return y
 
     def inverse(self, y: Array) -> Array:
         """What a call has made `y` of, as floats in `layout`: ``(y * std + mean) * divisor``.
 
         Parameters
         ----------
-        y : ndarray of float32, float64, float16 or bfloat16
+        y : ndarray, or dask.array.Array, of float32, float64, float16 or bfloat16
             In `out_layout`, or `layout` where there is none.
 
         Returns
         -------
-        x : ndarray
+        x : ndarray, or of a dask array a lazy one
             Of y's type, of half types float32; not rounded to integers.
 
         Raises
@@ -196,6 +202,11 @@ class Standardizer(AffineMap):
         """
         layout = self.out_layout or self.layout
         made_for = self._called, len(self.mean)
+        if checks.dask.is_lazy(y):
+            checks.arrays.batch("y", checks.dask.stand_in("y", y))
+            wide = y.astype(arithmetic(y.dtype), copy=False)
+            options = {"layout": layout, "out_layout": self.layout}
+            return self._lazily("y", wide, self._inverse, options)
         y = checks.arrays.batch("y", y)
         wide = y.astype(arithmetic(y.dtype), copy=False)
         call = Call(
@@ -246,6 +257,29 @@ def _made(kind: type[Standardizer], given: dict[str, Any]) -> Standardizer:
     made = object.__new__(kind)
     Standardizer.__init__(made, **given)
     return made
+
+
+def _merged(given: Any, layout: str, progress: Callable[[int], object] | None) -> Moments:
+    """The moments of all batches."""
+    if checks.dask.is_lazy(given):
+        from fastbn.dask import merged
+
+        checks.dask.some_values("batches", given)
+        found = merged("batches", given, layout)
+        if progress is not None:
+            progress(len(given))
+        return found
+    population, samples, first = Population("exact"), 0, None
+    for batch in _batches(given, layout):
+        first = batch if first is None else first
+        checks.standardizer.like_the_first(batch, first)
+        population.add_batch(batch)
+        samples += len(batch.array)
+        if progress is not None:
+            progress(samples)
+    checks.statistics.population("batches", population.batches)
+    assert population.merged is not None
+    return population.merged
 
 
 def _batches(given: Any, layout: str) -> Iterator[Batch]:

@@ -307,7 +307,7 @@ def test_import_is_light(backend: str | None) -> None:
     """`import fastbn` imports NumPy and the compiled kernels, and none of the heavy libraries."""
     if backend not in (None, *USABLE) or (backend is None and "cython" not in USABLE):
         backend = "numpy"
-    heavy = {"numba", "llvmlite", "scipy", "matplotlib", "sklearn", "torch", "rich"}
+    heavy = {"numba", "llvmlite", "scipy", "matplotlib", "sklearn", "torch", "rich", "dask"}
     code = f"import sys, fastbn; print(sorted({heavy} & set(sys.modules)))"
     assert output(code, **({"FASTBN_BACKEND": backend} if backend else {})) == "[]"
 

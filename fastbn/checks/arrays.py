@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn.activations import Activation
+from fastbn.checks.dask import is_lazy
 from fastbn.checks.dlpack import has_dlpack, imported
 from fastbn.checks.options import activation
 from fastbn.checks.words import code_of, described, dtype_code, dtype_words, name_of
@@ -80,6 +81,8 @@ def _converted(name: str, value: Any, dtype: str) -> str:
     """What to do with something that is no array."""
     if value is None or isinstance(value, str | bytes):
         return "pass one"
+    if is_lazy(value):
+        return f"pass {name}.compute(), or go by chunks with the functions of fastbn.dask"
     return f"convert it with numpy.asarray({name}, dtype={dtype})"
 
 
