@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
+import dask.array as da
 import ml_dtypes
 import numpy as np
 import pytest
 
 import fastbn
+import fastbn.dask
 from fastbn import checks
 from fastbn.errors import MOST, shown
 from support.tensors import Tensor
@@ -41,7 +44,7 @@ def hints(message: str) -> list[str]:
 def mended(given: dict[str, Any], name: str, code: str) -> dict[str, Any]:
     """The arguments after a hint about one of them was followed, in a namespace of the caller's."""
     own = {"value": 1.0, "y": X, "batch": X, "layer": given.get("layers")}
-    names = {"numpy": np, "fastbn": fastbn, "ml_dtypes": ml_dtypes} | own
+    names = {"numpy": np, "fastbn": fastbn, "ml_dtypes": ml_dtypes, "dask": dask} | own
     names |= {k: v for k, v in given.items() if v is not None}
     if re.fullmatch(rf"{KEYWORD}(?: and {KEYWORD})*", code):
         keywords: dict[str, Any] = eval(f"dict({code.replace(' and ', ', ')})", names)
@@ -59,6 +62,7 @@ SHAPE = (4, 6, 5)
 X, DY = np.random.default_rng(0).normal(size=(2, *SHAPE)).astype(np.float32)
 X.flags.writeable = False
 V, T, W = np.linspace(1, 2, 6), np.ones((4, 6)), np.ones((4, 1, 5), bool)
+LAZY = da.from_array(X)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -167,6 +171,9 @@ ROWS: list[Row] = [
     ),
     (fastbn.batch_norm, BATCH | {"layout": "NHWC"}, {"gamma": V}),
     (fastbn.layer_norm, {"x": X}, {"skip": X}),
+    (fastbn.dask.normalize, {"x": LAZY, "mean": V, "var": V}, {"mean": da.from_array(V)}),
+    (fastbn.dask.moments, {}, {"x": LAZY[LAZY[:, 0, 0] < 9]}),
+    (fastbn.dask.moments, {}, {"x": X}),
     (fastbn.group_norm, BATCH | {"groups": 2}, {"beta": np.array(1)}),
     *(
         (verb, BACKWARD, {"mean": mean})

@@ -28,8 +28,8 @@ def array(name: str, value: Any) -> Any:
         if math.isnan(length):
             raise ValueError(
                 f"{name} has chunks of unknown size along axis {axis} (shape {value.shape}), "
-                f"expected known ones; call {name}.compute_chunk_sizes() before or, where it comes "
-                "from a data frame, make it with to_dask_array(lengths=True)"
+                f"expected known ones; pass {name}.compute_chunk_sizes() or, where it comes from "
+                "a data frame, ask its to_dask_array for lengths=True"
             )
     return value
 
@@ -59,5 +59,5 @@ def no_output(value: Any) -> None:
     if value is not None:
         raise TypeError(
             f"out is {described(value)}, expected None for a dask array, of which the result is "
-            "lazy; leave it out, and store the result with its to_zarr, or dask.array.store"
+            "lazy; leave it out, and store the result by its to_zarr or by dask.array's store"
         )
