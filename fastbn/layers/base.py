@@ -145,8 +145,8 @@ class Layer(ABC):
 
     def _gradients_held(self) -> dict[str, Array]:
         """Those that there are."""
-        named = {f"d{name}": getattr(self, f"d{name}") for name in self._parameters}
-        return {name: a for name, a in named.items() if a is not None}
+        names = (f"d{name}" for name in self._parameters)
+        return {name: a for name in names if (a := getattr(self, name)) is not None}
 
     def _options(self) -> dict[str, Any]:
         """What forward and backward are told alike."""
@@ -282,7 +282,7 @@ class AffineLayer(Layer):
         self._dbeta = checks.layers.gradient("dbeta", value, self.channels)
 
     def _options(self) -> dict[str, Any]:
-        return super()._options() | {"layout": self.layout, "activation": self.activation}
+        return {"eps": self.eps, "layout": self.layout, "activation": self.activation}
 
     def backward(
         self,
