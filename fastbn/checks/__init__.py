@@ -8,6 +8,7 @@ message names the argument, what came, what was expected and what to do.
 
 from fastbn.checks import (
     arrays,
+    distributed,
     folding,
     layers,
     memory,
@@ -20,6 +21,7 @@ from fastbn.checks import (
 
 __all__ = [
     "arrays",
+    "distributed",
     "folding",
     "layers",
     "memory",

@@ -201,13 +201,7 @@ class AffineLayer(ABC):
             An argument has a wrong type, shape or value, `saved` is of another layer, or there was
             no forward to go back through. Nothing has been written.
         """
-        params = self._wants_parameters()
-        accumulate = checks.options.flag("accumulate", accumulate)
-        if saved is None:
-            saved = checks.layers.last_call(self._last)
-        saved = checks.layers.saved(saved, Saved, self._identity)
-        checks.layers.gone_through(saved, dy, params)
-        options = saved.options | {"params": params, "y": saved.y}
+        saved, options = self._going_back(dy, saved, accumulate)
         found = self._gradients(dy, saved, options | {"dresidual": dresidual, "out": out})
         if out is not None and saved.x is not None and checks.memory.share(out, saved.x):
             saved.x = None
@@ -215,6 +209,15 @@ class AffineLayer(ABC):
         self._leave([(self.dgamma, found.dgamma), (self.dbeta, found.dbeta)], accumulate)
         dx: Array = found.dx
         return dx
+
+    def _going_back(self, dy: Any, saved: Any, accumulate: Any) -> tuple[Saved, dict[str, Any]]:
+        """What a backward goes by, once its arguments are checked but for those of its function."""
+        params = self._wants_parameters()
+        checks.options.flag("accumulate", accumulate)
+        saved = checks.layers.last_call(self._last) if saved is None else saved
+        known: Saved = checks.layers.saved(saved, Saved, self._identity)
+        checks.layers.gone_through(known, dy, params)
+        return known, known.options | {"params": params, "y": known.y}
 
     @quiet
     def _leave(self, pairs: Sequence[tuple[Array | None, Any]], accumulate: bool) -> None:
