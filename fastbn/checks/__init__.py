@@ -9,6 +9,7 @@ message names the argument, what came, what was expected and what to do.
 from fastbn.checks import (
     arrays,
     dask,
+    distributed,
     folding,
     layers,
     memory,
@@ -22,6 +23,7 @@ from fastbn.checks import (
 __all__ = [
     "arrays",
     "dask",
+    "distributed",
     "folding",
     "layers",
     "memory",

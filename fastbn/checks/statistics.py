@@ -60,7 +60,7 @@ def gradient_sums(
         statistic(f"sums[{i}]", value[i], x_name, x, layout, is_fixed=False) for i in (0, 1)
     )
     n = count("sums[2]", value[2])
-    if n < own:
+    if n < own * (1 - ROUNDING):  # sums of weights are rounded
         raise ValueError(
             f"sums[2] is {n}, expected the values of a channel in all parts of the batch, at "
             f"least the {own} of {x_name}; add up the counts that gradient_sums gives"

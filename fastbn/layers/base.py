@@ -162,19 +162,24 @@ class Layer(ABC):
 
     def _go_back(self, dy: Any, saved: Any, accumulate: Any, **given: Any) -> Array:
         """A backward, told what else the layer's own is given; `out` is among it."""
-        params = self._wants_parameters()
-        accumulate = checks.options.flag("accumulate", accumulate)
-        if saved is None:
-            saved = checks.layers.last_call(self._last)
-        saved = checks.layers.saved(saved, Saved, self._identity)
-        checks.layers.gone_through(saved, dy, params)
-        found = self._gradients(dy, saved, saved.options | {"params": params} | given)
+        known, options = self._going_back(dy, saved, accumulate)
+        found = self._gradients(dy, known, options | given)
         out = given["out"]
-        if out is not None and saved.x is not None and checks.memory.share(out, saved.x):
-            saved.x = None
+        if out is not None and known.x is not None and checks.memory.share(out, known.x):
+            known.x = None
         self._leave(found, accumulate)
         dx: Array = found.dx
         return dx
+
+    def _going_back(self, dy: Any, saved: Any, accumulate: Any) -> tuple[Saved, dict[str, Any]]:
+        """What a backward goes by, once its arguments are checked but for those of its function."""
+        params = self._wants_parameters()
+        checks.options.flag("accumulate", accumulate)
+        if saved is None:
+            saved = checks.layers.last_call(self._last)
+        known: Saved = checks.layers.saved(saved, Saved, self._identity)
+        checks.layers.gone_through(known, dy, params)
+        return known, known.options | {"params": params}
 
     @quiet
     def _leave(self, found: Any, accumulate: bool) -> None:

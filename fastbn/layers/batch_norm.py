@@ -400,12 +400,22 @@ class BatchNorm(AffineLayer):
         return self._forward(x, residual, where, weights, out, domain, update)
 
     def _forward(
-        self, x: Any, residual: Any, where: Any, weights: Any, out: Any, domain: Any, update: Any
+        self,
+        x: Any,
+        residual: Any,
+        where: Any,
+        weights: Any,
+        out: Any,
+        domain: Any,
+        update: Any,
+        whole: Moments | None = None,
     ) -> tuple[Array, Saved]:
+        """`whole`: the moments of a batch of which x is a part, in place of x's own."""
         running = self._running_of(domain)
         update = checks.options.flag("update", update)
         batch = Batch(x, self.layout, where, weights, made_for=("BatchNorm", self.channels))
-        x, effective, options = batch.array, batch.effective, self._options()
+        x, options = batch.array, self._options()
+        effective = batch.effective if whole is None else whole.effective_count
         fused: dict[str, Any] = {"activation": self.activation, "residual": residual, "out": out}
         k, corrected = None, None
         if by_running := self._by_running(running, effective):
@@ -415,22 +425,32 @@ class BatchNorm(AffineLayer):
         else:
             if self.training or running.observe is not None:
                 k = checks.options.virtual_batch(self.virtual_batch)
-            (y, mean, var), corrected = self._by_batch(running, batch, k, fused, update)
+            (y, mean, var), corrected = self._by_batch(running, batch, k, fused, update, whole)
+        is_part = whole is not None and not by_running
         kept: dict[str, Any] = {"mean": mean, "var": var, "is_fixed": by_running}
         kept |= {"where": where, "weights": weights, "virtual_batch": k, "correction": corrected}
-        return y, self._saved(options, x, y, out, **kept)
+        return y, self._saved(options, x, y, out, is_part=is_part, **kept)
 
     def _by_batch(
-        self, running: Running, batch: Batch, k: int | None, fused: dict[str, Any], update: bool
+        self,
+        running: Running,
+        batch: Batch,
+        k: int | None,
+        fused: dict[str, Any],
+        update: bool,
+        whole: Moments | None,
     ) -> tuple[BatchNormResult, Correction | None]:
-        """Normalize by the batch's own statistics, and see to the running ones."""
+        """Normalize by the batch's own statistics, or those of the whole of which it is a part, and
+        see to the running ones."""
         nonfinite = checks.options.option("nonfinite", self.nonfinite, checks.layers.NONFINITE)
         checks.layers.renormalization(self.renormalization, Renormalization, True, k)
-        counts = group_counts(len(batch.array), batch.effective, k)
+        effective = batch.effective if whole is None else whole.effective_count
+        counts = group_counts(len(batch.array), effective, k)
         fits, corrected = self._fits(running, counts, update), None
         updates, renormalizes = fits and update, fits and self.renormalization is not None
-        if renormalizes or (nonfinite == "raise" and fused["out"] is not None and counts.any()):
-            mean, var = passes.moments(batch, k)
+        looks_first = nonfinite == "raise" and fused["out"] is not None and counts.any()
+        if whole is not None or renormalizes or looks_first:
+            mean, var = passes.moments(batch, k) if whole is None else (whole.mean, whole.var)
             renewed = self._renewed(running, mean, var, counts, updates)  # before y is written
             gamma, beta = self.gamma, self.beta
             if renormalizes:
@@ -444,8 +464,10 @@ class BatchNorm(AffineLayer):
             renewed = self._renewed(running, result.mean, result.var, counts, updates)
         running.renew(renewed)
         if update and running.observe is not None:
-            mean, var = result[1:] if k is None else passes.moments(batch, None)
-            running.observe(Moments(batch.count, mean, var, effective_count=batch.effective))
+            if whole is None:
+                mean, var = result[1:] if k is None else passes.moments(batch, None)
+                whole = Moments(batch.count, mean, var, effective_count=effective)
+            running.observe(whole)
         return result, corrected
 
     def _correction(self, running: Running, mean: Array, var: Array, update: bool) -> Correction:

@@ -58,6 +58,8 @@ class Saved:
     mean_square: Array | None = None
     is_fixed: bool = False
     """Whether mean and var are the running ones, and let no gradient through."""
+    is_part: bool = False
+    """Whether they are those of a batch of which x is a part."""
     where: Array | None = None
     weights: Array | None = None
     virtual_batch: int | None = None

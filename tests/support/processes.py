@@ -1,8 +1,9 @@
-"""Running Python in a process of its own, with chosen environment variables and a deadline."""
+"""Running Python in processes of its own, with chosen environment variables and a deadline."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,12 +29,15 @@ def finds_tests() -> dict[str, str]:
 
 @contextmanager
 def python(
-    arguments: Sequence[str], environment: Mapping[str, str], files: Sequence[int] = ()
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    files: Sequence[int] = (),
+    started_by: Sequence[str] = (),
 ) -> Iterator[subprocess.Popen[str]]:
     """Python while the block runs; of the variables that fastbn reads, only those given are set."""
     inherited = {k: v for k, v in os.environ.items() if k not in OURS}
     with subprocess.Popen(
-        [sys.executable, *arguments],
+        [*started_by, sys.executable, *arguments],
         env={**inherited, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -68,3 +72,23 @@ def error(code: str, **environment: str) -> str:
     done = run(code, **environment)
     assert done.returncode == 1, f"succeeded: {done.stdout}{done.stderr}"
     return done.stderr.strip().splitlines()[-1]
+
+
+def mpiexec() -> str | None:
+    """What starts processes that MPI connects: that beside Python, as mpich's package has it, or
+    another; None where there is none."""
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return shutil.which("mpiexec", path=beside)
+
+
+def by_mpi(
+    size: int, arguments: Sequence[str], timeout: float = TIMEOUT
+) -> subprocess.CompletedProcess[str]:
+    """So many processes of `python -m mpi4py`, each with a thread, until all have ended."""
+    found = mpiexec()
+    assert found is not None
+    start = [found, "-n", str(size)]
+    environment = {"FASTBN_NUM_THREADS": "1", **finds_tests()}
+    with python(["-m", "mpi4py", *arguments], environment, started_by=start) as process:
+        stdout, stderr = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
