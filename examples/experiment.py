@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
@@ -172,14 +173,19 @@ def run(
         console.print(f"fastbn {fastbn.get_config()['version']}: {what_runs()}")
         found = measure(arguments.quick, progress.track)
     console.print(*tables(found))
+    save(partial(draw, found), arguments.output, size)
+    console.print(f"Plot: {arguments.output}", soft_wrap=True)
+
+
+def save(draw: Callable[[Figure], None], output: Path, size: tuple[float, float]) -> None:
+    """A plot as a file, without a display."""
     figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display
-    draw(found, figure)
+    FigureCanvasAgg(figure)
+    draw(figure)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=QUIET)
-    figure.savefig(arguments.output, format="png", dpi=100)
-    console.print(f"Plot: {arguments.output}", soft_wrap=True)
+    figure.savefig(output, format="png", dpi=100)
 
 
 def parse(about: str | None) -> argparse.Namespace:

@@ -132,3 +132,17 @@ def test_a_rank_that_leaves_out_a_call_of_gloo(torch: Any, tmp_path: Path) -> No
     lines = "".join(found).splitlines()
     check_skipped(lines, 3)
     assert len(lines) == 6, lines
+
+
+@pytest.mark.slow
+def test_data_parallel_training(mpi: None, torch: Any, tmp_path: Path) -> None:
+    """The example's losses are the same bits on one, two and four ranks, whatever connects them."""
+    example = [str(Path(__file__).parents[1] / "examples" / "data_parallel.py"), "--quick"]
+    example += ["--output", str(tmp_path / "plot.png")]
+    found = [by_mpi(ranks, example).stdout for ranks in (1, 2, 4)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *example]
+    with python(torchrun, {"FASTBN_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}) as process:
+        found.append(process.communicate(timeout=TIMEOUT)[0])
+    losses = [line for text in found for line in text.splitlines() if "losses by all" in line]
+    assert len(losses) == 4, found
+    assert len(set(losses)) == 1, losses

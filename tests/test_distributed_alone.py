@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import distributed
+from fastbn import checks, distributed
 from fastbn.distributed import SyncBatchNorm
 from oracle.arrays import Array, to_layout
 from support.bits import assert_same_bits
-from support.processes import error, output
+from support.processes import error, output, run
 from support.variants import each_backend
 
 COMM = distributed.one_process()
@@ -110,22 +110,33 @@ def make(**options: Any) -> SyncBatchNorm:
     return SyncBatchNorm(3, **given)
 
 
-def test_other_libraries_communicators(torch: Any) -> None:
-    """One of mpi4py's, whose allgather is another one, is not taken for one of ours; timeouts are
-    seconds."""
-    mpi4py = pytest.importorskip("mpi4py.MPI")
-    with pytest.raises(TypeError, match=r"expected a communicator.*mpi\(comm\)"):
-        distributed.moments(np.eye(3), comm=mpi4py.COMM_SELF)
-    comm = distributed.mpi(mpi4py.COMM_SELF, timeout=3)
-    assert (comm.rank, comm.size, comm.timeout) == (0, 1, 3.0)
-    assert repr(comm) == "<communicator, rank 0 of 1>"
-    found = distributed.moments(np.eye(3), comm=comm)
-    assert_same_bits(found._asdict(), fastbn.moments(np.eye(3))._asdict())
+def test_a_communicator_of_mpi4py() -> None:
+    """One of its own, whose allgather is another one, is not taken for one of ours."""
+    pytest.importorskip("mpi4py")
+    code = """
+import numpy as np
+from mpi4py import MPI
+from fastbn import distributed
+comm = distributed.mpi(MPI.COMM_SELF, timeout=3)
+print(comm, comm.timeout, distributed.moments(np.eye(2), comm=comm).mean)
+distributed.moments(np.eye(2), comm=MPI.COMM_SELF)
+"""
+    done = run(code)
+    assert done.stdout == "<communicator, rank 0 of 1> 3.0 [0.5 0.5]\n"
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("TypeError: comm is an Intracomm, expected a communicator")
+    assert "make one of mpi4py's with fastbn.distributed.mpi(comm)" in message
+
+
+def test_timeouts() -> None:
+    """They are seconds, above 0."""
+    assert checks.distributed.timeout(3) == 3.0
+    assert checks.distributed.timeout(None) is None
     for timeout in (0, -1, np.nan, np.inf):
-        with pytest.raises(ValueError, match="timeout is"):
-            distributed.mpi(mpi4py.COMM_SELF, timeout=timeout)
+        with pytest.raises(ValueError, match=r"timeout is .* seconds, above 0; pass None"):
+            checks.distributed.timeout(timeout)
     with pytest.raises(TypeError, match="timeout is a str"):
-        distributed.mpi(mpi4py.COMM_SELF, timeout="1")  # type: ignore[arg-type]
+        checks.distributed.timeout("1")
 
 
 def test_a_layer_like_others() -> None:

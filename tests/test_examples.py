@@ -24,7 +24,7 @@ EXPERIMENTS = (
     "fine_tuning",
     "scale_invariance",
 )
-WITH_PLOTS = (*EXPERIMENTS, "images")
+WITH_PLOTS = (*EXPERIMENTS, "images", "data_parallel")
 OTHERS = ("in_place",)
 PNG = b"\x89PNG\r\n\x1a\n"
 

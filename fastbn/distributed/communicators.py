@@ -23,7 +23,7 @@ from fastbn import checks
 Array = NDArray[Any]
 IsDone = Callable[[], bool]
 
-BUSY, NAP = 2e-3, 2e-4
+BUSY, NAP = 2e-4, 5e-5
 """Seconds for which a gather is looked at all the time, and then between two looks."""
 TAG = 0xBA7
 """Of messages of the roll."""
