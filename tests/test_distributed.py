@@ -59,6 +59,7 @@ def test_over_mpi(mpi: None, tmp_path: Path) -> None:
     check(tmp_path, 3)
 
 
+@pytest.mark.slow
 def test_over_gloo(torch: Any, tmp_path: Path) -> None:
     """So do two of torch.distributed; with merge_every both have the bits of one process."""
     gloo(["-m", RUN, "gloo", str(tmp_path)])
@@ -118,6 +119,7 @@ def check_skipped(lines: list[str], ranks: int) -> None:
     assert len(given_up) >= ranks - 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_leaves_out_a_call_of_mpi(mpi: None, tmp_path: Path) -> None:
     """It is named by the others within twice the timeout, and told that it is late."""
     done = by_mpi(3, ["-c", SKIPS, "mpi", str(tmp_path)], timeout=DEADLINE)
@@ -126,6 +128,7 @@ def test_a_rank_that_leaves_out_a_call_of_mpi(mpi: None, tmp_path: Path) -> None
     assert any("rank 1 came when the other ranks had given up" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_rank_that_leaves_out_a_call_of_gloo(torch: Any, tmp_path: Path) -> None:
     """The same of torch.distributed, whose own error tells the late rank."""
     found = gloo(["-c", SKIPS, "gloo", str(tmp_path)], ranks=3)

@@ -119,10 +119,16 @@ from mpi4py import MPI
 from fastbn import distributed
 comm = distributed.mpi(MPI.COMM_SELF, timeout=3)
 print(comm, comm.timeout, distributed.moments(np.eye(2), comm=comm).mean)
+try:
+    distributed.mpi(comm)
+except TypeError as error:
+    print(error)
 distributed.moments(np.eye(2), comm=MPI.COMM_SELF)
 """
     done = run(code)
-    assert done.stdout == "<communicator, rank 0 of 1> 3.0 [0.5 0.5]\n"
+    made, refused = done.stdout.splitlines()
+    assert made == "<communicator, rank 0 of 1> 3.0 [0.5 0.5]"
+    assert "expected an mpi4py.MPI.Intracomm; pass MPI.COMM_WORLD" in refused
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith("TypeError: comm is an Intracomm, expected a communicator")
     assert "make one of mpi4py's with fastbn.distributed.mpi(comm)" in message

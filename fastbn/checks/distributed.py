@@ -29,6 +29,16 @@ def communicator(value: Any, kind: type) -> Any:
     return value
 
 
+def of_mpi(value: Any, kind: type) -> Any:
+    """A communicator of mpi4py's, of one group of ranks."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"comm is {described(value)}, expected an mpi4py.MPI.{kind.__name__}; pass "
+            "MPI.COMM_WORLD, or a part of it as its Split gives them"
+        )
+    return value
+
+
 def timeout(value: Any) -> float | None:
     """Seconds to wait; None for no end."""
     if value is None:

@@ -178,7 +178,7 @@ def mpi(comm: Any = None, *, timeout: float | None = None) -> Communicator:
 
     Parameters
     ----------
-    comm : mpi4py.MPI.Comm, optional
+    comm : mpi4py.MPI.Intracomm, optional
         Whose ranks; MPI.COMM_WORLD where not given. Where other threads gather on it as well, pass
         ``comm.Dup()``.
     timeout : float, optional
@@ -190,7 +190,7 @@ def mpi(comm: Any = None, *, timeout: float | None = None) -> Communicator:
     ImportError
         mpi4py, or an MPI, is not installed.
     TypeError, ValueError
-        The timeout is no number of seconds.
+        `comm` is none of mpi4py's, or the timeout no number of seconds.
 
     Examples
     --------
@@ -207,7 +207,8 @@ def mpi(comm: Any = None, *, timeout: float | None = None) -> Communicator:
             'fastbn.distributed.mpi; install them with python -m pip install "fastbn[mpi]" mpich, '
             "or mpi4py alone where the machine has an MPI of its own"
         ) from error
-    return _MPI(MPI.COMM_WORLD if comm is None else comm, timeout)
+    known = MPI.COMM_WORLD if comm is None else checks.distributed.of_mpi(comm, MPI.Intracomm)
+    return _MPI(known, timeout)
 
 
 def process_group(group: Any = None, *, timeout: float | None = None) -> Communicator:

@@ -63,6 +63,16 @@ def layer_is_that_of_the_whole_batch(comm: Communicator) -> None:
                     assert_same_bits({name: found}, {name: of_one})
                     close = getattr(plain, name)
                     np.testing.assert_allclose(found, close, rtol=1e-4, atol=1e-4)
+        several.gradients = "local"
+        several(x[mine])
+        several.backward(dy[mine])
+        for name in ("dgamma", "dbeta"):
+            local = getattr(several, name)
+            if local is not None:
+                added = comm.allgather(local.astype(np.float64)).sum(0)
+                np.testing.assert_allclose(added, getattr(one, name), rtol=1e-4, atol=1e-4)
+        one(x)
+        plain(x)
         assert_same_bits(several.state_dict(), one.state_dict())
         for name, a in plain.state_dict().items():
             np.testing.assert_allclose(several.state_dict()[name], a, rtol=1e-6)

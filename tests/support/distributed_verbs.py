@@ -142,6 +142,9 @@ def nothing_at_all(comm: Communicator) -> None:
         got = through(comm, x[some], dy[some], **selection)
         assert got["y"].shape == x[some].shape
         assert not any(a.any() for a in got.values())
+        by = got["mean"], got["var"]
+        found = distributed.batch_norm_backward(dy[some], x[some], *by, comm=comm, **selection)
+        assert not any(a.any() for a in found if a is not None)
         bn = SyncBatchNorm(CHANNELS, comm=comm)
         assert not bn(x[some], **selection).any()
         assert not bn.backward(dy[some]).any()
@@ -201,6 +204,8 @@ def gradients_of_parameters(comm: Communicator) -> None:
         close: Any = {"rtol": 1e-9, "atol": 1e-12}
         np.testing.assert_allclose(comm.allgather(local).sum(0), total, **close)
         np.testing.assert_allclose(total, getattr(once, name), **close)
+        mean_of_ranks, of_one = comm.allgather(local).mean(0), getattr(once, name) / comm.size
+        np.testing.assert_allclose(mean_of_ranks, of_one, **close)
     without = distributed.batch_norm_backward(dy, x, mean, var, comm=comm, params=False)
     assert without[1:] == (None, None)
     assert_same_bits({"dx": without.dx}, {"dx": summed.dx})

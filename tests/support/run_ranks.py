@@ -19,7 +19,7 @@ from fastbn import distributed
 from fastbn.distributed import Communicator
 from support.ranks import CASES
 
-TIMEOUT = 10  # seconds that a rank waits for the others
+TIMEOUT = 30  # seconds that a rank waits for the others
 
 
 def connected(transport: str, folder: Path, *place: str, timeout: float = TIMEOUT) -> Communicator:
