@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastbn import checks
 from fastbn._batch import Batch
-from fastbn.distributed import verbs
+from fastbn.distributed import shares, verbs
 from fastbn.distributed.communicators import Communicator
 from fastbn.distributed.exchange import Share, refuse
 from fastbn.layers.batch_norm import BatchNorm
@@ -127,8 +127,8 @@ class SyncBatchNorm(BatchNorm):
         def prepare() -> tuple[Share, Array]:
             batch = Batch(x, self.layout, where, weights, made_for=("SyncBatchNorm", self.channels))
             call = self._call(batch, domain, checks.options.flag("update", update))
-            y = verbs.output(batch, self.gamma, self.beta, given)
-            return verbs.moments_share(batch, self.merge_every, call), y
+            y = shares.output(batch, self.gamma, self.beta, given)
+            return shares.moments_share(batch, self.merge_every, call), y
 
         if self._takes_part(domain):
             found, y = verbs.exchanged_moments(self.comm, prepare)
@@ -147,7 +147,7 @@ class SyncBatchNorm(BatchNorm):
         if running.exist:
             writes = update and running.observe is None
             running.checked(writes=writes, nan=known == "update")
-            told["running statistics"] = verbs.fingerprint(*running.held.values())
+            told["running statistics"] = shares.fingerprint(*running.held.values())
         return f"SyncBatchNorm({', '.join(f'{name}={a}' for name, a in told.items())})"
 
     def _going_back(self, dy: Any, saved: Any, accumulate: Any) -> tuple[Saved, dict[str, Any]]:

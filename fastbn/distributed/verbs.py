@@ -10,19 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import reduce
-from typing import Any, NamedTuple
-from zlib import crc32
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import checks, functional
 from fastbn._batch import Batch
-from fastbn._call import Call
 from fastbn.backends.base import quiet
-from fastbn.config import current
 from fastbn.distributed.communicators import Communicator
 from fastbn.distributed.exchange import Share, exchange
+from fastbn.distributed.shares import (
+    COUNTS,
+    SUMMED,
+    Prepared,
+    gradients_share,
+    in_words,
+    moments_share,
+    output,
+)
 from fastbn.functional import ActivationName
 from fastbn.layers import passes
 from fastbn.results import (
@@ -36,9 +42,6 @@ from fastbn.results import (
 from fastbn.statistics import Moments, Population
 
 Array = NDArray[Any]
-
-COUNTS, SUMMED = 2, 1
-"""Numbers before the two vectors in a row: of moments, and of sums of gradients."""
 
 
 def moments(
@@ -147,7 +150,7 @@ def batch_norm(
     def prepare() -> tuple[Share, tuple[Batch, Array]]:
         batch = Batch(x, layout, where, weights)
         y = output(batch, gamma, beta, fused)
-        call = f"batch_norm({_options(batch, eps, activation)})"
+        call = f"batch_norm({in_words(batch, eps, activation)})"
         return moments_share(batch, merge_every, call), (batch, y)
 
     whole, (batch, y) = exchanged_moments(comm, prepare)
@@ -159,16 +162,6 @@ def batch_norm(
     vectors = {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
     y = passes.normalize(batch, None, vectors, eps, fused, is_fixed=False)
     return BatchNormResult(y, mean, var)
-
-
-class _Backward(NamedTuple):
-    """What a rank keeps of a backward while the sums are gathered."""
-
-    given: dict[str, Any]
-    """Outputs, made beforehand, and a checked y."""
-    own: Array
-    """This rank's sums."""
-    gradients: str
 
 
 def batch_norm_backward(
@@ -229,32 +222,17 @@ def batch_norm_backward(
     """
     options: dict[str, Any] = {"eps": eps, "layout": layout, "activation": activation}
     options |= {"where": where, "weights": weights}
+    wanted: dict[str, Any] = {"params": params, "y": y, "dresidual": dresidual, "out": out}
 
-    def prepare() -> tuple[Share, _Backward]:
-        wanted = checks.distributed.gradients(gradients)
-        params_too = checks.options.flag("params", params)
-        batch = Batch(x, layout, where, weights)
-        vectors: dict[str, Any] = {"gamma": gamma, "mean": mean, "var": var}
-        call = Call(current(), batch, is_fixed=False, is_part=True, **vectors)
-        dy_array = checks.arrays.companion("dy", dy, "x", batch.array)
-        _, y_array = checks.arrays.activation_grad(y, activation, "x", batch.array)
-        to_write = activation, y_array, dresidual, out, dy_array, batch.array
-        grad, dx = call.backward_outputs(*to_write)
-        words = f"{_options(batch, eps, activation)}, statistics={fingerprint(mean, var)}"
-        k = checks.distributed.merge_every(merge_every)
-        rows = _gradient_rows(batch, k, dy_array, y_array, mean, var, options)
-        share = Share(f"batch_norm_backward({words})", batch.channels, len(dy_array), k, rows)
-        given = {"out": dx if out is None else out, "params": params_too, "y": y_array}
-        if grad is not None and grad.dresidual is not None:
-            given["dresidual"] = grad.dresidual if dresidual is True else dresidual
-        return share, _Backward(given, _added(rows), wanted)
+    def prepare() -> tuple[Share, Prepared]:
+        by = merge_every, checks.distributed.gradients(gradients)
+        return gradients_share(dy, x, mean, var, gamma, options, wanted, *by)
 
     rows, kept = exchange(_checked(comm), SUMMED, prepare)
-    total, own = (_sums(row) for row in (_added(rows), kept.own))
-    sums = total if total.count else None
-    given = options | kept.given
-    found: Any = functional.batch_norm_backward(dy, x, mean, var, gamma, sums=sums, **given)
-    if found.dgamma is not None and sums is not None and kept.gradients == "local":
+    total, own = (_sums(_added(some)) for some in (rows, kept.rows))
+    given = options | kept.wanted | {"sums": total if total.count else None}
+    found: Any = functional.batch_norm_backward(dy, x, mean, var, gamma, **given)
+    if found.dgamma is not None and total.count and kept.gradients == "local":
         found = _with_parameters(found, own)
     result: Gradients | ResidualGradients = found
     return result
@@ -312,71 +290,6 @@ def population_statistics(
     population = Population("exact")
     population.add(whole)
     return population.statistics("batches")
-
-
-# ---- What a rank brings ----
-
-
-def groups(batch: Batch, k: int | None) -> list[tuple[slice, Batch]]:
-    """Every k samples of a batch, or all of them as one group; none of a batch without samples."""
-    n = len(batch.array)
-    found = []
-    for start in range(0, n, k or max(n, 1)):
-        some = slice(start, start + (k or n))
-        where, weights = (None if a is None else a[some] for a in (batch.where, batch.weights))
-        of_group = batch.array[some], batch.layout, where, weights
-        found.append((some, Batch(*of_group, types=checks.arrays.DATA)))
-    return found
-
-
-def moments_share(batch: Batch, merge_every: Any, call: str) -> Share:
-    """The moments of a checked batch's groups."""
-    k = checks.distributed.merge_every(merge_every)
-    rows = [Moments._of(some).to_array() for _, some in groups(batch, k)]
-    table = np.reshape(rows, (-1, COUNTS + 2 * batch.channels))
-    return Share(f"{call}, merge_every={k}", batch.channels, len(batch.array), k, table)
-
-
-def output(batch: Batch, gamma: Any, beta: Any, fused: dict[str, Any]) -> Array:
-    """Where y goes, once all arguments of a forward are checked."""
-    call = Call(current(), batch, gamma=gamma, beta=beta)
-    epilogue = call.epilogue(fused["activation"], fused["residual"])
-    in_place = {"x": batch.array, "residual": epilogue and epilogue.residual}
-    return call.output("out", fused["out"], in_place)
-
-
-def fingerprint(*arrays: Any) -> str:
-    """Arrays in eight digits, to be compared with those of other ranks."""
-    return f"{crc32(b''.join(np.asarray(a).tobytes() for a in arrays)):08x}"
-
-
-def _options(batch: Batch, eps: Any, activation: Any) -> str:
-    """What has to be the same on all ranks, in words."""
-    dtype, name = batch.array.dtype.name, checks.options.activation_name(activation)
-    words = f"x={dtype}, layout={batch.layout!r}, eps={checks.options.epsilon(eps)!r}"
-    return f"{words}, activation={name!r}"
-
-
-def _gradient_rows(
-    batch: Batch,
-    k: int | None,
-    dy: Array,
-    y: Array | None,
-    mean: Array,
-    var: Array,
-    options: dict[str, Any],
-) -> Array:
-    """The sums of a checked batch's groups."""
-    rows = []
-    for some, group in groups(batch, k):
-        apart: dict[str, Any] = {"where": group.where, "weights": group.weights}
-        apart["y"] = None if y is None else y[some]
-        found = functional.gradient_sums(dy[some], group.array, mean, var, **(options | apart))
-        rows.append(np.concatenate([[found.count], found.dgamma, found.dbeta]))
-    return np.reshape(rows, (-1, SUMMED + 2 * batch.channels))
-
-
-# ---- What all ranks' rows give ----
 
 
 def exchanged_moments(comm: Any, prepare: Any) -> tuple[Moments, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle, product
 from typing import Any
 
@@ -300,6 +301,10 @@ def disagreement(comm: Communicator) -> None:
     refused(comm, forward(fewer), words, "3 channels", "2 channels")
     verb: Any = distributed.moments if is_last else distributed.batch_norm
     refused(comm, lambda: verb(x, comm=comm), words, "batch_norm(", "moments")
+    _, mean, var = distributed.batch_norm(x, comm=comm)
+    k = 3 if is_last else None
+    backward = partial(distributed.batch_norm_backward, x, x, mean, var, comm=comm, merge_every=k)
+    refused(comm, backward, words, "merge_every=None", "merge_every=3")
     ragged = np.zeros((4 + comm.rank, 3))
     if comm.size > 1:
         call = lambda: distributed.moments(ragged, comm=comm, merge_every=3)  # noqa: E731
