@@ -282,11 +282,13 @@ def test_code_in_messages_works(row: int) -> None:
 
 
 def test_every_piece_of_code_is_tried() -> None:
-    """Each hint in `fastbn.checks` is in a message of the rows."""
+    """Each hint in `fastbn.checks` is in a message of the rows, but for those about communicators,
+    which MPI or torch.distributed make."""
     for row in range(len(ROWS)):
         if row not in TRIED:  # here; others run in other processes
             test_code_in_messages_works(row)
-    sources = (path.read_text() for path in Path(checks.__file__).parent.glob("*.py"))
+    files = sorted(Path(checks.__file__).parent.glob("*.py"))
+    sources = (path.read_text() for path in files if path.stem != "distributed")
     codes = {code for s in sources for some in texts(ast.parse(s)) for code in hints(some)}
     assert len(codes) > 20
     for code in sorted(codes):
