@@ -67,8 +67,9 @@ def batch_norm(
         mean, var = _forward_rows(call, eps, epilogue, y, is_centred)
     else:
         mean, var = _forward(call, eps, epilogue, y)
-    if call.hidden_samples is not None:
-        mean[call.hidden_samples] = var[call.hidden_samples] = 0
+    hidden = call.hidden_samples
+    if hidden is not None:
+        mean[hidden] = var[hidden] = 0
     return BatchNormResult(returned(out, y), call.shaped(mean), call.shaped(var))
 
 
