@@ -14,10 +14,11 @@
 
 #include "epilogue.h"
 
+/* In the order of CURVES in activations.py. */
 enum curve { NO_CURVE, HARD_SIGMOID, HARD_SWISH, SILU };
 
 #ifndef FASTBN_HALF
-/* a where it is below b, else `other`; NaN is not. */
+/* `then` where a is below b, which NaN is not, else `other`. */
 #define SELECT_BELOW(a, b, then, other)                                                            \
     ({                                                                                             \
         mask_register below_ = (mask_register)((a) < (b));                                         \

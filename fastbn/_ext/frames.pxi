@@ -48,7 +48,7 @@ cdef Frame new_frame(cnp.ndarray a, int element, Py_ssize_t S, Py_ssize_t n, Py_
 
 
 cdef Frame frame(cnp.ndarray a, int element):
-    """A (N, C, S) view."""
+    """An (N, C, S) view."""
     return new_frame(a, element, cnp.PyArray_DIM(a, 2), cnp.PyArray_STRIDE(a, 0),
                      cnp.PyArray_STRIDE(a, 1), cnp.PyArray_STRIDE(a, 2))
 

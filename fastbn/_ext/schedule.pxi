@@ -163,8 +163,8 @@ cdef void schedule(Task* t, int threads) noexcept nogil:
         block = 1 if t.split else tuning.fused_block // column
         # While one block is written the next one is fetched, where the last cache holds both but not
         # all of them.
-        t.lookahead = (t.large and not t.split and t.sum.data == NULL and t.map != NO_MAP and tuning.lookahead
-                       >= 2 * t.threads * column * max(block, t.pool))
+        t.lookahead = (t.large and not t.split and t.sum.data == NULL and t.map != NO_MAP
+                       and tuning.lookahead >= 2 * t.threads * column * max(block, t.pool))
     if is_serial:
         t.threads = 1
     # Whoever is free takes the next block; small arrays are worked on where they were last time.

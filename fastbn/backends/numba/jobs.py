@@ -44,13 +44,8 @@ _OPERAND = np.dtype([(name, np.int64) for name in ("address", "run", "row", "col
 JOB = np.dtype(
     [
         *((name, _OPERAND) for name in ARRAYS),
-        *(
-            (name, np.int64)
-            for name in (
-                *("has_residual", "has_dresidual", "frozen", "about_zero"),
-                *("stream", "fetch"),
-            )
-        ),
+        *((name, np.int64) for name in ("has_residual", "has_dresidual", "frozen", "about_zero")),
+        *((name, np.int64) for name in ("stream", "fetch")),
         # Rows of `columns` values, perhaps one more of only `rest`; planes have `size` values. A
         # chunk is `chunk_rows` rows, or a `piece` of one; a block is some columns. What is written
         # has chunks of its own: `map_chunks` of them, `map_rows` rows each.
